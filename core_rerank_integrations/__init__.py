@@ -1,0 +1,46 @@
+"""Rerank retrieved documents by a language model's contrastive retrieval heads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core_rerank_integrations.heads import Head, HeadSet
+    from core_rerank_integrations.langchain import CoReDocumentCompressor
+    from core_rerank_integrations.llama_index import CoReNodePostprocessor
+    from core_rerank_integrations.prompt import PromptTemplate
+    from core_rerank_integrations.reranker import CoReReranker
+    from core_rerank_integrations.results import RerankResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoReDocumentCompressor",
+    "CoReNodePostprocessor",
+    "CoReReranker",
+    "Head",
+    "HeadSet",
+    "PromptTemplate",
+    "RerankResult",
+]
+
+_MODULES = {
+    "CoReDocumentCompressor": "langchain",
+    "CoReNodePostprocessor": "llama_index",
+    "CoReReranker": "reranker",
+    "Head": "heads",
+    "HeadSet": "heads",
+    "PromptTemplate": "prompt",
+    "RerankResult": "results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,103 @@
+"""What the framework adapters have in common: a reranker's settings as pydantic fields."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.prompt import PromptTemplate
+from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.results import RerankResult
+
+# Not a field: a lock could be neither pickled nor copied, and building is rare.
+_building = threading.Lock()
+
+
+class RerankerFields(BaseModel):
+    """The settings of a `CoReReranker`, which is built when it is first needed.
+
+    A ready one may be given as ``reranker`` instead, to share it between adapters; the other
+    fields then take its settings.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    model: str | Path = Field(
+        default=DEFAULT_MODEL, description="Alias, hub id, model folder or GGUF file."
+    )
+    heads: HeadSet | str | Path | list[tuple[int, int]] | None = Field(
+        default=None,
+        description="Head set, its shipped name or file, or (layer, head) pairs; "
+        "None: the set shipped for the model.",
+    )
+    backend: str = Field(default="auto", description="Who runs the model: auto, transformers.")
+    dtype: str = Field(default="auto", description="float32, bfloat16, float16 or auto.")
+    device: str | None = Field(default=None, description="Torch device; None: CUDA if there.")
+    window: int | None = Field(
+        default=None, ge=1, description="Most documents per prompt; None: the head set's."
+    )
+    max_document_tokens: int | None = Field(
+        default=None, ge=1, description="Longer documents are cut to this, with a warning."
+    )
+    template: str | PromptTemplate | None = Field(
+        default=None, description="Prompt template; None: the head set's."
+    )
+    top_n: int | None = Field(
+        default=None, ge=1, description="Most documents to return; None: all."
+    )
+    score_threshold: float | None = Field(
+        default=None, allow_inf_nan=False, description="Documents that score less are left out."
+    )
+    reranker: CoReReranker | None = Field(
+        default=None, exclude=True, repr=False, description="A ready reranker to share."
+    )
+    _built: CoReReranker | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _describe_reranker(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or not isinstance(fields.get("reranker"), CoReReranker):
+            return fields
+        settings = fields["reranker"].settings
+        for name, value in settings.items():
+            if name in fields and fields[name] != value:
+                raise ValueError(
+                    f"{name}={fields[name]!r} contradicts the given reranker, which was made with "
+                    f"{name}={value!r}; leave it out"
+                )
+        return {**fields, **settings}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        state["__pydantic_private__"] = {"_built": None}
+        return state
+
+    def _rerank(self, query: str, texts: list[str]) -> list[RerankResult]:
+        return self._ready_reranker().rerank(query, texts, self.top_n, self.score_threshold)
+
+    async def _arerank(self, query: str, texts: list[str]) -> list[RerankResult]:
+        reranker = await asyncio.to_thread(self._ready_reranker)
+        return await reranker.arerank(query, texts, self.top_n, self.score_threshold)
+
+    def _ready_reranker(self) -> CoReReranker:
+        if self.reranker is not None:
+            return self.reranker
+        with _building:
+            if self._built is None:
+                self._built = CoReReranker(
+                    self.model,
+                    heads=self.heads,
+                    backend=self.backend,
+                    dtype=self.dtype,
+                    device=self.device,
+                    window=self.window,
+                    max_document_tokens=self.max_document_tokens,
+                    template=self.template,
+                )
+            return self._built

@@ -1,0 +1,33 @@
+"""The line between what to score and who runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.scoring import Mass
+
+
+class AttentionBackend(Protocol):
+    """Runs a model as far as the highest selected head, and reports what its heads attend to."""
+
+    max_context: int
+    """Most tokens of one prompt."""
+
+    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """Attention mass on every token of every prompt.
+
+        For each selected head, the softmax attention of the query span's tokens over the whole
+        prompt; mean over those tokens, sum over heads with their weights (arXiv 2510.02219,
+        section 3). Prompts that share a prefix share its computation. Safe to call from
+        several threads.
+
+        Returns:
+            One float32 array per prompt, shape [len(prompt)].
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model. No call may follow."""
+        ...

@@ -1,0 +1,497 @@
+"""The Transformers backend: CPU or GPU, any machine.
+
+All prompts of a call are packed into one sequence, a shared prefix followed by each of its
+suffixes, and go through the model in one forward pass without padding and without a cache.
+Which token sees which is decided in the attention function alone, so that no mask of
+Transformers' own making is involved. Layers above the highest selected head are not built, and
+the forward pass ends at that head's layer as soon as its queries and keys are known.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from core_rerank_integrations.errors import (
+    ClosedError,
+    InvalidInputError,
+    ModelError,
+    UnsupportedModelError,
+    requires_extra,
+)
+from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.scoring import Mass
+
+with requires_extra("transformers"):
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+    from transformers import AttentionInterface, AutoModel, PretrainedConfig, PreTrainedModel
+
+ATTENTION_NAME = "core_rerank"
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+"""RoPE whose frequencies depend on the longest position of the whole forward pass."""
+PROBED_ROWS = 128
+"""Query rows whose attention over the prompt is held in memory at once, per head."""
+
+
+class TransformersBackend:
+    """CoRe attention mass from a Hugging Face model.
+
+    Args:
+        model: The model's folder.
+        head_set: The heads to read.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 (or float16, where
+            the GPU has no bfloat16) on CUDA, float32 on CPU. Attention mass is float32 always.
+        device: A torch device, or ``None`` for CUDA where there is one, else CPU.
+        max_batch_tokens: Tokens packed into one forward pass; a longer prompt runs alone.
+
+    Raises:
+        UnsupportedModelError: The model computes attention in a way that this backend cannot
+            read exactly.
+        HeadSetError: The head set does not belong to the model.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        head_set: HeadSet,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        max_batch_tokens: int = 8192,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = _dtype(dtype, self.device)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._max_batch_tokens = max_batch_tokens
+
+        config = model.config()
+        self.max_context: int = config.max_position_embeddings
+        self._packs_prompts = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
+        _cut(config, head_set.highest_layer + 1)
+        self._model = self._load(model, config)
+        self._heads = _LayerHeads.by_layer(head_set, self.device)
+        self._verify(model)
+
+    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """See `AttentionBackend.attention_mass`."""
+        masses: list[Mass | None] = [None] * len(prompts)
+        for batch in self._batches(prompts):
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("the model was closed while a call was waiting for it")
+                computed = self._forward([(group.prefix, group.suffixes) for group in batch])
+            for group, group_masses in zip(batch, computed, strict=True):
+                for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
+                    for index in indices:
+                        masses[index] = mass
+        return cast(list[Mass], masses)
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        with self._lock:
+            self._closed = True
+            del self._model
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _load(self, model: LocalModel, config: PretrainedConfig) -> PreTrainedModel:
+        try:
+            with _without_load_report():
+                loaded, report = AutoModel.from_pretrained(
+                    model.path,
+                    config=config,
+                    dtype=self.dtype,
+                    device_map={"": self.device},
+                    attn_implementation=ATTENTION_NAME,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"Transformers cannot load {model.path}: {error}") from error
+        if report["missing_keys"]:
+            raise ModelError(
+                f"{model.path} lacks weights of the model, so its scores would be random: "
+                f"{', '.join(sorted(report['missing_keys'])[:5])} ..."
+            )
+        if not getattr(loaded, "_supports_attention_backend", False):
+            raise UnsupportedModelError(
+                f"{type(loaded).__name__} does not compute its attention through Transformers' "
+                "AttentionInterface, so its heads cannot be read"
+            )
+        return loaded.eval()
+
+    def _verify(self, model: LocalModel) -> None:
+        """Compare a tiny prompt with the model's own eager attention, or refuse the model."""
+        vocabulary = self._model.config.vocab_size
+        tokens = (np.arange(1, 44) * 7919) % vocabulary
+        prefix, suffixes = tokens[:24], [tokens[24:36], tokens[36:]]
+        (probed,) = self._forward([(prefix, suffixes)])
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        scale = sum(float(heads.weights.abs().sum()) for heads in self._heads.values())
+        for suffix, mass in zip(suffixes, probed, strict=True):
+            expected = self._eager_mass(np.concatenate((prefix, suffix)), len(suffix))
+            difference = float(np.abs(mass - expected).max())
+            if not difference <= tolerance * scale:
+                raise UnsupportedModelError(
+                    f"{model.path}: attention read from {type(self._model).__name__} differs from "
+                    f"the model's own by {difference:.2g}; this architecture computes attention "
+                    "in a way that this package does not know"
+                )
+
+    def _eager_mass(self, tokens: np.ndarray[Any, Any], rows: int) -> Mass:
+        self._model.set_attn_implementation("eager")
+        try:
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=torch.as_tensor(tokens, device=self.device)[None],
+                    use_cache=False,
+                    output_attentions=True,
+                )
+        finally:
+            self._model.set_attn_implementation(ATTENTION_NAME)
+        mass = torch.zeros(len(tokens), device=self.device)
+        for layer, heads in self._heads.items():
+            attention = output.attentions[layer][0, heads.indices, -rows:].float()
+            mass += heads.weights @ attention.mean(dim=1)
+        return mass.cpu().numpy()
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[_PromptGroup]]:
+        batch: list[_PromptGroup] = []
+        used = 0
+        for group in _PromptGroup.collect(prompts):
+            fits = self._packs_prompts and used + group.tokens <= self._max_batch_tokens
+            if batch and not fits:
+                yield batch
+                batch, used = [], 0
+            batch.append(group)
+            used += group.tokens
+        if batch:
+            yield batch
+
+    def _forward(
+        self, groups: Sequence[tuple[np.ndarray[Any, Any], Sequence[np.ndarray[Any, Any]]]]
+    ) -> list[list[Mass]]:
+        """One pass over (prefix, suffixes) groups; per group, the mass of each suffix's prompt."""
+        sequences: list[_Sequence] = []
+        tokens: list[np.ndarray[Any, Any]] = []
+        positions: list[np.ndarray[Any, Any]] = []
+        start = 0
+        for prefix, suffixes in groups:
+            sequences.append(_Sequence(start, len(prefix), tuple(map(len, suffixes))))
+            tokens += (prefix, *suffixes)
+            positions.append(np.arange(len(prefix)))
+            positions += (np.arange(len(prefix), len(prefix) + len(s)) for s in suffixes)
+            start = sequences[-1].stop
+        probe = _Probe(sequences, self._heads, self.device)
+        with torch.inference_mode():
+            try:
+                self._model(
+                    input_ids=torch.as_tensor(np.concatenate(tokens), device=self.device)[None],
+                    position_ids=torch.as_tensor(np.concatenate(positions), device=self.device)[
+                        None
+                    ],
+                    use_cache=False,
+                    core_probe=probe,
+                )
+            except _LastHeadReached:
+                return [[mass.cpu().numpy() for mass in masses] for masses in probe.masses]
+        raise UnsupportedModelError(
+            f"{type(self._model).__name__} never called attention in layer {max(self._heads)}"
+        )
+
+
+class _LayerHeads(NamedTuple):
+    """The selected heads of one layer."""
+
+    indices: Tensor
+    weights: Tensor
+
+    @classmethod
+    def by_layer(cls, head_set: HeadSet, device: torch.device) -> dict[int, _LayerHeads]:
+        return {
+            layer: cls(
+                torch.tensor([h.head for h in head_set.heads if h.layer == layer], device=device),
+                torch.tensor([h.weight for h in head_set.heads if h.layer == layer], device=device),
+            )
+            for layer in sorted({head.layer for head in head_set.heads})
+        }
+
+
+@dataclass
+class _PromptGroup:
+    """Prompts of one call that share a prefix, each distinct suffix once."""
+
+    prefix: np.ndarray[Any, Any]
+    suffixes: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    prompt_indices: list[list[int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix) + sum(map(len, self.suffixes))
+
+    @classmethod
+    def collect(cls, prompts: Sequence[Prompt]) -> list[_PromptGroup]:
+        groups: dict[bytes, _PromptGroup] = {}
+        places: dict[tuple[bytes, bytes], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            key = prompt.prefix.tobytes()
+            group = groups.setdefault(key, cls(prompt.prefix))
+            suffix_key = (key, prompt.suffix.tobytes())
+            if suffix_key not in places:
+                places[suffix_key] = []
+                group.suffixes.append(prompt.suffix)
+                group.prompt_indices.append(places[suffix_key])
+            places[suffix_key].append(index)
+        return list(groups.values())
+
+
+class _Sequence(NamedTuple):
+    """Where a prefix and its suffixes lie in the packed sequence."""
+
+    start: int
+    prefix: int
+    suffixes: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prefix + sum(self.suffixes)
+
+
+class _LastHeadReached(Exception):  # noqa: N818  It is no error.
+    """Leaves the forward pass: nothing after the highest head's queries and keys is needed."""
+
+
+class _Probe:
+    """Collects attention mass while one forward pass goes by."""
+
+    def __init__(
+        self, sequences: Sequence[_Sequence], heads: dict[int, _LayerHeads], device: torch.device
+    ) -> None:
+        self.sequences = sequences
+        self.masses = [
+            [torch.zeros(sequence.prefix + length, device=device) for length in sequence.suffixes]
+            for sequence in sequences
+        ]
+        self._heads = heads
+        self._last_layer = max(heads)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention output of a layer, shape [heads, tokens, value size], mass kept on the way.
+
+        Args:
+            layer: Index of the layer.
+            query: Shape [heads, tokens, head size]; rotary embedding applied, as for ``key``.
+            key: Shape [key heads, tokens, head size].
+            value: Shape [key heads, tokens, value size].
+            scale: Factor of the attention logits.
+            window: Tokens a token sees, itself included; ``None`` for all before it.
+        """
+        heads = self._heads.get(layer)
+        last = layer == self._last_layer
+        output = None if last else query.new_empty(*query.shape[:2], value.shape[-1])
+        for sequence, masses in zip(self.sequences, self.masses, strict=True):
+            start = sequence.start
+            border = stop = start + sequence.prefix
+            for position, length in enumerate(sequence.suffixes):
+                begin, stop = stop, stop + length
+                if position == 0:
+                    # The first suffix follows its prefix, so both are one causal stretch.
+                    keys, values, first_row = key[:, start:stop], value[:, start:stop], start
+                else:
+                    keys = torch.cat((key[:, start:border], key[:, begin:stop]), dim=1)
+                    values = torch.cat((value[:, start:border], value[:, begin:stop]), dim=1)
+                    first_row = begin
+                if heads is not None:
+                    masses[position] += _mass(
+                        query[:, begin:stop], keys, heads, scale=scale, window=window
+                    )
+                if output is not None:
+                    output[:, first_row:stop] = _causal_attention(
+                        query[:, first_row:stop], keys, values, scale=scale, window=window
+                    )
+        if output is None:
+            raise _LastHeadReached
+        return output
+
+
+def _probed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001  Part of the interface; zero in evaluation.
+    sliding_window: int | None = None,
+    core_probe: _Probe | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface; tensors come as [batch, heads, tokens, head size]."""
+    name = type(module).__name__
+    if core_probe is None:
+        raise UnsupportedModelError(f"{name} does not hand keyword arguments to its attention")
+    for argument, meaning in (
+        ("softcap", "soft-caps its attention logits"),
+        ("s_aux", "has attention sinks"),
+        ("position_bias", "adds a position bias to its attention logits"),
+    ):
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(
+                f"{name} {meaning}, which the Transformers backend does not read"
+            )
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} makes an attention mask of its own")
+    output = core_probe.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+    )
+    return output.transpose(0, 1)[None], None
+
+
+# No mask function is registered under this name: Transformers then makes no masks, and a model
+# that makes its own is refused above.
+AttentionInterface.register(ATTENTION_NAME, _probed_attention)
+
+
+def _causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """Attention of the last ``query.shape[1]`` tokens of a stretch over all of it."""
+    rows, tokens = query.shape[1], key.shape[1]
+    if window is None or tokens <= window:
+        if rows == tokens:
+            return _sdpa(query, key, value, scale)
+        return _sdpa(query, key, value, scale, _visible(rows, 0, tokens, window, query.device))
+    # Stripes of rows keep a sliding window's cost linear in the length of the prompt.
+    outputs = []
+    for row in range(0, rows, window):
+        last_row = min(row + window, rows)
+        last_key = tokens - rows + last_row
+        first_key = max(0, tokens - rows + row - window + 1)
+        mask = _visible(last_row - row, first_key, last_key, window, query.device)
+        outputs.append(
+            _sdpa(
+                query[:, row:last_row],
+                key[:, first_key:last_key],
+                value[:, first_key:last_key],
+                scale,
+                mask,
+            )
+        )
+    return torch.cat(outputs, dim=1)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    groups = query.shape[0] // key.shape[0]
+    if mask is not None and groups > 1:
+        # With a mask, grouped heads would fall back to the slow kernel on CUDA.
+        key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
+        groups = 1
+    return F.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=groups > 1,
+    )[0]
+
+
+def _visible(
+    rows: int, first_key: int, last_key: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys ``first_key … last_key - 1`` each of the last ``rows`` of them sees."""
+    row = torch.arange(last_key - rows, last_key, device=device)[:, None]
+    column = torch.arange(first_key, last_key, device=device)[None]
+    visible = column <= row
+    return visible if window is None else visible & (column > row - window)
+
+
+def _mass(
+    query: Tensor, key: Tensor, heads: _LayerHeads, *, scale: float, window: int | None
+) -> Tensor:
+    """Weighted attention mass of the selected heads, float32, shape [tokens of ``key``]."""
+    rows, tokens = query.shape[1], key.shape[1]
+    groups = query.shape[0] // key.shape[0]
+    keys = key[heads.indices // groups].float().transpose(1, 2)
+    mass = torch.zeros(tokens, device=query.device)
+    for row in range(0, rows, PROBED_ROWS):
+        chunk = query[heads.indices, row : row + PROBED_ROWS].float()
+        last_key = tokens - rows + row + chunk.shape[1]
+        logits = (chunk @ keys[..., :last_key]) * scale
+        visible = _visible(chunk.shape[1], 0, last_key, window, query.device)
+        attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
+        mass[:last_key] += heads.weights @ attention.sum(dim=1)
+    return mass / rows
+
+
+def _cut(config: PretrainedConfig, num_layers: int) -> None:
+    """Shorten a configuration to its first layers; refuse layers that cannot be read."""
+    total = config.num_hidden_layers
+    layer_types = set((getattr(config, "layer_types", None) or [])[:num_layers])
+    if unknown := layer_types - KNOWN_LAYER_TYPES:
+        raise UnsupportedModelError(
+            f"models of type {config.model_type!r} have layers of type "
+            f"{', '.join(sorted(unknown))}, which hold no heads that can be read"
+        )
+    for name, per_layer in list(vars(config).items()):
+        if "layer" in name and isinstance(per_layer, list) and len(per_layer) == total:
+            setattr(config, name, per_layer[:num_layers])
+    config.num_hidden_layers = num_layers
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in dtypes:
+        return dtypes[name]
+    if name != "auto":
+        raise InvalidInputError(f"dtype must be 'auto' or one of {', '.join(dtypes)}, got {name!r}")
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    # Weights of the dropped layers are left over by design; missing ones are checked for.
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

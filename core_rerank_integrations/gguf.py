@@ -1,0 +1,46 @@
+"""GGUF files as ordinary model folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core_rerank_integrations.errors import ModelError, requires_extra
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Write the model in ``gguf`` as a folder: bfloat16 safetensors, configuration, tokenizer.
+
+    Raises:
+        ModelError: Transformers cannot read this file.
+    """
+    with requires_extra("transformers"):
+        import accelerate  # noqa: F401  Transformers needs both to read GGUF, and asks late.
+        import gguf as _gguf  # noqa: F401
+        import torch
+        import transformers
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, **_dequantized(transformers), dtype=torch.bfloat16
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"Transformers cannot read {gguf}: {error}") from error
+    # A model loaded from GGUF refuses to be saved, a fresh one with its weights does not.
+    config = type(loaded.config).from_dict(
+        {
+            key: value
+            for key, value in loaded.config.to_dict().items()
+            if key not in {"quantization_config", "_name_or_path", "_model_name_or_path"}
+        }
+    )
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _dequantized(transformers: object) -> dict[str, object]:
+    # From 5.18 on Transformers keeps GGUF weights packed unless told otherwise.
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}

@@ -1,0 +1,304 @@
+"""Head sets: which heads of a model are read, with which weights, and where that is known from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core_rerank_integrations.errors import HeadSetError
+from core_rerank_integrations.resources import resource_folder
+
+
+class ModelShape(NamedTuple):
+    """What a head set must agree with: layers, query heads per layer, and the architecture."""
+
+    num_layers: int
+    num_heads: int
+    model_type: str
+
+
+class Head(BaseModel):
+    """One attention head; both indices count from zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int = Field(ge=0)
+    head: int = Field(ge=0)
+    score: float | None = None
+    """How well the head told the relevant document from the others, where it is known."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of the head's attention in the sum over heads."""
+
+
+class HeadSet(BaseModel):
+    """The heads to read, for one model.
+
+    Attributes:
+        name: Under this name a shipped set can be asked for.
+        model: Hub id of the model the heads were found on.
+        model_aliases: Other hub ids of the same weights.
+        model_type: Architecture as in the model's ``config.json``; ``None`` if unknown.
+        method: How the heads were found: ``core``, ``qr``, ``icr``, ``fit`` or ``custom``.
+        num_layers: Layers of the model; ``None`` if unknown.
+        num_heads: Query heads per layer of the model; ``None`` if unknown.
+        heads: The heads that are read.
+        template: Name of the prompt template the heads were found with.
+        window: Documents per prompt that the heads rank best; ``None`` for as many as fit.
+        provenance: Source, data, temperature, licence and the like.
+        ranking: All ranked heads as (layer, head, score), best first, where published.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    model: str | None = None
+    model_aliases: tuple[str, ...] = ()
+    model_type: str | None = None
+    method: str = "custom"
+    num_layers: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    heads: tuple[Head, ...] = Field(min_length=1)
+    template: str | None = None
+    window: int | None = Field(default=None, ge=1)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    ranking: tuple[tuple[int, int, float | None], ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> HeadSet:
+        places = [(head.layer, head.head) for head in self.heads]
+        if repeated := {place for place in places if places.count(place) > 1}:
+            raise ValueError(f"heads listed twice: {sorted(repeated)}")
+        self._check_range(self.num_layers, self.num_heads)
+        return self
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[tuple[int, int]], **fields: Any) -> HeadSet:
+        """A head set from plain (layer, head) pairs.
+
+        Raises:
+            HeadSetError: A pair is not two whole numbers, or is listed twice.
+        """
+        heads = []
+        for pair in pairs:
+            try:
+                layer, head = pair
+            except (TypeError, ValueError):
+                raise HeadSetError(f"a head is a (layer, head) pair, got {pair!r}") from None
+            heads.append({"layer": layer, "head": head})
+        return cls._validated({"heads": heads, **fields}, "heads")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadSet:
+        """Read a head set file.
+
+        Besides this package's own JSON: vLLM-Hook's model configs (``important_heads``), the
+        CoRe release's ``{"layer-head": score}``, of which the best eight are taken, and
+        QRHead's YAML (``attn_head_set``).
+
+        Raises:
+            HeadSetError: The file is missing, is none of these, or names no usable heads.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = _parse_yaml(text) if path.suffix in {".yaml", ".yml"} else json.loads(text)
+        except (OSError, ValueError) as error:
+            raise HeadSetError(f"cannot read the head set {path}: {error}") from error
+        if not isinstance(content, dict):
+            raise HeadSetError(f"{path} holds no head set: expected an object at its top level")
+        try:
+            fields = _from_foreign(content, name=path.stem) or content
+        except (TypeError, ValueError) as error:
+            raise HeadSetError(f"{path} is not a usable head set: {error}") from error
+        return cls._validated(fields, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the set as JSON, one head a line."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        lines = []
+        for key, value in fields.items():
+            if key in {"heads", "ranking"}:
+                items = ",\n    ".join(json.dumps(item) for item in value)
+                lines.append(f"  {json.dumps(key)}: [\n    {items}\n  ]")
+            else:
+                lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    def top(self, count: int) -> HeadSet:
+        """The ``count`` best heads of the published ranking instead of the usual ones.
+
+        Raises:
+            HeadSetError: The ranking holds fewer heads than that.
+        """
+        if not 1 <= count <= len(self.ranking):
+            raise HeadSetError(
+                f"cannot take {count} heads of {self.name}: its ranking holds {len(self.ranking)}"
+            )
+        heads = tuple(
+            Head(layer=layer, head=head, score=score) for layer, head, score in self.ranking[:count]
+        )
+        return self.model_copy(update={"heads": heads, "name": f"{self.name}-top{count}"})
+
+    @property
+    def highest_layer(self) -> int:
+        """The last layer that has to run."""
+        return max(head.layer for head in self.heads)
+
+    def check(self, model: str | None, shape: ModelShape) -> None:
+        """Make sure this set can be read from that model.
+
+        Args:
+            model: Hub id of the model, or ``None`` where it is not known (a local folder).
+            shape: What the model's configuration says.
+
+        Raises:
+            HeadSetError: The set was found on another model, or a head is out of range.
+        """
+        known = {self.model, *self.model_aliases}
+        if self.model and model and model not in known:
+            raise HeadSetError(
+                f"the head set {self.name!r} was found on {self.model}, but the model is {model}. "
+                "Heads do not carry over between models; to use them all the same (say, for a "
+                "fine-tuned copy), pass heads=[(layer, head), ...]"
+            )
+        if self.model_type and self.model_type != shape.model_type:
+            raise HeadSetError(
+                f"the head set {self.name!r} was found on a model of type {self.model_type!r} "
+                f"({self.model}), but this model is of type {shape.model_type!r}"
+            )
+        for label, expected, actual in (
+            ("layers", self.num_layers, shape.num_layers),
+            ("heads per layer", self.num_heads, shape.num_heads),
+        ):
+            if expected is not None and expected != actual:
+                raise HeadSetError(
+                    f"the head set {self.name!r} is for a model of {expected} {label} "
+                    f"({self.model}), but this model has {actual}"
+                )
+        try:
+            self._check_range(shape.num_layers, shape.num_heads)
+        except ValueError as error:
+            raise HeadSetError(f"the head set {self.name!r} does not fit: {error}") from None
+
+    def _check_range(self, num_layers: int | None, num_heads: int | None) -> None:
+        for head in self.heads:
+            if num_layers is not None and head.layer >= num_layers:
+                raise ValueError(
+                    f"head {(head.layer, head.head)} is out of range: the model has "
+                    f"{num_layers} layers, numbered from 0"
+                )
+            if num_heads is not None and head.head >= num_heads:
+                raise ValueError(
+                    f"head {(head.layer, head.head)} is out of range: a layer of the model has "
+                    f"{num_heads} heads, numbered from 0"
+                )
+
+    @classmethod
+    def _validated(cls, fields: Mapping[str, Any], source: str) -> HeadSet:
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'head set'}: {item['msg']}"
+                + ("" if isinstance(item["input"], HeadSet | Mapping) else f" ({item['input']!r})")
+                for item in error.errors()
+            )
+            raise HeadSetError(f"{source} is not a usable head set: {problems}") from error
+
+
+PUBLISHED_CORE_HEADS = 8
+"""How many heads arXiv 2510.02219 uses of its rankings."""
+
+
+def _from_foreign(content: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Fields of a `HeadSet` from another project's file; ``None`` if it is none of these."""
+    params = content.get("params", content)
+    if isinstance(params, Mapping) and "important_heads" in params:
+        return {
+            "name": name,
+            "model": content.get("model_info", {}).get("model_id"),
+            "heads": [{"layer": layer, "head": head} for layer, head in params["important_heads"]],
+            "provenance": {"format": "vLLM-Hook important_heads"},
+        }
+    if "attn_head_set" in content:
+        return {
+            "name": name,
+            "method": "qr",
+            "model": content.get("model_name_or_path"),
+            "heads": [_head_of(item) for item in content["attn_head_set"].split(",")],
+            "provenance": {"format": "QRHead attn_head_set"},
+        }
+    if content and all(_is_layer_head(key) for key in content):
+        ranking = sorted(content.items(), key=lambda item: -item[1])
+        heads = [{**_head_of(key), "score": score} for key, score in ranking]
+        return {
+            "name": name,
+            "method": "core",
+            "heads": heads[:PUBLISHED_CORE_HEADS],
+            "ranking": [(head["layer"], head["head"], head["score"]) for head in heads],
+            "provenance": {"format": "CoRe release layer-head scores"},
+        }
+    return None
+
+
+def _is_layer_head(key: str) -> bool:
+    layer, _, head = key.partition("-")
+    return layer.isdigit() and head.isdigit()
+
+
+def _head_of(text: str) -> dict[str, Any]:
+    layer, _, head = text.strip().partition("-")
+    return {"layer": int(layer), "head": int(head)}
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+@cache
+def shipped_head_sets() -> dict[str, HeadSet]:
+    """The head sets inside this package, by name; a model's preferred set comes first."""
+    sets = [HeadSet.load(path) for path in sorted(resource_folder("model_configs").glob("*.json"))]
+    return {head_set.name: head_set for head_set in sets}
+
+
+def default_head_set(model: str | None) -> HeadSet:
+    """The shipped head set for a hub id; of several, the first by name (``core`` before ``qr``).
+
+    Raises:
+        HeadSetError: None is shipped for that model.
+    """
+    for head_set in shipped_head_sets().values():
+        if model is not None and model in (head_set.model, *head_set.model_aliases):
+            return head_set
+    known = sorted({head_set.model or "" for head_set in shipped_head_sets().values()})
+    raise HeadSetError(
+        f"no head set is shipped for {model or 'a local model'}; pass heads=... (a HeadSet, the "
+        f"path of a head set file, or a list of (layer, head)). Shipped: {', '.join(known)}"
+    )
+
+
+def named_head_set(name: str) -> HeadSet:
+    """A head set by its shipped name, or from a file.
+
+    Raises:
+        HeadSetError: It is neither.
+    """
+    if name in shipped_head_sets():
+        return shipped_head_sets()[name]
+    if Path(name).exists():
+        return HeadSet.load(name)
+    raise HeadSetError(
+        f"{name!r} is neither a head set file nor a shipped head set; "
+        f"shipped: {', '.join(shipped_head_sets())}"
+    )

@@ -1,0 +1,70 @@
+"""LangChain: a document compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from core_rerank_integrations.adapter import RerankerFields
+from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.results import RerankResult
+
+with requires_extra("langchain"):
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.runnables import RunnableLambda
+
+
+class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
+    """Reorders retrieved documents by CoRe scores, and keeps the best.
+
+    Returns copies, with the score as ``metadata["relevance_score"]``; ids, types and all other
+    metadata stay, and the documents passed in are not touched. Every call shows up in traces
+    as a run of its own when callbacks are handed over, as retrievers do.
+
+    >>> from langchain_classic.retrievers import ContextualCompressionRetriever
+    >>> retriever = ContextualCompressionRetriever(
+    ...     base_compressor=CoReDocumentCompressor(top_n=5), base_retriever=vector_store_retriever
+    ... )
+    """
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Rank ``documents`` by ``query``; see `CoReReranker.rerank` for the errors."""
+        return self._run().invoke(
+            {"query": query, "documents": documents}, config={"callbacks": callbacks}
+        )
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """`compress_documents` without blocking the event loop."""
+        return await self._run().ainvoke(
+            {"query": query, "documents": documents}, config={"callbacks": callbacks}
+        )
+
+    def _run(self) -> RunnableLambda[dict[str, Any], list[Document]]:
+        # A compressor is no Runnable: wrapped in one, it gets the run that traces show.
+        return RunnableLambda(self._compress, self._acompress, name=type(self).__name__)
+
+    def _compress(self, inputs: dict[str, Any]) -> list[Document]:
+        documents: Sequence[Document] = inputs["documents"]
+        return _scored(documents, self._rerank(inputs["query"], _texts(documents)))
+
+    async def _acompress(self, inputs: dict[str, Any]) -> list[Document]:
+        documents: Sequence[Document] = inputs["documents"]
+        return _scored(documents, await self._arerank(inputs["query"], _texts(documents)))
+
+
+def _texts(documents: Sequence[Document]) -> list[str]:
+    return [document.page_content for document in documents]
+
+
+def _scored(documents: Sequence[Document], results: Sequence[RerankResult]) -> list[Document]:
+    return [
+        (document := documents[result.index]).model_copy(
+            update={"metadata": {**document.metadata, "relevance_score": result.score}}
+        )
+        for result in results
+    ]

@@ -1,0 +1,124 @@
+"""LlamaIndex: a node postprocessor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from core_rerank_integrations.adapter import RerankerFields
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations.results import RerankResult
+
+with requires_extra("llama-index"):
+    import llama_index.core.instrumentation as instrumentation
+    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+
+_dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defined]
+
+RETRIEVAL_SCORE_KEY = "retrieval_score"
+
+
+class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
+    """Reorders retrieved nodes by CoRe scores, and keeps the best.
+
+    Nodes are ranked by the text they are embedded with. Returns copies; the nodes passed in are
+    not touched.
+
+    >>> index.as_query_engine(
+    ...     similarity_top_k=20, node_postprocessors=[CoReNodePostprocessor(top_n=5)]
+    ... )
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    keep_retrieval_score: bool = Field(
+        default=False,
+        description=f"Keep the first stage's score as metadata[{RETRIEVAL_SCORE_KEY!r}], "
+        "hidden from embeddings, models and later rerankers.",
+    )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex serializes this class."""
+        return "CoReNodePostprocessor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = _query(query_bundle)
+        with self._events(nodes, query) as ranked_nodes:
+            results = self._rerank(query, _texts(nodes))
+            ranked_nodes += self._scored(nodes, results)
+        return ranked_nodes
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = _query(query_bundle)
+        with self._events(nodes, query) as ranked_nodes:
+            results = await self._arerank(query, _texts(nodes))
+            ranked_nodes += self._scored(nodes, results)
+        return ranked_nodes
+
+    @contextmanager
+    def _events(self, nodes: list[NodeWithScore], query: str) -> Iterator[list[NodeWithScore]]:
+        """Start and end events, old style and new, around the list to be filled."""
+        ranked_nodes: list[NodeWithScore] = []
+        top_n = min(self.top_n or len(nodes), len(nodes))
+        model = str(self.model)
+        _dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=model))
+        payload: dict[str, Any] = {
+            EventPayload.NODES: nodes,
+            EventPayload.MODEL_NAME: model,
+            EventPayload.QUERY_STR: query,
+            EventPayload.TOP_K: top_n,
+        }
+        try:
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+                yield ranked_nodes
+                event.on_end(payload={EventPayload.NODES: ranked_nodes})
+        finally:
+            _dispatcher.event(ReRankEndEvent(nodes=ranked_nodes))
+
+    def _scored(
+        self, nodes: Sequence[NodeWithScore], results: Sequence[RerankResult]
+    ) -> list[NodeWithScore]:
+        return [
+            NodeWithScore(
+                node=_copy(nodes[result.index], self.keep_retrieval_score), score=result.score
+            )
+            for result in results
+        ]
+
+
+def _query(query_bundle: QueryBundle | None) -> str:
+    if query_bundle is None:
+        raise InvalidInputError(
+            "reranking needs the query: pass query_bundle=QueryBundle(...) or query_str=..."
+        )
+    return query_bundle.query_str
+
+
+def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
+    return [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+
+
+def _copy(scored: NodeWithScore, keep_retrieval_score: bool) -> BaseNode:
+    node = scored.node
+    metadata = dict(node.metadata)
+    hidden = {
+        "excluded_embed_metadata_keys": list(node.excluded_embed_metadata_keys),
+        "excluded_llm_metadata_keys": list(node.excluded_llm_metadata_keys),
+    }
+    if keep_retrieval_score:
+        metadata[RETRIEVAL_SCORE_KEY] = scored.score
+        for keys in hidden.values():
+            if RETRIEVAL_SCORE_KEY not in keys:
+                keys.append(RETRIEVAL_SCORE_KEY)
+    return node.model_copy(update={"metadata": metadata, **hidden})
