@@ -90,7 +90,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def _judgments(path: Path) -> Iterator[tuple[str, str, int]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t"):
+            rows = csv.DictReader(file, delimiter="\t")
+            if missing := {"query-id", "corpus-id", "score"} - set(rows.fieldnames or ()):
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            for row in rows:
                 yield row["query-id"], row["corpus-id"], int(row["score"])
     except (OSError, KeyError, ValueError) as error:
         raise InvalidInputError(

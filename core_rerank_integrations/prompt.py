@@ -185,16 +185,17 @@ class PromptEncoder:
 
     def truncate(self, document: str, max_tokens: int) -> tuple[str, int]:
         """Cut ``document`` after ``max_tokens`` tokens; also return how many tokens were cut."""
-        text = _encodable(document)
+        # In a prompt a space stands before the document, and may belong to its first token.
+        text = f" {_encodable(document)}"
         encoding = self._plain.encode(text, add_special_tokens=False)
         if len(encoding) <= max_tokens:
             return document, 0
-        end = encoding.offsets[max_tokens - 1][1] if max_tokens else 0
+        kept, end = max_tokens, encoding.offsets[max_tokens][0]
         # A character of several tokens is kept whole or dropped whole.
-        while max_tokens and encoding.offsets[max_tokens][0] < end:
-            max_tokens -= 1
-            end = encoding.offsets[max_tokens - 1][1] if max_tokens else 0
-        return text[:end], len(encoding) - max_tokens
+        while kept and encoding.offsets[kept - 1][1] > end:
+            kept -= 1
+            end = encoding.offsets[kept][0]
+        return text[1:end], len(encoding) - kept
 
     def _tokenise(
         self, text: str, data: Sequence[tuple[int, int]]

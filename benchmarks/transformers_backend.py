@@ -1,0 +1,171 @@
+"""What a rerank costs on the Transformers backend, against plain Transformers, in one process.
+
+Prints a Markdown table of ratios; `make bench`. Takes some ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from transformers import AutoModelForCausalLM
+
+from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.evaluation import Collection
+from core_rerank_integrations.models import resolve
+from core_rerank_integrations.resources import resource_folder
+
+MODEL = "smollm2-135m"
+HEADS = "core-smollm2-135m-instruct"
+WORDS = 78
+LIST_LENGTHS = (5, 20, 40, 100)
+
+
+def requests(count: int, documents: int) -> list[tuple[str, list[str]]]:
+    """Queries of the demo, each with ``documents`` passages of about 110 tokens; no two alike."""
+    collection = Collection.load(resource_folder("examples/data"))
+    passages = cycle(
+        " ".join(passage.text.split()[:WORDS]) for passage in collection.passages.values()
+    )
+    queries = islice(cycle(collection.queries.values()), count)
+    lists = []
+    for number, query in enumerate(queries):
+        texts = list(islice(passages, documents))
+        lists.append((query, [f"({number}.{i}) {text}" for i, text in enumerate(texts)]))
+    return lists
+
+
+def alternate(
+    first: Callable[[int], Any], second: Callable[[int], Any], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Wall seconds of both, taken in turn; one round of each is not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in track(range(rounds + 1), description="alternating", transient=True):
+        for run, seconds in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            run(number)
+            seconds.append(time.perf_counter() - start)
+    return times[0][1:], times[1][1:]
+
+
+def compare_with_full_prefill(dtype: str, rounds: int) -> str:
+    """A rerank of 20 documents, N/A included, over a plain prefill of the same prompt."""
+    folder = resolve(MODEL).path
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with CoReReranker(MODEL, heads=HEADS, dtype=dtype) as reranker:
+        work = requests(rounds + 1, 20)
+        prompts = [reranker._encoder.encode(*request) for request in work]
+        tokens = [
+            torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+            for prompt in prompts
+        ]
+
+        def prefill(number: int) -> None:
+            with torch.inference_mode():
+                full(tokens[number], use_cache=False, logits_to_keep=1)
+
+        ours, plain = alternate(lambda number: reranker.score(*work[number]), prefill, rounds)
+        layers = (reranker.heads.highest_layer, 30)
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+    lengths = [prompt.shape[1] for prompt in tokens]
+    return (
+        f"| {dtype} | {statistics.mean(lengths):.0f} | {statistics.median(ours):.2f} | "
+        f"{statistics.median(plain):.2f} | **{statistics.median(ratios):.2f}** "
+        f"({min(ratios):.2f} to {max(ratios):.2f}) | {layers[0]}/{layers[1]} = "
+        f"{layers[0] / layers[1]:.2f} |"
+    )
+
+
+def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
+    """Seconds a document for lists of several lengths, every list fresh."""
+    rows = []
+    with CoReReranker(MODEL, heads=HEADS, window=window) as reranker:
+        work = {count: requests(rounds + 1, count) for count in LIST_LENGTHS}
+        times: dict[int, list[float]] = {count: [] for count in LIST_LENGTHS}
+        for number in track(range(rounds + 1), description="list lengths", transient=True):
+            for count in LIST_LENGTHS:
+                start = time.perf_counter()
+                reranker.score(*work[count][number])
+                times[count].append(time.perf_counter() - start)
+    reference = statistics.median(times[20][1:]) / 20
+    for count in LIST_LENGTHS:
+        seconds = statistics.median(times[count][1:])
+        rows.append(
+            f"| {window or 'shipped (20)'} | {count} | {seconds:.2f} | "
+            f"{1000 * seconds / count:.0f} | {seconds / count / reference:.2f} |"
+        )
+    return rows
+
+
+def peak_memory(what: str) -> float:
+    """Peak resident MiB of a fresh process that runs ``what`` on one prompt of 20 documents."""
+    command = [sys.executable, __file__, "--memory-of", what]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(output.splitlines()[-1])
+
+
+def measure_memory(what: str) -> None:
+    # Both sides encode the prompt alike; the rerank also loads, verifies and caches.
+    query, documents = requests(1, 20)[0]
+    if what == "rerank":
+        CoReReranker(MODEL, heads=HEADS).score(query, documents)
+    elif what == "full":
+        from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder
+
+        local = resolve(MODEL)
+        encoder = PromptEncoder(local.tokenizer().backend_tokenizer, TEMPLATES["chatml"])
+        prompt = encoder.encode(query, documents)
+        model = AutoModelForCausalLM.from_pretrained(local.path, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+            model(tokens, use_cache=False, logits_to_keep=1)
+    # Not getrusage, whose peak a child process inherits from its parent.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", choices=["nothing", "full", "rerank"])
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        measure_memory(arguments.memory_of)
+        return
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {version('torch')}, transformers {version('transformers')}\n"
+    )
+    print("| dtype | prompt tokens | rerank s | plain prefill s | ratio (range) | floor |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for dtype in ("float32", "bfloat16"):
+        print(compare_with_full_prefill(dtype, arguments.rounds), flush=True)
+    print("\n| window | documents | rerank s | ms a document | against 20 |")
+    print("| --- | --- | --- | --- | --- |")
+    for window in (None, 1):
+        for row in cost_over_list_length(window, max(arguments.rounds // 2, 1)):
+            print(row, flush=True)
+    base, full, rerank = (peak_memory(what) for what in ("nothing", "full", "rerank"))
+    print("\n| peak memory, float32 | MiB | above the libraries | against the full model |")
+    print("| --- | --- | --- | --- |")
+    print(f"| libraries alone | {base:.0f} | | |")
+    print(f"| plain prefill | {full:.0f} | {full - base:.0f} | 1 |")
+    ratio = (rerank - base) / (full - base)
+    print(f"| rerank | {rerank:.0f} | {rerank - base:.0f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

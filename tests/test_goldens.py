@@ -1,0 +1,60 @@
+"""The same scores as the method's authors, and as a plain computation of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.models import LocalModel
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("choice", ["core4", "icr_all"])
+def test_authors_scores(choice: str, shared: Callable[[str], Any], smollm2: LocalModel) -> None:
+    goldens = shared("goldens/rerank_smollm2.json")
+    heads = goldens["heads"][choice] or [(layer, head) for layer in range(30) for head in range(9)]
+    with CoReReranker(
+        smollm2.path, heads=[tuple(head) for head in heads], template="chatml"
+    ) as reranker:
+        for case in goldens["cases"]:
+            expected = case["expected"][choice]
+            scores = reranker.score(case["query"], case["documents"])
+            np.testing.assert_allclose(
+                scores, expected["scores"], rtol=0, atol=TOLERANCE, err_msg=case["name"]
+            )
+            results = reranker.rerank(case["query"], case["documents"])
+            assert [result.index for result in results] == expected["ranking"], case["name"]
+
+            prompt = reranker._encoder.encode(case["query"], case["documents"])
+            spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
+            assert spans == expected["doc_spans"], case["name"]
+            assert [len(prompt.prefix), len(prompt) - 1] == expected["query_span"], case["name"]
+
+
+def test_own_golden(reranker: CoReReranker) -> None:
+    golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
+    scores = reranker.score(golden["query"], golden["documents"])
+    np.testing.assert_allclose(scores, golden["scores"], rtol=0, atol=TOLERANCE)
+    prompt = reranker._encoder.encode(golden["query"], golden["documents"])
+    spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
+    assert spans == golden["document_spans"]
+    assert [len(prompt.prefix), len(prompt) - 1] == golden["query_span"]
+
+
+def test_plain_computation(reranker: CoReReranker, smollm2: LocalModel) -> None:
+    """Fresh texts, through the uncached, uncut, eager computation."""
+    model, tokenizer = reference.load(smollm2.path)
+    documents = ["Tin melts at 232 degrees.", "A tin of soup, opened.", "Lead melts at 327."]
+    query = "melting point of tin"
+    expected = reference.rerank(model, tokenizer, query, documents, reference.HEADS)
+    np.testing.assert_allclose(
+        reranker.score(query, documents), expected["scores"], rtol=0, atol=TOLERANCE
+    )

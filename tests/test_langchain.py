@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+from uuid import UUID
+
+import pytest
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_tests.integration_tests import RetrieversIntegrationTests
+from pydantic import ValidationError
+
+from core_rerank_integrations import CoReDocumentCompressor, CoReReranker
+from core_rerank_integrations.errors import InvalidInputError
+
+QUERY = "Who patented the telephone?"
+DOCUMENTS = [
+    Document("Bread is baked from flour.", id="bread", metadata={"page": 1}),
+    Document("Bell patented the telephone in 1876.", id="bell", metadata={"tags": ["a"]}),
+    Document("March is often wet.", metadata={"relevance_score": "mine", "page": 3}),
+    Document("Edison patented the phonograph.", id="edison"),
+]
+
+
+class FixedRetriever(BaseRetriever):
+    """What a vector store would have returned."""
+
+    documents: list[Document] = DOCUMENTS
+
+    def _get_relevant_documents(self, _: str, **__: Any) -> list[Document]:
+        return self.documents
+
+
+@pytest.fixture(scope="module")
+def compressor(reranker: CoReReranker) -> CoReDocumentCompressor:
+    return CoReDocumentCompressor(reranker=reranker, top_n=3)
+
+
+def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> None:
+    before = [document.model_copy(deep=True) for document in DOCUMENTS]
+    compressed = compressor.compress_documents(DOCUMENTS, QUERY)
+    assert before == DOCUMENTS
+    assert compressed[0].id == "bell"
+    assert len(compressed) == 3
+    scores = [document.metadata["relevance_score"] for document in compressed]
+    assert scores == sorted(scores, reverse=True)
+    assert all(type(score) is float for score in scores)
+    assert compressed[0].metadata["tags"] == ["a"]
+    assert compressed[0].page_content == DOCUMENTS[1].page_content
+
+
+def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
+    best = compressor.compress_documents(DOCUMENTS, QUERY)[0].metadata["relevance_score"]
+    strict = CoReDocumentCompressor(reranker=reranker, score_threshold=best)
+    assert [document.id for document in strict.compress_documents(DOCUMENTS, QUERY)] == ["bell"]
+
+
+def test_async_gives_the_same(compressor: CoReDocumentCompressor) -> None:
+    async def run() -> list[Any]:
+        return await asyncio.gather(
+            *(compressor.acompress_documents(DOCUMENTS, QUERY) for _ in range(3))
+        )
+
+    expected = compressor.compress_documents(DOCUMENTS, QUERY)
+    for compressed in asyncio.run(run()):
+        assert [d.page_content for d in compressed] == [d.page_content for d in expected]
+
+
+def test_no_documents(compressor: CoReDocumentCompressor) -> None:
+    assert compressor.compress_documents([], QUERY) == []
+
+
+def test_in_a_retriever_and_a_pipeline(compressor: CoReDocumentCompressor) -> None:
+    pipeline = DocumentCompressorPipeline(transformers=[compressor])
+    for base_compressor in (compressor, pipeline):
+        retriever = ContextualCompressionRetriever(
+            base_compressor=base_compressor, base_retriever=FixedRetriever()
+        )
+        assert retriever.invoke(QUERY)[0].id == "bell"
+
+
+class Recorder(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self.parents: list[UUID | None] = []
+
+    def on_chain_start(self, *_: Any, name: str, parent_run_id: UUID | None, **__: Any) -> None:
+        self.events.append(("start", name))
+        self.parents.append(parent_run_id)
+
+    def on_chain_end(self, outputs: Any, **_: Any) -> None:
+        self.events.append(("end", len(outputs)))
+
+    def on_chain_error(self, error: BaseException, **_: Any) -> None:
+        self.events.append(("error", type(error)))
+
+
+def test_a_run_of_its_own_in_traces(compressor: CoReDocumentCompressor) -> None:
+    expected = [("start", "CoReDocumentCompressor"), ("end", 3)]
+    recorder = Recorder()
+    compressor.compress_documents(DOCUMENTS, QUERY, callbacks=[recorder])
+    assert recorder.events == expected
+
+    recorder = Recorder()
+    asyncio.run(compressor.acompress_documents(DOCUMENTS, QUERY, callbacks=[recorder]))
+    assert recorder.events == expected
+
+    recorder = Recorder()
+    with pytest.raises(InvalidInputError):
+        compressor.compress_documents(DOCUMENTS, "", callbacks=[recorder])
+    assert recorder.events == [("start", "CoReDocumentCompressor"), ("error", InvalidInputError)]
+
+    recorder = Recorder()
+    ContextualCompressionRetriever(
+        base_compressor=compressor, base_retriever=FixedRetriever()
+    ).invoke(QUERY, config={"callbacks": [recorder]})
+    assert recorder.events == expected
+    assert recorder.parents[0] is not None, "the run hangs below the retriever's"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_n": 0}, {"top_n": -1}, {"window": 0}, {"score_threshold": float("nan")}, {"topn": 3}],
+)
+def test_meaningless_fields_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        CoReDocumentCompressor(**fields)
+
+
+def test_nothing_is_loaded_before_it_is_needed() -> None:
+    assert CoReDocumentCompressor(model="/nowhere/at/all")._built is None
+
+
+def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
+    compressor = CoReDocumentCompressor(reranker=reranker)
+    assert compressor.model == reranker.settings["model"]
+    assert compressor.heads == reranker.settings["heads"]
+    with pytest.raises(ValidationError, match="contradicts the given reranker"):
+        CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
+
+
+def test_pickle(compressor: CoReDocumentCompressor) -> None:
+    lazy = CoReDocumentCompressor(**compressor.model_dump())
+    assert lazy.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+    restored = pickle.loads(pickle.dumps(lazy))
+    assert restored._built is None
+    assert restored.model_dump() == lazy.model_dump() == compressor.model_dump()
+
+
+class TestAsRetriever(RetrieversIntegrationTests):
+    """LangChain's own tests for retrievers, on one that compresses with us."""
+
+    @pytest.fixture(autouse=True)
+    def _share_reranker(self, reranker: CoReReranker) -> None:
+        type(self)._reranker = reranker
+
+    @property
+    def retriever_constructor(self) -> Any:
+        def build(k: int | None = None) -> ContextualCompressionRetriever:
+            return ContextualCompressionRetriever(
+                base_compressor=CoReDocumentCompressor(reranker=self._reranker, top_n=k),
+                base_retriever=FixedRetriever(),
+            )
+
+        return build
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def retriever_query_example(self) -> str:
+        return QUERY
+
+    @pytest.mark.xfail(reason="a compression retriever hands no k per call to its compressor")
+    def test_invoke_with_k_kwarg(self, retriever: BaseRetriever) -> None:
+        super().test_invoke_with_k_kwarg(retriever)

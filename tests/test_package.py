@@ -1,0 +1,54 @@
+"""What an import costs, and what a missing extra says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["torch", "transformers", "vllm", "langchain_core", "llama_index"]
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    code = (
+        "import sys, core_rerank_integrations as c; c.CoReReranker; c.HeadSet; c.RerankResult\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("missing", "use", "extra"),
+    [
+        ("langchain_core", "core_rerank_integrations.CoReDocumentCompressor", "langchain"),
+        ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
+        (
+            "transformers",
+            "core_rerank_integrations.CoReReranker('.', heads=[(0, 0)])",
+            "transformers",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, use: str, extra: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{missing!r}] = None\n"
+        "import core_rerank_integrations\n"
+        f"try: {use}\nexcept ImportError as error: print(error)"
+    )
+    assert f'pip install "core-rerank-integrations[{extra}]"' in run(code)
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    import core_rerank_integrations
+
+    with pytest.raises(AttributeError, match="has no attribute 'Reranker'"):
+        core_rerank_integrations.Reranker  # noqa: B018
+    assert set(core_rerank_integrations.__all__) <= set(dir(core_rerank_integrations))

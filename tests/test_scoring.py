@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from core_rerank_integrations.prompt import Span
+from core_rerank_integrations.scoring import document_scores
+
+
+def test_sums_the_difference_of_query_and_baseline() -> None:
+    query = np.array([9.0, 0.3, 0.4, 0.5, 9.0], dtype=np.float32)
+    baseline = np.array([1.0, 0.1, 0.1, 0.1, 1.0], dtype=np.float32)
+    assert document_scores(query, baseline, [Span(1, 4)]) == pytest.approx([0.9])
+
+
+def test_drops_low_outliers_of_the_document_itself() -> None:
+    tokens = np.array([1.0] * 9 + [-10.0], dtype=np.float32)
+    # Mean -0.1, unbiased deviation 3.479: the floor is -7.06, and -10 is below it.
+    assert document_scores(tokens, np.zeros(10, np.float32), [Span(0, 10)]) == [9.0]
+
+
+def test_keeps_outliers_within_two_unbiased_deviations() -> None:
+    # With the biased deviation (2.0) the floor would be -4.0, and the -4 dropped.
+    tokens = np.array([1.0, 1.0, 1.0, 1.0, -4.0], dtype=np.float32)
+    assert document_scores(tokens, np.zeros(5, np.float32), [Span(0, 5)]) == [0.0]
+
+
+def test_one_token_and_constant_documents_keep_their_tokens() -> None:
+    tokens = np.array([0.25, 0.5, 0.5], dtype=np.float32)
+    spans = [Span(0, 1), Span(1, 3)]
+    assert document_scores(tokens, np.zeros(3, np.float32), spans) == [0.25, 1.0]
+
+
+def test_baseline_may_be_shorter_than_the_prompt() -> None:
+    query = np.arange(6, dtype=np.float32)
+    assert document_scores(query, np.zeros(3, np.float32), [Span(1, 3)]) == [3.0]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core_rerank_integrations.windows import plan_windows
+
+
+def test_one_window_when_all_fits() -> None:
+    assert plan_windows([10, 20, 30], budget=60) == [[0, 1, 2]]
+
+
+def test_candidates_are_interleaved_over_equal_windows() -> None:
+    assert plan_windows([10] * 7, budget=1000, size=3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert plan_windows([10] * 8, budget=40) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_one_long_document_does_not_split_the_others() -> None:
+    windows = plan_windows([10] * 9 + [95], budget=100)
+    assert windows == [[9], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_no_documents() -> None:
+    assert plan_windows([], budget=10) == []
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    st.integers(100, 400),
+    st.none() | st.integers(1, 20),
+)
+def test_every_document_once_within_budget_and_size(
+    lengths: list[int], budget: int, size: int | None
+) -> None:
+    windows = plan_windows(lengths, budget, size)
+    assert sorted(index for window in windows for index in window) == list(range(len(lengths)))
+    for window in windows:
+        assert window == sorted(window)
+        assert sum(lengths[index] for index in window) <= budget
+        assert len(window) <= (size or len(lengths))
