@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format typecheck bench examples clean
+.PHONY: demo test test-slow test-lowest test-newest lint format typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -14,8 +14,14 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
 
-examples: $(VENV)/.installed
-	$(BIN)/pytest tests/test_examples.py
+# The ends of the version ranges in pyproject.toml, each in an environment of its own.
+test-lowest: LIMITS := -c constraints-lowest.txt
+test-newest: LIMITS := torch==2.13.0
+test-lowest test-newest:
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
+	.venv-$@/bin/python -m pytest -m "not slow" --ignore tests/test_examples.py \
+		--ignore tests/test_cli.py --ignore tests/test_evaluation.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -32,7 +38,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/transformers_backend.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
