@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
@@ -47,12 +48,16 @@ def requests(count: int, documents: int) -> list[tuple[str, list[str]]]:
     return lists
 
 
+def _track(rounds: int, what: str) -> Iterable[int]:
+    return track(range(rounds), description=what, console=Console(stderr=True), transient=True)
+
+
 def alternate(
     first: Callable[[int], Any], second: Callable[[int], Any], rounds: int
 ) -> tuple[list[float], list[float]]:
     """Wall seconds of both, taken in turn; one round of each is not counted."""
     times: tuple[list[float], list[float]] = ([], [])
-    for number in track(range(rounds + 1), description="alternating", transient=True):
+    for number in _track(rounds + 1, "alternating"):
         for run, seconds in zip((first, second), times, strict=True):
             start = time.perf_counter()
             run(number)
@@ -94,7 +99,7 @@ def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
     with CoReReranker(MODEL, heads=HEADS, window=window) as reranker:
         work = {count: requests(rounds + 1, count) for count in LIST_LENGTHS}
         times: dict[int, list[float]] = {count: [] for count in LIST_LENGTHS}
-        for number in track(range(rounds + 1), description="list lengths", transient=True):
+        for number in _track(rounds + 1, "list lengths"):
             for count in LIST_LENGTHS:
                 start = time.perf_counter()
                 reranker.score(*work[count][number])

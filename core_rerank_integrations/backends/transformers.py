@@ -54,6 +54,7 @@ class TransformersBackend:
             the GPU has no bfloat16) on CUDA, float32 on CPU. Attention mass is float32 always.
         device: A torch device, or ``None`` for CUDA where there is one, else CPU.
         max_batch_tokens: Tokens packed into one forward pass; a longer prompt runs alone.
+            ``None``: 2,048 on CPU, where longer passes gain nothing, else 16,384.
 
     Raises:
         UnsupportedModelError: The model computes attention in a way that this backend cannot
@@ -68,13 +69,13 @@ class TransformersBackend:
         *,
         dtype: str = "auto",
         device: str | None = None,
-        max_batch_tokens: int = 8192,
+        max_batch_tokens: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _dtype(dtype, self.device)
         self._lock = threading.Lock()
         self._closed = False
-        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens or (2048 if self.device.type == "cpu" else 16384)
 
         config = model.config()
         self.max_context: int = config.max_position_embeddings
