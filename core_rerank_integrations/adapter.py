@@ -36,7 +36,9 @@ class RerankerFields(BaseModel):
         description="Head set, its shipped name or file, or (layer, head) pairs; "
         "None: the set shipped for the model.",
     )
-    backend: str = Field(default="auto", description="Who runs the model: auto, transformers.")
+    backend: str = Field(
+        default="auto", description="Who runs the model: auto, transformers or vllm."
+    )
     dtype: str = Field(default="auto", description="float32, bfloat16, float16 or auto.")
     device: str | None = Field(default=None, description="Torch device; None: CUDA if there.")
     window: int | None = Field(
@@ -47,6 +49,9 @@ class RerankerFields(BaseModel):
     )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; None: the head set's."
+    )
+    engine_args: dict[str, Any] | None = Field(
+        default=None, description="Further arguments for vLLM's engine."
     )
     top_n: int | None = Field(
         default=None, ge=1, description="Most documents to return; None: all."
@@ -99,5 +104,6 @@ class RerankerFields(BaseModel):
                     window=self.window,
                     max_document_tokens=self.max_document_tokens,
                     template=self.template,
+                    engine_args=self.engine_args,
                 )
             return self._built

@@ -30,6 +30,10 @@ class UnsupportedModelError(ModelError):
     """A model whose attention this package cannot read exactly; raised when it is loaded."""
 
 
+class BackendError(CoReError, RuntimeError):
+    """What runs the model failed, or gave less than a whole answer."""
+
+
 class MissingExtraError(CoReError, ImportError):
     """A library that belongs to one of the package's extras is not installed."""
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -115,6 +115,17 @@ class LocalModel:
 def model_shape(config: PretrainedConfig) -> ModelShape:
     """What a head set is checked against."""
     return ModelShape(config.num_hidden_layers, config.num_attention_heads, config.model_type)
+
+
+def first_layers(config: PretrainedConfig, num_layers: int) -> dict[str, Any]:
+    """The settings that make a configuration one of its first ``num_layers`` layers only."""
+    total = config.num_hidden_layers
+    per_layer = {
+        name: value[:num_layers]
+        for name, value in vars(config).items()
+        if "layer" in name and isinstance(value, list) and len(value) == total
+    }
+    return {**per_layer, "num_hidden_layers": num_layers}
 
 
 def resolve(model: str | Path, source: Source = "auto") -> LocalModel:

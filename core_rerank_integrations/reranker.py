@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,9 @@ from core_rerank_integrations.results import RerankResult, ranked
 from core_rerank_integrations.scoring import Mass, document_scores
 from core_rerank_integrations.windows import plan_windows
 
-BACKENDS = ("auto", "transformers")
+BACKENDS = ("auto", "transformers", "vllm")
+CONCURRENT_CALLS = 32
+"""Calls of `arerank` that are under way at once; more wait their turn."""
 BASELINE_CACHE_TOKENS = 4_000_000
 """Prompt tokens whose ``N/A`` attention mass is kept, at four bytes each."""
 
@@ -57,11 +59,11 @@ class CoReReranker:
         model: An alias (``core-rerank models list``), a hub id, a model folder or a GGUF file.
         heads: The heads to read: a `HeadSet`, the name of a shipped one, the path of a head set
             file, or a list of (layer, head); ``None`` takes the set shipped for the model.
-        backend: ``auto`` or ``transformers``; or an `AttentionBackend` of your own, which must
-            run this model with these heads.
+        backend: ``transformers``, ``vllm``, or ``auto``, which is ``transformers``; or an
+            `AttentionBackend` of your own, which must run this model with these heads.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA, float32 on
-            CPU.
-        device: A torch device; ``None`` takes CUDA where there is one.
+            CPU; with vLLM the checkpoint's own.
+        device: A torch device; ``None`` takes CUDA where there is one. vLLM chooses by itself.
         window: Most documents ranked in one prompt; ``None`` takes the head set's, and where
             that names none, as many as the context holds. ``1`` ranks each document by itself:
             its score then depends on no other document.
@@ -70,6 +72,7 @@ class CoReReranker:
         template: Name of a prompt template or a `PromptTemplate`; ``None`` takes the head
             set's, else that of the head set shipped for the model, else the model's chat
             template.
+        engine_args: Further arguments for vLLM's engine, as vLLM names them.
 
     Raises:
         InvalidInputError: An argument has no meaning.
@@ -87,6 +90,7 @@ class CoReReranker:
         window: int | None = None,
         max_document_tokens: int | None = None,
         template: str | PromptTemplate | None = None,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         _check_count("window", window)
         _check_count("max_document_tokens", max_document_tokens)
@@ -94,6 +98,8 @@ class CoReReranker:
             raise InvalidInputError(
                 f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
+        if engine_args and backend != "vllm":
+            raise InvalidInputError(f"engine_args are for backend='vllm', not {backend!r}")
         self._arguments = {
             "model": model,
             "heads": heads,
@@ -103,6 +109,7 @@ class CoReReranker:
             "window": window,
             "max_document_tokens": max_document_tokens,
             "template": template,
+            "engine_args": engine_args,
         }
         self._max_document_tokens = max_document_tokens
         local_model = resolve(model)
@@ -116,14 +123,14 @@ class CoReReranker:
             _template(template or _usual_template(self.heads, local_model), tokenizer),
         )
         self._backend: AttentionBackend | None = (
-            _load_backend(local_model, self.heads, dtype, device)
+            _load_backend(backend, local_model, self.heads, dtype, device, engine_args)
             if isinstance(backend, str)
             else backend
         )
         self._max_context = self._backend.max_context
         self._baselines: LRUCache[bytes, Mass] = LRUCache(BASELINE_CACHE_TOKENS, getsizeof=len)
         self._baselines_lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(thread_name_prefix="core-rerank")
+        self._executor = ThreadPoolExecutor(CONCURRENT_CALLS, "core-rerank")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -325,8 +332,17 @@ def _rebuild(arguments: dict[str, Any]) -> CoReReranker:
 
 
 def _load_backend(
-    model: LocalModel, heads: HeadSet, dtype: str, device: str | None
+    name: str,
+    model: LocalModel,
+    heads: HeadSet,
+    dtype: str,
+    device: str | None,
+    engine_args: Mapping[str, Any] | None,
 ) -> AttentionBackend:
+    if name == "vllm":
+        from core_rerank_integrations.backends.vllm.engine import VLLMBackend
+
+        return VLLMBackend(model, heads, dtype=dtype, engine_args=engine_args)
     from core_rerank_integrations.backends.transformers import TransformersBackend
 
     return TransformersBackend(model, heads, dtype=dtype, device=device)

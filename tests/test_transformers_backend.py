@@ -124,10 +124,11 @@ def expected(model: LocalModel, prompt: Prompt) -> np.ndarray[Any, Any]:
     tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
     with torch.inference_mode():
         attentions = eager(tokens, output_attentions=True, use_cache=False).attentions
-    return sum(
+    mass = sum(
         head.weight * attentions[head.layer][0, head.head, len(prompt.prefix) :].mean(dim=0)
         for head in HEADS.heads
-    ).numpy()
+    )
+    return mass[: len(prompt.prefix) + 1].numpy()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

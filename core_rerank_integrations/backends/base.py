@@ -16,7 +16,7 @@ class AttentionBackend(Protocol):
     """Most tokens of one prompt."""
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """Attention mass on every token of every prompt.
+        """Attention mass on every prompt's prefix, and on the first token of its query span.
 
         For each selected head, the softmax attention of the query span's tokens over the whole
         prompt; mean over those tokens, sum over heads with their weights (arXiv 2510.02219,
@@ -24,7 +24,8 @@ class AttentionBackend(Protocol):
         several threads.
 
         Returns:
-            One float32 array per prompt, shape [len(prompt)].
+            One float32 array per prompt, shape [len(prompt.prefix) + 1], as far as document
+            spans may reach.
         """
         ...
 

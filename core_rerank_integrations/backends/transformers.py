@@ -26,7 +26,7 @@ from core_rerank_integrations.errors import (
     requires_extra,
 )
 from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.models import LocalModel, first_layers
 from core_rerank_integrations.prompt import Prompt
 from core_rerank_integrations.scoring import Mass
 
@@ -80,7 +80,9 @@ class TransformersBackend:
         config = model.config()
         self.max_context: int = config.max_position_embeddings
         self._packs_prompts = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
-        _cut(config, head_set.highest_layer + 1)
+        _check_layer_types(config, head_set.highest_layer + 1)
+        for name, value in first_layers(config, head_set.highest_layer + 1).items():
+            setattr(config, name, value)
         self._model = self._load(model, config)
         self._heads = _LayerHeads.by_layer(head_set, self.device)
         self._verify(model)
@@ -96,7 +98,7 @@ class TransformersBackend:
             for group, group_masses in zip(batch, computed, strict=True):
                 for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
                     for index in indices:
-                        masses[index] = mass
+                        masses[index] = mass[: len(group.prefix) + 1]
         return cast(list[Mass], masses)
 
     def close(self) -> None:
@@ -452,19 +454,13 @@ def _mass(
     return mass / rows
 
 
-def _cut(config: PretrainedConfig, num_layers: int) -> None:
-    """Shorten a configuration to its first layers; refuse layers that cannot be read."""
-    total = config.num_hidden_layers
+def _check_layer_types(config: PretrainedConfig, num_layers: int) -> None:
     layer_types = set((getattr(config, "layer_types", None) or [])[:num_layers])
     if unknown := layer_types - KNOWN_LAYER_TYPES:
         raise UnsupportedModelError(
             f"models of type {config.model_type!r} have layers of type "
             f"{', '.join(sorted(unknown))}, which hold no heads that can be read"
         )
-    for name, per_layer in list(vars(config).items()):
-        if "layer" in name and isinstance(per_layer, list) and len(per_layer) == total:
-            setattr(config, name, per_layer[:num_layers])
-    config.num_hidden_layers = num_layers
 
 
 def _rope_type(config: PretrainedConfig) -> str:

