@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-vllm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -51,6 +51,10 @@ typecheck: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/transformers_backend.py
+
+bench-vllm: $(VENV)/.vllm-cpu
+	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 \
+		$(BIN)/python benchmarks/vllm_backend.py
 
 clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,63 +6,21 @@ Prints a Markdown table of ratios; `make bench`. Takes some ten minutes on two c
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
-from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
+from common import HEADS, MODEL, alternate, machine, requests, tracked
 from transformers import AutoModelForCausalLM
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.evaluation import Collection
 from core_rerank_integrations.models import resolve
-from core_rerank_integrations.resources import resource_folder
 
-MODEL = "smollm2-135m"
-HEADS = "core-smollm2-135m-instruct"
-WORDS = 78
 LIST_LENGTHS = (5, 20, 40, 100)
-
-
-def requests(count: int, documents: int) -> list[tuple[str, list[str]]]:
-    """Queries of the demo, each with ``documents`` passages of about 110 tokens; no two alike."""
-    collection = Collection.load(resource_folder("examples/data"))
-    passages = cycle(
-        " ".join(passage.text.split()[:WORDS]) for passage in collection.passages.values()
-    )
-    queries = islice(cycle(collection.queries.values()), count)
-    lists = []
-    for number, query in enumerate(queries):
-        texts = list(islice(passages, documents))
-        lists.append((query, [f"({number}.{i}) {text}" for i, text in enumerate(texts)]))
-    return lists
-
-
-def _track(rounds: int, what: str) -> Iterable[int]:
-    return track(range(rounds), description=what, console=Console(stderr=True), transient=True)
-
-
-def alternate(
-    first: Callable[[int], Any], second: Callable[[int], Any], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Wall seconds of both, taken in turn; one round of each is not counted."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in _track(rounds + 1, "alternating"):
-        for run, seconds in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            run(number)
-            seconds.append(time.perf_counter() - start)
-    return times[0][1:], times[1][1:]
 
 
 def compare_with_full_prefill(dtype: str, rounds: int) -> str:
@@ -99,7 +57,7 @@ def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
     with CoReReranker(MODEL, heads=HEADS, window=window) as reranker:
         work = {count: requests(rounds + 1, count) for count in LIST_LENGTHS}
         times: dict[int, list[float]] = {count: [] for count in LIST_LENGTHS}
-        for number in _track(rounds + 1, "list lengths"):
+        for number in tracked(rounds + 1, "list lengths"):
             for count in LIST_LENGTHS:
                 start = time.perf_counter()
                 reranker.score(*work[count][number])
@@ -149,11 +107,7 @@ def main() -> None:
     if arguments.memory_of:
         measure_memory(arguments.memory_of)
         return
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {version('torch')}, transformers {version('transformers')}\n"
-    )
+    print(machine("torch", "transformers") + "\n")
     print("| dtype | prompt tokens | rerank s | plain prefill s | ratio (range) | floor |")
     print("| --- | --- | --- | --- | --- | --- |")
     for dtype in ("float32", "bfloat16"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ TOLERANCE = 1e-5
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "compiled": {},
-    "chunked": {"enforce_eager": True, "max_num_batched_tokens": 256, "block_size": 32},
+    "chunked": {"enforce_eager": True, "max_num_batched_tokens": 256},
 }
 
 
@@ -127,6 +129,37 @@ def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) ->
             )
 
 
+def test_two_tensor_parallel_ranks_equal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from core_rerank_integrations.backends.vllm.engine import VLLMBackend
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # One core for each rank.
+    changes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**{**TINY, **changes, "initializer_range": 0.1})
+    model = saved(tmp_path, config)
+    # Heads of both ranks, of one rank alone, and several of a layer.
+    head_set = HeadSet.from_pairs([(0, 1), (1, 6), (2, 0), (2, 3), (2, 7)])
+    expected = TransformersBackend(model, head_set).attention_mass(prompts())
+    backend = VLLMBackend(
+        model,
+        head_set,
+        dtype="float32",
+        engine_args={
+            "tensor_parallel_size": 2,
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+        },
+    )
+    try:
+        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
+            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
+    finally:
+        backend.close()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "gemma3"])
 def test_families(family: str, tmp_path: Path) -> None:
     """Random models against the Transformers backend, which is itself checked against eager."""
@@ -134,7 +167,9 @@ def test_families(family: str, tmp_path: Path) -> None:
 
     name, changes = FAMILIES[family]
     # The CPU kernels start at heads of 32.
-    config = getattr(transformers, name)(**{**TINY, "hidden_size": 128, "initializer_range": 0.1, **changes, "head_dim": 32})
+    config = getattr(transformers, name)(
+        **{**TINY, "hidden_size": 128, "initializer_range": 0.1, **changes, "head_dim": 32}
+    )
     model = saved(tmp_path, config)
     head_set = HeadSet.from_pairs([(0, 1), (2, 0), (2, 3), (3, 2)])
     from core_rerank_integrations.backends.vllm.engine import VLLMBackend
@@ -159,7 +194,7 @@ def test_families(family: str, tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 2}, InvalidInputError, "does not support pipeline"),
         ({"decode_context_parallel_size": 2}, InvalidInputError, "does not support context"),
         ({"no_such_argument": 1}, InvalidInputError, "no engine argument no_such_argument"),
-        ({"kv_cache_dtype": "fp8"}, BackendError, ""),
+        ({"kv_cache_dtype": "fp8"}, InvalidInputError, "keys in full precision"),
     ],
 )
 def test_refusals(
@@ -170,16 +205,14 @@ def test_refusals(
 
 
 def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel) -> None:
-    import multiprocessing
-    import threading
-
+    others = set(multiprocessing.active_children())
     reranker = CoReReranker(
         smollm2.path,
         heads=HEADS,
         backend="vllm",
         engine_args={"enforce_eager": True, "max_model_len": 4096},
     )
-    processes = multiprocessing.active_children()
+    processes = set(multiprocessing.active_children()) - others
     assert processes
     outcome: list[BaseException] = []
 

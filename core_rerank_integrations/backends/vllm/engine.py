@@ -31,6 +31,7 @@ with requires_extra("vllm"):
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.inputs import TokensPrompt
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -40,6 +41,8 @@ TOKENS_PER_DOCUMENT = 512
 """Room planned for a document of the head set's window, where no ``max_model_len`` is given."""
 DEFAULT_WINDOW = 32
 GPU_MEMORY_SHARE = 0.5
+CPU_BLOCK_SIZE = 32
+"""vLLM's own on CPU is 128, in which a short document never fills a block that could be shared."""
 RESULT_CACHE_TOKENS = 4_000_000
 """Prompt tokens whose attention mass is kept, at four bytes each: a repeated question is free."""
 
@@ -107,6 +110,7 @@ class VLLMBackend:
             # Before the engine goes: what listens to it would report its end as a failure.
             self._cancel_all()
             self._engine.shutdown()
+            del self._engine
             self._stop_loop()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -193,6 +197,11 @@ def _engine_arguments(
                 f"{name}={given[name]!r}: reranking does not support {meaning}; use "
                 "tensor_parallel_size"
             )
+    if "fp8" in str(given.get("kv_cache_dtype", "auto")):
+        raise InvalidInputError(
+            f"kv_cache_dtype={given['kv_cache_dtype']!r}: reranking reads keys in full precision; "
+            "leave it at 'auto'"
+        )
     if unknown := set(given) - set(AsyncEngineArgs.__dataclass_fields__):
         raise InvalidInputError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
     config = model.config()
@@ -208,6 +217,7 @@ def _engine_arguments(
         "max_model_len": min(config.max_position_embeddings, room),
         "gpu_memory_utilization": GPU_MEMORY_SHARE,
         "enable_prefix_caching": True,
+        "block_size": CPU_BLOCK_SIZE if current_platform.is_cpu() else None,
         "disable_log_stats": True,
         **given,
         "runner": "pooling",

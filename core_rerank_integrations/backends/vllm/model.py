@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.adapters import as_embedding_model
@@ -21,11 +21,12 @@ from core_rerank_integrations.errors import UnsupportedModelError
 
 
 def as_core_model(original: type) -> type:
-    """A pooling model around a decoder: probes on its attention, no LM head."""
+    """A pooling model around a decoder: probes on its attention, no LM head, no last MLP."""
 
     class CoReModel(as_embedding_model(original)):  # type: ignore[misc]
         def _init_pooler(self, vllm_config: Any, prefix: str = "") -> CoRePooler:  # noqa: ARG002
-            self._num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            self._last_layer = vllm_config.model_config.hf_text_config.num_hidden_layers - 1
+            self._drop_last_mlp()
             return CoRePooler(_install_probes(vllm_config))
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
@@ -33,11 +34,17 @@ def as_core_model(original: type) -> type:
                 (name, tensor) for name, tensor in weights if self._is_kept(name)
             )
 
+        def _drop_last_mlp(self) -> None:
+            for name, module in self.named_modules():
+                if name.endswith(f"layers.{self._last_layer}") and hasattr(module, "mlp"):
+                    module.mlp = nn.Identity()
+
         def _is_kept(self, name: str) -> bool:
-            layer = re.search(r"\blayers\.(\d+)\.", name)
-            if layer is not None:
-                return bool(int(layer[1]) < self._num_layers)
-            return not name.startswith("lm_head")
+            layer = re.search(r"\blayers\.(\d+)\.(mlp\.)?", name)
+            if layer is None:
+                return not name.startswith("lm_head")
+            number, in_mlp = int(layer[1]), layer[2] is not None
+            return bool(number < self._last_layer or (number == self._last_layer and not in_mlp))
 
     return CoReModel
 
@@ -57,7 +64,10 @@ def _install_probes(vllm_config: Any) -> list[Probe]:
             f"layers {sorted(missing)} of this model have no standard attention to read"
         )
     rank = get_tensor_model_parallel_rank()
-    return [Probe(*layers[layer], heads[layer], rank) for layer in sorted(heads)]
+    last = max(heads)
+    return [
+        Probe(*layers[layer], heads[layer], rank, last=layer == last) for layer in sorted(heads)
+    ]
 
 
 def __getattr__(name: str) -> Any:

