@@ -70,6 +70,8 @@ class RerankerFields(BaseModel):
         if not isinstance(fields, dict) or not isinstance(fields.get("reranker"), CoReReranker):
             return fields
         settings = fields["reranker"].settings
+        if not isinstance(settings["backend"], str):
+            del settings["backend"]  # An instance cannot be written down.
         for name, value in settings.items():
             if name in fields and fields[name] != value:
                 raise ValueError(

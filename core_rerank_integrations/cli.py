@@ -62,7 +62,7 @@ def rerank(
     top_n: Annotated[int | None, typer.Option(min=1, help="Most results; default all.")] = None,
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
-    backend: Annotated[str, typer.Option(help="auto or transformers.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     window: Annotated[int | None, typer.Option(min=1, help="Most documents a prompt.")] = None,
     query_id: Annotated[str, typer.Option(help="Query id in TREC output.")] = "1",

@@ -143,6 +143,12 @@ def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
         CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
 
 
+def test_a_given_reranker_may_run_on_a_backend_of_its_own(reranker: CoReReranker) -> None:
+    own = CoReReranker(**{**reranker.settings, "backend": reranker._backend})
+    compressor = CoReDocumentCompressor(reranker=own)
+    assert compressor.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+
+
 def test_pickle(compressor: CoReDocumentCompressor) -> None:
     lazy = CoReDocumentCompressor(**compressor.model_dump())
     assert lazy.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"

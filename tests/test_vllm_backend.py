@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import threading
+import os
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,33 @@ def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReRerank
     assert next(backend._ids) == before + 1
 
 
+def test_an_incomplete_answer_is_asked_again_and_never_used(
+    vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = vllm_reranker._backend
+    encode = backend._encode
+    asked: list[bool] = []
+    repaired = True
+
+    async def losing_a_row(prompt: Any, read_cache: bool) -> tuple[Any, int]:
+        asked.append(read_cache)
+        summed, rows = await encode(prompt, read_cache)
+        return (summed, rows) if repaired and not read_cache else (summed / 2, rows - 1)
+
+    documents = ["grey gulls over the pier", "a bowl of soup"]
+    expected = vllm_reranker.score("gulls", documents)
+    monkeypatch.setattr(backend, "_encode", losing_a_row)
+    forget(vllm_reranker)
+    scores = vllm_reranker.score("gulls", documents)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
+    assert sorted(asked) == [False, False, True, True]
+
+    repaired = False
+    forget(vllm_reranker)
+    with pytest.raises(BackendError, match="a score from these would be wrong"):
+        vllm_reranker.score("gulls", documents)
+
+
 def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) -> None:
     documents = ["Bread is baked.", "Bell patented the telephone.", "March is wet."]
     queries = [f"Who patented the telephone? ({number})" for number in range(16)]
@@ -204,31 +233,45 @@ def test_refusals(
         CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args=engine_args)
 
 
-def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel) -> None:
-    others = set(multiprocessing.active_children())
+def started(smollm2: LocalModel) -> tuple[CoReReranker, set[Any]]:
+    """A reranker with an engine of its own, and the processes that came with it."""
+    before = set(multiprocessing.active_children())
     reranker = CoReReranker(
         smollm2.path,
         heads=HEADS,
         backend="vllm",
         engine_args={"enforce_eager": True, "max_model_len": 4096},
     )
-    processes = set(multiprocessing.active_children()) - others
+    return reranker, set(multiprocessing.active_children()) - before
+
+
+LONG_DOCUMENTS = ["grey gulls over the pier " * 100] * 5
+
+
+def test_a_killed_engine_ends_every_waiting_call(smollm2: LocalModel) -> None:
+    reranker, (engine,) = started(smollm2)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [
+            pool.submit(reranker.score, f"gulls {number}", LONG_DOCUMENTS) for number in range(4)
+        ]
+        os.kill(engine.pid, signal.SIGKILL)
+        for call in waiting:
+            with pytest.raises(BackendError, match="engine has died"):
+                call.result(timeout=60)
+    with pytest.raises(BackendError, match="engine has died"):
+        reranker.score("gulls", ["grey gulls"])
+    reranker.close()
+
+
+def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel) -> None:
+    reranker, processes = started(smollm2)
     assert processes
-    outcome: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            reranker.score("gulls", ["grey gulls over the pier " * 100] * 5)
-        except BaseException as error:
-            outcome.append(error)
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
     backend = reranker._backend
-    backend.close()
-    waiting.join(timeout=60)
-    assert not waiting.is_alive()
-    assert isinstance(outcome[0], ClosedError | BackendError)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reranker.score, "gulls", LONG_DOCUMENTS)
+        backend.close()
+        with pytest.raises(ClosedError):
+            waiting.result(timeout=60)
     for process in processes:
         process.join(timeout=60)
         assert not process.is_alive()

@@ -20,6 +20,13 @@ PACKED_KEYS = ("CPU_ATTN",)
 """Attention backends that pack them for the processor's instruction set."""
 
 
+def is_supported_version() -> bool:
+    """Whether this package was run on the vLLM that is installed."""
+    import vllm
+
+    return ".".join(vllm.__version__.split(".")[:2]) in SUPPORTED_VERSIONS
+
+
 def check_version() -> None:
     """Refuse a vLLM that this package was not run on.
 
@@ -28,8 +35,7 @@ def check_version() -> None:
     """
     import vllm
 
-    minor = ".".join(vllm.__version__.split(".")[:2])
-    if minor not in SUPPORTED_VERSIONS:
+    if not is_supported_version():
         raise UnsupportedModelError(
             f"vLLM {vllm.__version__} is installed; this package reads the caches of vLLM "
             f"{', '.join(SUPPORTED_VERSIONS)}. Install one of these, or use backend='transformers'"

@@ -6,14 +6,12 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from typing import Any, TypeVar
 
 import numpy as np
 from cachetools import LRUCache
 
-from core_rerank_integrations.backends.vllm.compat import check_version
-from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY, QUERY_START_KEY
 from core_rerank_integrations.errors import (
     BackendError,
@@ -35,6 +33,8 @@ with requires_extra("vllm"):
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    from core_rerank_integrations.backends.vllm.compat import check_version
+    from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
     from core_rerank_integrations.backends.vllm.pooler import TASK
 
 TOKENS_PER_DOCUMENT = 512
@@ -43,6 +43,9 @@ DEFAULT_WINDOW = 32
 GPU_MEMORY_SHARE = 0.5
 CPU_BLOCK_SIZE = 32
 """vLLM's own on CPU is 128, in which a short document never fills a block that could be shared."""
+LIVENESS_SECONDS = 1.0
+"""How often a waiting call looks whether the engine still lives."""
+ENGINE_DIED = "the vLLM engine has died; its own log above says why. Make a new reranker"
 RESULT_CACHE_TOKENS = 4_000_000
 """Prompt tokens whose attention mass is kept, at four bytes each: a repeated question is free."""
 
@@ -119,6 +122,10 @@ class VLLMBackend:
             raise ClosedError("the vLLM engine of this reranker is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            # vLLM does not wake every waiting request when its process is killed.
+            while not wait([future], timeout=LIVENESS_SECONDS).done:
+                if hasattr(self, "_engine") and self._engine.errored:
+                    raise BackendError(ENGINE_DIED)
             return future.result()
         except CancelledError as error:
             raise ClosedError("the vLLM engine was closed while a call was waiting") from error
@@ -166,9 +173,7 @@ class VLLMBackend:
             async for output in self._engine.encode(tokens, parameters, f"core-{next(self._ids)}"):
                 result = output
         except EngineDeadError as error:
-            raise BackendError(
-                "the vLLM engine has died; its own log above says why. Make a new reranker"
-            ) from error
+            raise BackendError(ENGINE_DIED) from error
         vector = result.outputs.data.numpy()
         return vector[:-1], int(vector[-1])
 

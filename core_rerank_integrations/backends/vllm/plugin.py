@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from core_rerank_integrations.backends.vllm.compat import key_query_blocks_by_request
+from core_rerank_integrations.backends.vllm.compat import (
+    is_supported_version,
+    key_query_blocks_by_request,
+)
 
 ARCHITECTURE_PREFIX = "CoRe"
 MODELS = "core_rerank_integrations.backends.vllm.model"
 
 
 def register() -> None:
-    """Register a probed twin of every decoder vLLM knows, resolved when one is asked for."""
+    """Register a probed twin of every decoder vLLM knows, resolved when one is asked for.
+
+    Every vLLM on the machine calls this, also where nobody reranks: one of a version that is
+    not supported is left alone.
+    """
     from vllm import ModelRegistry
+
+    if not is_supported_version():
+        return
 
     for architecture in list(ModelRegistry.get_supported_archs()):
         if architecture.endswith("ForCausalLM") and not architecture.startswith(
