@@ -29,7 +29,7 @@ INSTRUCTION = "Answer briefly from the passages. Say so if they do not hold the 
 
 def chat_model(url: str | None, name: str) -> BaseChatModel:
     if url:
-        return ChatOpenAI(base_url=url, model=name, api_key="none")
+        return ChatOpenAI(base_url=url, model=name, api_key="none", max_tokens=300)
     print("(The embedded model answers: expect good sources and poor sentences.)")
     generation = {"max_new_tokens": 80, "repetition_penalty": 1.2, "return_full_text": False}
     folder = str(resolve("smollm2-135m").path)
