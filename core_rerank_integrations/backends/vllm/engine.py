@@ -124,7 +124,8 @@ class VLLMBackend:
         try:
             # vLLM does not wake every waiting request when its process is killed.
             while not wait([future], timeout=LIVENESS_SECONDS).done:
-                if hasattr(self, "_engine") and self._engine.errored:
+                engine = getattr(self, "_engine", None)  # None while it starts, and once closed.
+                if engine is not None and engine.errored:
                     raise BackendError(ENGINE_DIED)
             return future.result()
         except CancelledError as error:
