@@ -29,6 +29,15 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """The same before the sum: attention mass of every head by itself, unweighted.
+
+        Returns:
+            One float32 array per prompt, shape [heads, len(prompt.prefix) + 1], heads in the
+            order of the head set.
+        """
+        ...
+
     def close(self) -> None:
         """Free the model. No call may follow."""
         ...

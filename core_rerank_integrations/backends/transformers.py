@@ -85,10 +85,15 @@ class TransformersBackend:
             setattr(config, name, value)
         self._model = self._load(model, config)
         self._heads = _LayerHeads.by_layer(head_set, self.device)
+        self._weights = np.array([head.weight for head in head_set.heads], dtype=np.float32)
         self._verify(model)
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.attention_mass`."""
+        return [self._weights @ mass for mass in self.head_mass(prompts)]
+
+    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """See `AttentionBackend.head_mass`."""
         masses: list[Mass | None] = [None] * len(prompts)
         for batch in self._batches(prompts):
             with self._lock:
@@ -98,7 +103,7 @@ class TransformersBackend:
             for group, group_masses in zip(batch, computed, strict=True):
                 for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
                     for index in indices:
-                        masses[index] = mass[: len(group.prefix) + 1]
+                        masses[index] = mass[:, : len(group.prefix) + 1]
         return cast(list[Mass], masses)
 
     def close(self) -> None:
@@ -141,11 +146,10 @@ class TransformersBackend:
         prefix, suffixes = tokens[:24], [tokens[24:36], tokens[36:]]
         (probed,) = self._forward([(prefix, suffixes)])
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        scale = sum(float(heads.weights.abs().sum()) for heads in self._heads.values())
         for suffix, mass in zip(suffixes, probed, strict=True):
             expected = self._eager_mass(np.concatenate((prefix, suffix)), len(suffix))
             difference = float(np.abs(mass - expected).max())
-            if not difference <= tolerance * scale:
+            if not difference <= tolerance:
                 raise UnsupportedModelError(
                     f"{model.path}: attention read from {type(self._model).__name__} differs from "
                     f"the model's own by {difference:.2g}; this architecture computes attention "
@@ -163,10 +167,10 @@ class TransformersBackend:
                 )
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
-        mass = torch.zeros(len(tokens), device=self.device)
+        mass = torch.zeros(len(self._weights), len(tokens), device=self.device)
         for layer, heads in self._heads.items():
             attention = output.attentions[layer][0, heads.indices, -rows:].float()
-            mass += heads.weights @ attention.mean(dim=1)
+            mass[heads.places] = attention.mean(dim=1)
         return mass.cpu().numpy()
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[_PromptGroup]]:
@@ -185,7 +189,7 @@ class TransformersBackend:
     def _forward(
         self, groups: Sequence[tuple[np.ndarray[Any, Any], Sequence[np.ndarray[Any, Any]]]]
     ) -> list[list[Mass]]:
-        """One pass over (prefix, suffixes) groups; per group, the mass of each suffix's prompt."""
+        """One pass over (prefix, suffixes) groups; per group, head mass of each suffix's prompt."""
         sequences: list[_Sequence] = []
         tokens: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
@@ -215,19 +219,19 @@ class TransformersBackend:
 
 
 class _LayerHeads(NamedTuple):
-    """The selected heads of one layer."""
+    """The selected heads of one layer, and their places in the head set."""
 
     indices: Tensor
-    weights: Tensor
+    places: Tensor
 
     @classmethod
     def by_layer(cls, head_set: HeadSet, device: torch.device) -> dict[int, _LayerHeads]:
+        by_layer: dict[int, list[tuple[int, int]]] = {}
+        for place, head in enumerate(head_set.heads):
+            by_layer.setdefault(head.layer, []).append((head.head, place))
         return {
-            layer: cls(
-                torch.tensor([h.head for h in head_set.heads if h.layer == layer], device=device),
-                torch.tensor([h.weight for h in head_set.heads if h.layer == layer], device=device),
-            )
-            for layer in sorted({head.layer for head in head_set.heads})
+            layer: cls(*torch.tensor(by_layer[layer], device=device).unbind(dim=1))
+            for layer in sorted(by_layer)
         }
 
 
@@ -282,8 +286,12 @@ class _Probe:
         self, sequences: Sequence[_Sequence], heads: dict[int, _LayerHeads], device: torch.device
     ) -> None:
         self.sequences = sequences
+        count = sum(len(layer.indices) for layer in heads.values())
         self.masses = [
-            [torch.zeros(sequence.prefix + length, device=device) for length in sequence.suffixes]
+            [
+                torch.zeros(count, sequence.prefix + length, device=device)
+                for length in sequence.suffixes
+            ]
             for sequence in sequences
         ]
         self._heads = heads
@@ -324,7 +332,7 @@ class _Probe:
                     values = torch.cat((value[:, start:border], value[:, begin:stop]), dim=1)
                     first_row = begin
                 if heads is not None:
-                    masses[position] += _mass(
+                    masses[position][heads.places] = _mass(
                         query[:, begin:stop], keys, heads, scale=scale, window=window
                     )
                 if output is not None:
@@ -439,18 +447,18 @@ def _visible(
 def _mass(
     query: Tensor, key: Tensor, heads: _LayerHeads, *, scale: float, window: int | None
 ) -> Tensor:
-    """Weighted attention mass of the selected heads, float32, shape [tokens of ``key``]."""
+    """Attention mass of the selected heads, float32, shape [heads, tokens of ``key``]."""
     rows, tokens = query.shape[1], key.shape[1]
     groups = query.shape[0] // key.shape[0]
     keys = key[heads.indices // groups].float().transpose(1, 2)
-    mass = torch.zeros(tokens, device=query.device)
+    mass = torch.zeros(len(heads.indices), tokens, device=query.device)
     for row in range(0, rows, PROBED_ROWS):
         chunk = query[heads.indices, row : row + PROBED_ROWS].float()
         last_key = tokens - rows + row + chunk.shape[1]
         logits = (chunk @ keys[..., :last_key]) * scale
         visible = _visible(chunk.shape[1], 0, last_key, window, query.device)
         attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
-        mass[:last_key] += heads.weights @ attention.sum(dim=1)
+        mass[:, :last_key] += attention.sum(dim=1)
     return mass / rows
 
 
