@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from core_rerank_integrations.evaluation import Collection
+from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
 MODEL = "smollm2-135m"

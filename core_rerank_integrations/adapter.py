@@ -37,7 +37,7 @@ class RerankerFields(BaseModel):
         "None: the set shipped for the model.",
     )
     backend: str = Field(
-        default="auto", description="Who runs the model: auto, transformers or vllm."
+        default="auto", description="Who runs the model: auto, transformers, vllm or vllm-shared."
     )
     dtype: str = Field(default="auto", description="float32, bfloat16, float16 or auto.")
     device: str | None = Field(default=None, description="Torch device; None: CUDA if there.")
@@ -49,6 +49,11 @@ class RerankerFields(BaseModel):
     )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; None: the head set's."
+    )
+    first_stage_order: bool = Field(
+        default=True,
+        description="Whether documents come best first, as retrievers return them; "
+        "their ranks then count as the head set says.",
     )
     engine_args: dict[str, Any] | None = Field(
         default=None, description="Further arguments for vLLM's engine."
@@ -70,8 +75,9 @@ class RerankerFields(BaseModel):
         if not isinstance(fields, dict) or not isinstance(fields.get("reranker"), CoReReranker):
             return fields
         settings = fields["reranker"].settings
+        del settings["engine"]  # A running one cannot be written down, nor can a backend.
         if not isinstance(settings["backend"], str):
-            del settings["backend"]  # An instance cannot be written down.
+            del settings["backend"]
         for name, value in settings.items():
             if name in fields and fields[name] != value:
                 raise ValueError(
@@ -106,6 +112,7 @@ class RerankerFields(BaseModel):
                     window=self.window,
                     max_document_tokens=self.max_document_tokens,
                     template=self.template,
+                    first_stage_order=self.first_stage_order,
                     engine_args=self.engine_args,
                 )
             return self._built

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.errors import requires_extra
-from core_rerank_integrations.evaluation import Collection, measure
+from core_rerank_integrations.evaluation import mean_measures
 from core_rerank_integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.reranker import CoReReranker
@@ -198,10 +199,10 @@ def _measured(
         before[query] = pipeline.first_stage(question)
         after[query] = pipeline.reranked(question)
     qrels = {query: collection.qrels[query] for query in asked}
-    old, new = measure(qrels, before), measure(qrels, after)
+    old, new = mean_measures(qrels, before), mean_measures(qrels, after)
     summary.add_row(
         pipeline.name,
-        *(f"{values[metric]:.3f}" for metric in ("nDCG@10", "MRR") for values in (old, new)),
+        *(f"{values[metric]:.3f}" for metric in ("nDCG@10", "RR") for values in (old, new)),
     )
     if new["nDCG@10"] > old["nDCG@10"]:
         return f"{pipeline.name}: reranking improved nDCG@10."

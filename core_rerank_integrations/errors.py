@@ -34,6 +34,10 @@ class BackendError(CoReError, RuntimeError):
     """What runs the model failed, or gave less than a whole answer."""
 
 
+class CacheError(CoReError, OSError):
+    """Results of long work cannot be kept on disk, or read back."""
+
+
 class MissingExtraError(CoReError, ImportError):
     """A library that belongs to one of the package's extras is not installed."""
 

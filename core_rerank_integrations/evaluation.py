@@ -1,101 +1,296 @@
-"""Judged collections on disk, and how good a ranking of them is."""
+"""How good rankings are, and what reranking brings over the first stage."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from core_rerank_integrations.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.loading import load_backend, load_encoder
+from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.scoring import document_scores, with_first_stage
+from core_rerank_integrations.windows import WindowPlanner
 
-Qrels = dict[str, dict[str, int]]
-"""Relevance grade per query id and document id; what is not listed counts as 0."""
+MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10", "AP", "RR", "R@5", "R@10")
+"""In the notation of ir-measures; their means over queries are known as MAP, MRR and recall."""
+MAIN_MEASURE = "nDCG@10"
+FIRST_STAGE = "first-stage"
+SIGNIFICANT = 0.05
 
-
-@dataclass(frozen=True)
-class Passage:
-    """A document of a collection."""
-
-    id: str
-    title: str
-    text: str
-
-    @property
-    def content(self) -> str:
-        """What is indexed and ranked."""
-        return f"{self.title} {self.text}".strip()
+Measured = dict[str, dict[str, float]]
+"""Per query id, the value of each of `MEASURES`."""
 
 
-@dataclass(frozen=True)
-class Collection:
-    """Documents, queries and judgments of a folder in the layout of BEIR."""
+def measure(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> Measured:
+    """All `MEASURES` for every judged query; a query that the run lacks counts as 0.
 
-    passages: dict[str, Passage]
-    queries: dict[str, str]
-    qrels: Qrels
-
-    @classmethod
-    def load(cls, folder: Path, split: str = "test") -> Collection:
-        """Read ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
-
-        Queries without a judgment in this split are left out.
-
-        Raises:
-            InvalidInputError: A file is missing or malformed, or a judgment names a query or
-                document that the folder lacks.
-        """
-        passages = {
-            record["_id"]: Passage(record["_id"], record.get("title", ""), record["text"])
-            for record in _records(folder / "corpus.jsonl")
-        }
-        queries = {record["_id"]: record["text"] for record in _records(folder / "queries.jsonl")}
-        qrels: Qrels = {}
-        path = folder / "qrels" / f"{split}.tsv"
-        for query, passage, grade in _judgments(path):
-            for kind, name, known in (("query", query, queries), ("document", passage, passages)):
-                if name not in known:
-                    raise InvalidInputError(f"{path} judges the {kind} {name!r}, which is missing")
-            qrels.setdefault(query, {})[passage] = grade
-        return cls(passages, {key: queries[key] for key in queries if key in qrels}, qrels)
-
-
-def measure(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """nDCG@10 and MRR of a run: document ids per query id, best first."""
+    Args:
+        qrels: Relevance grades.
+        run: Document ids per query id, best first.
+    """
     with requires_extra("eval"):
         import ir_measures
     scored = {
-        query: {passage: -float(rank) for rank, passage in enumerate(ranking)}
+        query: {document: -float(rank) for rank, document in enumerate(ranking)}
         for query, ranking in run.items()
     }
-    names = {ir_measures.nDCG @ 10: "nDCG@10", ir_measures.RR: "MRR"}
-    values = ir_measures.calc_aggregate(list(names), qrels, scored)
-    return {name: float(values[metric]) for metric, name in names.items()}
+    parsed = {ir_measures.parse_measure(name): name for name in MEASURES}
+    measured: Measured = {query: dict.fromkeys(MEASURES, 0.0) for query in qrels}
+    for value in ir_measures.iter_calc(list(parsed), qrels, scored):
+        measured[value.query_id][parsed[value.measure]] = float(value.value)
+    return measured
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                record = json.loads(line)
-                if "_id" not in record or "text" not in record:
-                    raise InvalidInputError(f"{path}, line {number}: needs '_id' and 'text'")
-                yield record
-    except (OSError, json.JSONDecodeError) as error:
-        raise InvalidInputError(f"cannot read {path}: {error}") from error
+def mean_measures(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Means of all `MEASURES` over the judged queries."""
+    return _means(measure(qrels, run))
 
 
-def _judgments(path: Path) -> Iterator[tuple[str, str, int]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            if missing := {"query-id", "corpus-id", "score"} - set(rows.fieldnames or ()):
-                raise ValueError(f"no column {', '.join(sorted(missing))}")
-            for row in rows:
-                yield row["query-id"], row["corpus-id"], int(row["score"])
-    except (OSError, KeyError, ValueError) as error:
-        raise InvalidInputError(
-            f"cannot read {path}: {error!r}; it needs tab-separated query-id, corpus-id, score"
-        ) from error
+@dataclass(frozen=True)
+class Method:
+    """A way to order candidates; without heads, the first stage's own."""
+
+    name: str
+    heads: HeadSet | None = None
+    first_stage_order: bool = False
+
+
+@dataclass
+class MethodResult:
+    """What one method did with every query.
+
+    Attributes:
+        method: Which.
+        measured: Values per query.
+        rankings: (document id, score) per query id, best first.
+        seconds: Wall time of a rerank, of the queries that were timed.
+        p_value: Of a two-sided paired t-test of nDCG@10 against the first stage; ``None`` for
+            the first stage itself.
+    """
+
+    method: Method
+    measured: Measured
+    rankings: dict[str, list[tuple[str, float]]]
+    seconds: list[float] = field(default_factory=list)
+    p_value: float | None = None
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over queries."""
+        return _means(self.measured)
+
+    def values(self, name: str = MAIN_MEASURE) -> list[float]:
+        """One measure of every query, in the order of `measured`."""
+        return [values[name] for values in self.measured.values()]
+
+
+class JointReranker:
+    """Ranks by several head sets of one model in one pass, for comparisons.
+
+    Scores are those of a `CoReReranker` with the same head set; only the model runs once for
+    all, as far as the highest head of any.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        methods: Sequence[Method],
+        window: int | None = None,
+        backend: str = "auto",
+        dtype: str = "auto",
+        device: str | None = None,
+    ) -> None:
+        sets = [method.heads for method in methods if method.heads is not None]
+        if len({head_set.template for head_set in sets if head_set.template}) > 1:
+            raise InvalidInputError(
+                "the head sets were found with different prompt templates; evaluate them apart"
+            )
+        self._methods = methods
+        self._window = window
+        places = sorted({(head.layer, head.head) for heads in sets for head in heads.heads})
+        column = {place: index for index, place in enumerate(places)}
+        self._weights = {
+            method.name: _weights(method.heads, column)
+            for method in methods
+            if method.heads is not None
+        }
+        template = next((head_set.template for head_set in sets if head_set.template), None)
+        encoder = load_encoder(model, template)
+        self._backend = load_backend(backend, model, HeadSet.from_pairs(places), dtype, device)
+        self._planner = WindowPlanner(encoder, self._backend.max_context)
+
+    def scores(self, query: str, documents: Sequence[str]) -> dict[str, list[float]]:
+        """By method, one score a document; the first stage's are falling numbers."""
+        order = -np.arange(len(documents), dtype=np.float64)
+        scores = {method.name: order.copy() for method in self._methods}
+        windows = self._planner.windows(query, documents, self._window)
+        prompts = [window.prompt for window in windows]
+        twins = [self._planner.baseline(window) for window in windows]
+        masses = self._backend.head_mass([*prompts, *twins])
+        for window, mass, baseline in zip(windows, masses, masses[len(prompts) :], strict=False):
+            for method in self._methods:
+                if method.heads is not None:
+                    weights = self._weights[method.name]
+                    scores[method.name][window.indices] = document_scores(
+                        weights @ mass,
+                        weights @ baseline,
+                        window.prompt.document_spans,
+                        method.heads.drop_outliers,
+                    )
+        for method in self._methods:
+            if method.heads is not None and method.first_stage_order:
+                weight = method.heads.first_stage_weight
+                scores[method.name] = with_first_stage(scores[method.name], weight)
+        return {name: values.tolist() for name, values in scores.items()}
+
+    def close(self) -> None:
+        """Free the model."""
+        self._backend.close()
+
+
+def rank_all(
+    collection: Collection,
+    run: Run,
+    scores: Callable[[str, Sequence[str]], Mapping[str, Sequence[float]]],
+    queries: Iterable[str],
+) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    """Rankings by method and query id.
+
+    Args:
+        collection: Texts.
+        run: The candidates, best first; a query that it lacks has none.
+        scores: By method, one score per document of a query's list.
+        queries: Query ids.
+    """
+    rankings: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for query in queries:
+        candidates = run.get(query, [])
+        texts = [collection.passages[document].content for document in candidates]
+        for name, values in scores(collection.queries[query], texts).items():
+            order = sorted(range(len(values)), key=lambda place: -values[place])
+            rankings.setdefault(name, {})[query] = [
+                (candidates[place], float(values[place])) for place in order
+            ]
+    return rankings
+
+
+def compare(
+    qrels: Qrels,
+    methods: Sequence[Method],
+    rankings: Mapping[str, Mapping[str, list[tuple[str, float]]]],
+) -> list[MethodResult]:
+    """Measure every method's rankings, and test them against the first stage's."""
+    with requires_extra("eval"):
+        from scipy.stats import ttest_rel
+    results = []
+    for method in methods:
+        ranked = dict(rankings[method.name])
+        ids = {query: [document for document, _ in pairs] for query, pairs in ranked.items()}
+        judged = {query: qrels[query] for query in ranked}
+        results.append(MethodResult(method, measure(judged, ids), ranked))
+    baseline = next((result for result in results if result.method.heads is None), None)
+    for result in results:
+        if baseline is not None and result is not baseline:
+            ours, theirs = result.values(), baseline.values()
+            # Equal in every query: the test is undefined, and nothing differs.
+            result.p_value = 1.0 if ours == theirs else float(ttest_rel(ours, theirs).pvalue)
+    return results
+
+
+def time_method(
+    reranker: CoReReranker, collection: Collection, run: Run, queries: Sequence[str]
+) -> list[float]:
+    """Wall seconds of a rerank of each query's candidates; one uncounted rerank goes before."""
+    seconds = []
+    for query in [queries[-1], *queries]:
+        texts = [collection.passages[document].content for document in run.get(query, [])]
+        start = time.perf_counter()
+        reranker.score(collection.queries[query], texts)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def save_report(
+    folder: Path, results: Sequence[MethodResult], about: Mapping[str, Any], pictures: Sequence[str]
+) -> None:
+    """Write ``report.json``, ``report.md`` and a TREC run per method into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        name = result.method.name
+        save_run(folder / f"{name}.trec", result.rankings, tag=name)
+    content = {
+        "about": dict(about),
+        "methods": {
+            result.method.name: {
+                "heads": _described(result.method),
+                "mean": result.means,
+                "p_value": result.p_value,
+                "seconds": result.seconds,
+                "per_query": result.measured,
+            }
+            for result in results
+        },
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(results, about, pictures), encoding="utf-8")
+
+
+def markdown(
+    results: Sequence[MethodResult], about: Mapping[str, Any], pictures: Sequence[str] = ()
+) -> str:
+    """The report as Markdown."""
+    lines = ["# Evaluation", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    lines += ["", "| method | heads | layers | " + " | ".join(MEASURES) + " | p | ms a query |"]
+    lines += ["| --- " * (len(MEASURES) + 5) + "|"]
+    best = max(results, key=lambda result: result.means[MAIN_MEASURE])
+    for result in results:
+        heads = result.method.heads
+        cells = [
+            f"**{result.method.name}**" if result is best else result.method.name,
+            str(len(heads.heads)) if heads else "",
+            str(heads.highest_layer + 1) if heads else "",
+            *(f"{result.means[name]:.3f}" for name in MEASURES),
+            "" if result.p_value is None else f"{result.p_value:.2g}",
+            f"{1000 * statistics.median(result.seconds):.0f}" if result.seconds else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"p: two-sided paired t-test of {MAIN_MEASURE} against the first stage. Times are medians "
+        "of one rerank with all its candidates.",
+    ]
+    lines += [f"\n![{name}]({name})" for name in pictures]
+    return "\n".join(lines) + "\n"
+
+
+def _described(method: Method) -> dict[str, Any] | None:
+    if method.heads is None:
+        return None
+    described: dict[str, Any] = method.heads.model_dump(
+        mode="json", exclude_defaults=True, exclude={"ranking"}
+    )
+    return {**described, "first_stage_order": method.first_stage_order}
+
+
+def _weights(heads: HeadSet, column: Mapping[tuple[int, int], int]) -> Any:
+    weights = np.zeros(len(column), dtype=np.float32)
+    for head in heads.heads:
+        weights[column[head.layer, head.head]] = head.weight
+    return weights
+
+
+def _means(measured: Measured) -> dict[str, float]:
+    return {
+        name: statistics.fmean(values[name] for values in measured.values()) for name in MEASURES
+    }

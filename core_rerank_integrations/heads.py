@@ -49,6 +49,10 @@ class HeadSet(BaseModel):
         heads: The heads that are read.
         template: Name of the prompt template the heads were found with.
         window: Documents per prompt that the heads rank best; ``None`` for as many as fit.
+        drop_outliers: Whether low tokens are dropped from a document's score, as the paper
+            does; fitted weights belong to a score that is linear in the heads, without it.
+        first_stage_weight: How much the candidates' order counts where it is handed over: this
+            times the natural logarithm of a candidate's rank is taken from its score.
         provenance: Source, data, temperature, licence and the like.
         ranking: All ranked heads as (layer, head, score), best first, where published.
     """
@@ -65,6 +69,8 @@ class HeadSet(BaseModel):
     heads: tuple[Head, ...] = Field(min_length=1)
     template: str | None = None
     window: int | None = Field(default=None, ge=1)
+    drop_outliers: bool = True
+    first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     provenance: dict[str, Any] = Field(default_factory=dict)
     ranking: tuple[tuple[int, int, float | None], ...] = ()
 
@@ -91,6 +97,31 @@ class HeadSet(BaseModel):
                 raise HeadSetError(f"a head is a (layer, head) pair, got {pair!r}") from None
             heads.append({"layer": layer, "head": head})
         return cls._validated({"heads": heads, **fields}, "heads")
+
+    @classmethod
+    def every(cls, shape: ModelShape, max_layer: int | None = None, **fields: Any) -> HeadSet:
+        """All heads of a model, layer by layer, up to and with ``max_layer``.
+
+        Raises:
+            HeadSetError: The model has no such layer.
+        """
+        last = shape.num_layers - 1
+        if max_layer is not None and not 0 <= max_layer <= last:
+            raise HeadSetError(
+                f"max_layer must be between 0 and {last}, the model's last layer, got {max_layer}"
+            )
+        layers = range((last if max_layer is None else max_layer) + 1)
+        return cls(
+            name="all",
+            method="icr",
+            model_type=shape.model_type,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            heads=tuple(
+                Head(layer=layer, head=head) for layer in layers for head in range(shape.num_heads)
+            ),
+            **fields,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> HeadSet:

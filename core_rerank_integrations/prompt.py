@@ -107,6 +107,11 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.prefix) + len(self.suffix)
 
+    @property
+    def documents_stop(self) -> int:
+        """How many of the prompt's tokens come before the end of the last document's span."""
+        return max(span.stop for span in self.document_spans)
+
 
 class PromptEncoder:
     """Turns a query and its documents into token ids and spans. Safe to share over threads.

@@ -5,36 +5,31 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 from cachetools import LRUCache
 
 from core_rerank_integrations.backends.base import AttentionBackend
 from core_rerank_integrations.errors import (
     ClosedError,
-    DocumentTruncatedWarning,
-    HeadSetError,
     InvalidInputError,
 )
 from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
+from core_rerank_integrations.loading import BACKENDS, load_backend, load_encoder
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.prompt import (
-    BASELINE_QUERY,
-    TEMPLATES,
-    Prompt,
-    PromptEncoder,
     PromptTemplate,
 )
 from core_rerank_integrations.results import RerankResult, ranked
-from core_rerank_integrations.scoring import Mass, document_scores
-from core_rerank_integrations.windows import plan_windows
+from core_rerank_integrations.scoring import Mass, document_scores, with_first_stage
+from core_rerank_integrations.windows import Window, WindowPlanner
 
-BACKENDS = ("auto", "transformers", "vllm")
 CONCURRENT_CALLS = 32
 """Calls of `arerank` that are under way at once; more wait their turn."""
 BASELINE_CACHE_TOKENS = 4_000_000
@@ -59,7 +54,8 @@ class CoReReranker:
         model: An alias (``core-rerank models list``), a hub id, a model folder or a GGUF file.
         heads: The heads to read: a `HeadSet`, the name of a shipped one, the path of a head set
             file, or a list of (layer, head); ``None`` takes the set shipped for the model.
-        backend: ``transformers``, ``vllm``, or ``auto``, which is ``transformers``; or an
+        backend: ``transformers``; ``vllm``, an engine cut above the highest head; ``vllm-shared``,
+            an engine that also generates; or ``auto``, which is ``transformers``. Or an
             `AttentionBackend` of your own, which must run this model with these heads.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA, float32 on
             CPU; with vLLM the checkpoint's own.
@@ -72,7 +68,12 @@ class CoReReranker:
         template: Name of a prompt template or a `PromptTemplate`; ``None`` takes the head
             set's, else that of the head set shipped for the model, else the model's chat
             template.
+        first_stage_order: Whether documents come in the order of the first stage, its best
+            first. Their ranks then count as much as the head set's ``first_stage_weight`` says,
+            which ranks better than the heads alone; otherwise the order only breaks ties.
         engine_args: Further arguments for vLLM's engine, as vLLM names them.
+        engine: For ``vllm-shared``: a running `AsyncLLM` of your own to share, made with the
+            ``worker_extension_cls`` that `backends.vllm.shared` names; it stays yours to stop.
 
     Raises:
         InvalidInputError: An argument has no meaning.
@@ -90,7 +91,9 @@ class CoReReranker:
         window: int | None = None,
         max_document_tokens: int | None = None,
         template: str | PromptTemplate | None = None,
+        first_stage_order: bool = False,
         engine_args: Mapping[str, Any] | None = None,
+        engine: Any = None,
     ) -> None:
         _check_count("window", window)
         _check_count("max_document_tokens", max_document_tokens)
@@ -98,8 +101,13 @@ class CoReReranker:
             raise InvalidInputError(
                 f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
-        if engine_args and backend != "vllm":
-            raise InvalidInputError(f"engine_args are for backend='vllm', not {backend!r}")
+        if engine_args and backend not in ("vllm", "vllm-shared"):
+            raise InvalidInputError(f"engine_args are for the vLLM backends, not {backend!r}")
+        if engine is not None and (backend != "vllm-shared" or engine_args):
+            raise InvalidInputError(
+                "an engine of your own is for backend='vllm-shared', and without engine_args: "
+                "it has its arguments already"
+            )
         self._arguments = {
             "model": model,
             "heads": heads,
@@ -109,25 +117,27 @@ class CoReReranker:
             "window": window,
             "max_document_tokens": max_document_tokens,
             "template": template,
+            "first_stage_order": first_stage_order,
             "engine_args": engine_args,
+            "engine": engine,
         }
-        self._max_document_tokens = max_document_tokens
         local_model = resolve(model)
         self.model = str(model)
         self.heads = _head_set(heads, local_model)
         self.heads.check(local_model.model_id, model_shape(local_model.config()))
         self.window = window or self.heads.window
-        tokenizer = local_model.tokenizer()
-        self._encoder = PromptEncoder(
-            tokenizer.backend_tokenizer,
-            _template(template or _usual_template(self.heads, local_model), tokenizer),
-        )
-        self._backend: AttentionBackend | None = (
-            _load_backend(backend, local_model, self.heads, dtype, device, engine_args)
-            if isinstance(backend, str)
-            else backend
-        )
-        self._max_context = self._backend.max_context
+        self.first_stage_order = first_stage_order
+        self._encoder = load_encoder(local_model, template or self.heads.template)
+        self._load: Callable[[], AttentionBackend] | None = None
+        self._backend: AttentionBackend | None
+        if isinstance(backend, str):
+            self._load = partial(
+                load_backend, backend, local_model, self.heads, dtype, device, engine_args, engine
+            )
+            self._backend = self._load()
+        else:
+            self._backend = backend
+        self._planner = WindowPlanner(self._encoder, self._backend.max_context, max_document_tokens)
         self._baselines: LRUCache[bytes, Mass] = LRUCache(BASELINE_CACHE_TOKENS, getsizeof=len)
         self._baselines_lock = threading.Lock()
         self._executor = ThreadPoolExecutor(CONCURRENT_CALLS, "core-rerank")
@@ -193,6 +203,21 @@ class CoReReranker:
             self._executor, self.rerank, query, documents, top_n, score_threshold
         )
 
+    def restart(self) -> None:
+        """Load the model anew, say after vLLM's engine died. Waiting calls end with an error.
+
+        Raises:
+            ClosedError: This reranker was closed.
+            InvalidInputError: The backend or its engine is the caller's own.
+        """
+        if self._load is None or self._arguments["engine"] is not None:
+            raise InvalidInputError(
+                "this reranker runs on a backend or an engine of your own; start that anew and "
+                "make a new reranker with it"
+            )
+        self._check_open().close()
+        self._backend = self._load()
+
     def close(self) -> None:
         """Free the model. Later calls raise `ClosedError`; closing twice is harmless."""
         backend, self._backend = self._backend, None
@@ -232,68 +257,40 @@ class CoReReranker:
 
     def _scores(self, requests: Sequence[_Request]) -> list[list[float]]:
         backend = self._check_open()
-        windows = [
-            window
-            for number, request in enumerate(requests)
-            for window in self._windows(number, request)
+        planned = [
+            self._planner.windows(request.query, request.documents, self.window)
+            for request in requests
         ]
+        windows = [window for request_windows in planned for window in request_windows]
         baselines = self._known_baselines(windows)
         missing = {
-            window.key: self._encoder.encode(BASELINE_QUERY, window.documents)
+            window.key: self._planner.baseline(window)
             for window in windows
             if window.key not in baselines
         }
         prompts = [window.prompt for window in windows]
         masses = backend.attention_mass([*prompts, *missing.values()]) if prompts else []
         for (key, twin), mass in zip(missing.items(), masses[len(prompts) :], strict=True):
-            baselines[key] = mass[: max(span.stop for span in twin.document_spans)]
+            baselines[key] = mass[: twin.documents_stop]
         self._keep_baselines({key: baselines[key] for key in missing})
 
-        scores = [[0.0] * len(request.documents) for request in requests]
-        for window, mass in zip(windows, masses, strict=False):
-            window_scores = document_scores(
-                mass, baselines[window.key], window.prompt.document_spans
-            )
-            for index, score in zip(window.indices, window_scores, strict=True):
-                scores[window.request][index] = score
+        remaining = iter(masses)
+        scores = []
+        for request, request_windows in zip(requests, planned, strict=True):
+            request_scores = np.zeros(len(request.documents))
+            for window, mass in zip(request_windows, remaining, strict=False):
+                request_scores[window.indices] = document_scores(
+                    mass,
+                    baselines[window.key],
+                    window.prompt.document_spans,
+                    self.heads.drop_outliers,
+                )
+            if self.first_stage_order:
+                request_scores = with_first_stage(request_scores, self.heads.first_stage_weight)
+            scores.append(request_scores.tolist())
         return scores
 
-    def _windows(self, number: int, request: _Request) -> list[_Window]:
-        """The prompts of one request; documents that do not fit are cut, with a warning."""
-        if not request.documents:
-            return []
-        frame = max(
-            self._encoder.frame_length(request.query), self._encoder.frame_length(BASELINE_QUERY)
-        )
-        documents = list(request.documents)
-        lengths = self._encoder.document_lengths(documents)
-        marker = self._encoder.document_lengths([""])[0]
-        budget = self._max_context - frame
-        if budget <= marker:
-            raise InvalidInputError(
-                f"the query leaves no room for a document: with its instruction it takes {frame} "
-                f"tokens, and the model's context holds {self._max_context}"
-            )
-        longest = min(budget - marker, self._max_document_tokens or budget)
-        for index, length in enumerate(lengths):
-            if length - marker > longest:
-                documents[index], dropped = self._encoder.truncate(documents[index], longest)
-                lengths[index] = min(longest + marker, length)
-                if dropped:
-                    warnings.warn(
-                        f"document {index} was cut to {longest} tokens; its last {dropped} tokens "
-                        "were not ranked. Split long documents, or raise max_document_tokens",
-                        DocumentTruncatedWarning,
-                        stacklevel=5,
-                    )
-        windows = []
-        for indices in plan_windows(lengths, budget, self.window):
-            shown = [documents[index] for index in indices]
-            prompt = self._encoder.encode(request.query, shown)
-            windows.append(_Window(number, indices, shown, prompt))
-        return windows
-
-    def _known_baselines(self, windows: Sequence[_Window]) -> dict[bytes, Mass]:
+    def _known_baselines(self, windows: Sequence[Window]) -> dict[bytes, Mass]:
         with self._baselines_lock:
             return {
                 window.key: mass
@@ -313,39 +310,8 @@ class _Request(NamedTuple):
     documents: tuple[str, ...]
 
 
-class _Window(NamedTuple):
-    """One prompt of a request."""
-
-    request: int
-    indices: list[int]
-    documents: list[str]
-    prompt: Prompt
-
-    @property
-    def key(self) -> bytes:
-        """What the attention of the ``N/A`` twin depends on: all before the query span."""
-        return self.prompt.prefix.tobytes()
-
-
 def _rebuild(arguments: dict[str, Any]) -> CoReReranker:
     return CoReReranker(**arguments)
-
-
-def _load_backend(
-    name: str,
-    model: LocalModel,
-    heads: HeadSet,
-    dtype: str,
-    device: str | None,
-    engine_args: Mapping[str, Any] | None,
-) -> AttentionBackend:
-    if name == "vllm":
-        from core_rerank_integrations.backends.vllm.engine import VLLMBackend
-
-        return VLLMBackend(model, heads, dtype=dtype, engine_args=engine_args)
-    from core_rerank_integrations.backends.transformers import TransformersBackend
-
-    return TransformersBackend(model, heads, dtype=dtype, device=device)
 
 
 def _head_set(heads: Heads | None, model: LocalModel) -> HeadSet:
@@ -358,38 +324,6 @@ def _head_set(heads: Heads | None, model: LocalModel) -> HeadSet:
     if isinstance(heads, str):
         return named_head_set(heads)
     return HeadSet.from_pairs(heads, model=model.model_id)
-
-
-def _usual_template(heads: HeadSet, model: LocalModel) -> str | None:
-    if heads.template is not None:
-        return heads.template
-    try:
-        return default_head_set(model.model_id).template
-    except HeadSetError:
-        return None
-
-
-def _template(template: str | PromptTemplate | None, tokenizer: Any) -> PromptTemplate:
-    if isinstance(template, PromptTemplate):
-        return template
-    if template is not None:
-        if template not in TEMPLATES:
-            raise InvalidInputError(
-                f"there is no prompt template {template!r}; known are {', '.join(TEMPLATES)}"
-            )
-        return TEMPLATES[template]
-    if not tokenizer.chat_template:
-        return TEMPLATES["plain"]
-
-    def render(message: str) -> str:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-        # The tokenizer puts its begin-of-sequence token in front by itself.
-        begins = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        return text.removeprefix(tokenizer.bos_token) if begins else text
-
-    return PromptTemplate.from_chat(render)
 
 
 def _check_request(request: tuple[str, Sequence[str]]) -> _Request:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,17 @@ from core_rerank_integrations.prompt import Span
 
 Mass = npt.NDArray[np.float32]
 
+Scores = npt.NDArray[np.float64]
+
 OUTLIER_DEVIATIONS = 2.0
 
 
 def document_scores(
-    query_mass: Mass, baseline_mass: Mass, document_spans: Sequence[Span]
-) -> list[float]:
+    query_mass: Mass,
+    baseline_mass: Mass,
+    document_spans: Sequence[Span],
+    drop_outliers: bool = True,
+) -> Scores:
     """Calibrated score of every document of one prompt.
 
     Per token, ``c = mass(query) - mass("N/A")``. Tokens of a document whose ``c`` is at most
@@ -25,21 +30,42 @@ def document_scores(
     of a single token has no deviation and keeps it.
 
     Args:
-        query_mass: Attention mass per prompt token, shape [tokens].
-        baseline_mass: The same for the twin prompt that asks ``N/A``, shape [tokens]. Both
+        query_mass: Attention mass per prompt token, shape [..., tokens]; leading dimensions,
+            such as heads, are scored each by itself.
+        baseline_mass: The same for the twin prompt that asks ``N/A``, shape [..., tokens]. Both
             must reach the end of the last document's span.
         document_spans: Token spans of the documents.
+        drop_outliers: ``False`` sums all tokens, which makes the score linear in the heads.
 
     Returns:
-        One score per span, in the order of ``document_spans``.
+        Shape [..., documents], in the order of ``document_spans``.
     """
     end = max(span.stop for span in document_spans)
-    calibrated = query_mass[:end].astype(np.float64) - baseline_mass[:end]
-    return [_document_score(calibrated[span.start : span.stop]) for span in document_spans]
+    calibrated = query_mass[..., :end].astype(np.float64) - baseline_mass[..., :end]
+    documents: Iterable[npt.NDArray[np.float64]] = (
+        calibrated[..., span.start : span.stop] for span in document_spans
+    )
+    if drop_outliers:
+        documents = map(_without_outliers, documents)
+    return np.stack([tokens.sum(axis=-1) for tokens in documents], axis=-1)
 
 
-def _document_score(tokens: npt.NDArray[np.float64]) -> float:
-    deviation = tokens.std(ddof=1) if len(tokens) > 1 else 0.0
-    if deviation > 0:
-        tokens = tokens[tokens > tokens.mean() - OUTLIER_DEVIATIONS * deviation]
-    return float(tokens.sum())
+def with_first_stage(scores: Scores, weight: float) -> Scores:
+    """Add what the first stage's order says: ``score - weight * ln(rank)``.
+
+    In a softmax over the candidates this is a prior by which the relevant one stands at a rank
+    with a probability proportional to ``rank ** -weight``.
+
+    Args:
+        scores: In the order of the first stage, its best first; shape [..., documents].
+        weight: How much the order counts; 0 leaves the scores as they are.
+    """
+    return scores - weight * np.log(np.arange(1, scores.shape[-1] + 1))
+
+
+def _without_outliers(tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if tokens.shape[-1] == 1:
+        return tokens
+    deviation = tokens.std(axis=-1, ddof=1, keepdims=True)
+    floor = tokens.mean(axis=-1, keepdims=True) - OUTLIER_DEVIATIONS * deviation
+    return np.where((tokens > floor) | (deviation == 0), tokens, 0.0)

@@ -2,8 +2,90 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from math import ceil
+from typing import NamedTuple
+
+from core_rerank_integrations.errors import DocumentTruncatedWarning, InvalidInputError
+from core_rerank_integrations.prompt import BASELINE_QUERY, Prompt, PromptEncoder
+
+
+class Window(NamedTuple):
+    """One prompt of a request."""
+
+    indices: list[int]
+    """Which of the request's documents it holds."""
+    documents: list[str]
+    """Their texts, as far as they fit."""
+    prompt: Prompt
+
+    @property
+    def key(self) -> bytes:
+        """What the attention of the ``N/A`` twin depends on: all before the query span."""
+        return self.prompt.prefix.tobytes()
+
+
+class WindowPlanner:
+    """Turns a query and its documents into prompts that fit the model.
+
+    Args:
+        encoder: Writes the prompts.
+        max_context: Most tokens of a prompt.
+        max_document_tokens: Longer documents are cut to this; ``None`` cuts only what does not
+            fit the context by itself.
+    """
+
+    def __init__(
+        self, encoder: PromptEncoder, max_context: int, max_document_tokens: int | None = None
+    ) -> None:
+        self._encoder = encoder
+        self._max_context = max_context
+        self._max_document_tokens = max_document_tokens
+
+    def windows(
+        self, query: str, documents: Sequence[str], size: int | None = None
+    ) -> list[Window]:
+        """The prompts of one request, of at most ``size`` documents each.
+
+        Documents that do not fit are cut, with a `DocumentTruncatedWarning`.
+
+        Raises:
+            InvalidInputError: The query leaves no room for a document.
+        """
+        if not documents:
+            return []
+        frame = max(self._encoder.frame_length(query), self._encoder.frame_length(BASELINE_QUERY))
+        documents = list(documents)
+        lengths = self._encoder.document_lengths(documents)
+        marker = self._encoder.document_lengths([""])[0]
+        budget = self._max_context - frame
+        if budget <= marker:
+            raise InvalidInputError(
+                f"the query leaves no room for a document: with its instruction it takes {frame} "
+                f"tokens, and the model's context holds {self._max_context}"
+            )
+        longest = min(budget - marker, self._max_document_tokens or budget)
+        for index, length in enumerate(lengths):
+            if length - marker > longest:
+                documents[index], dropped = self._encoder.truncate(documents[index], longest)
+                lengths[index] = min(longest + marker, length)
+                if dropped:
+                    warnings.warn(
+                        f"document {index} was cut to {longest} tokens; its last {dropped} tokens "
+                        "were not ranked. Split long documents, or raise max_document_tokens",
+                        DocumentTruncatedWarning,
+                        stacklevel=5,
+                    )
+        windows = []
+        for indices in plan_windows(lengths, budget, size):
+            shown = [documents[index] for index in indices]
+            windows.append(Window(indices, shown, self._encoder.encode(query, shown)))
+        return windows
+
+    def baseline(self, window: Window) -> Prompt:
+        """The same prompt with ``N/A`` for the query, for calibration."""
+        return self._encoder.encode(BASELINE_QUERY, window.documents)
 
 
 def plan_windows(lengths: Sequence[int], budget: int, size: int | None = None) -> list[list[int]]:

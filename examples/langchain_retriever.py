@@ -15,7 +15,7 @@ from langchain_huggingface import HuggingFaceEmbeddings
 from langchain_qdrant import QdrantVectorStore
 
 from core_rerank_integrations import CoReDocumentCompressor
-from core_rerank_integrations.evaluation import Collection
+from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
 parser = argparse.ArgumentParser(description=__doc__)

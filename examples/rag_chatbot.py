@@ -20,7 +20,7 @@ from langchain_openai import ChatOpenAI
 from langchain_qdrant import QdrantVectorStore
 
 from core_rerank_integrations import CoReDocumentCompressor
-from core_rerank_integrations.evaluation import Collection
+from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.resources import resource_folder
 

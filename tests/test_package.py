@@ -28,7 +28,7 @@ def test_importing_the_package_imports_no_framework() -> None:
     ("missing", "use", "extra"),
     [
         ("langchain_core", "core_rerank_integrations.CoReDocumentCompressor", "langchain"),
-        ("vllm", "import core_rerank_integrations.backends.vllm.engine", "vllm"),
+        ("vllm", "import core_rerank_integrations.backends.vllm.dedicated", "vllm"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         (
             "transformers",

@@ -17,13 +17,14 @@ from conftest import HEADS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from core_rerank_integrations import CoReReranker, HeadSet, RerankResult
+from core_rerank_integrations import CoReReranker, RerankResult
 from core_rerank_integrations.errors import (
     ClosedError,
     DocumentTruncatedWarning,
     HeadSetError,
     InvalidInputError,
 )
+from core_rerank_integrations.loading import load_encoder
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import Prompt
 from core_rerank_integrations.scoring import Mass
@@ -171,17 +172,12 @@ def test_heads_come_in_every_form(
 
 
 def test_a_list_of_heads_keeps_the_models_template(smollm2: LocalModel) -> None:
-    from core_rerank_integrations.reranker import _usual_template
-
-    plain = HeadSet.from_pairs([(3, 1)])
-    assert _usual_template(plain, smollm2) == "chatml"
-    assert _usual_template(plain, LocalModel(smollm2.path, None)) is None
+    published = LocalModel(smollm2.path, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert load_encoder(published).template.name == "chatml"
 
 
 def test_template_derived_from_the_chat_template(smollm2: LocalModel) -> None:
-    from core_rerank_integrations.reranker import _template
-
-    template = _template(None, smollm2.tokenizer())
+    template = load_encoder(LocalModel(smollm2.path, None)).template
     assert template.prefix.endswith("<|im_start|>user\n")
     assert template.suffix == "<|im_end|>\n<|im_start|>assistant\n"
 

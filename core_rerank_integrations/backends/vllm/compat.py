@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_rerank_integrations.backends.vllm.request import query_start
+from core_rerank_integrations.backends.vllm.request import QUERY_START_KEY, rerank_options
 from core_rerank_integrations.errors import UnsupportedModelError
 
 SUPPORTED_VERSIONS = ("0.32",)
@@ -58,8 +58,8 @@ def key_query_blocks_by_request() -> None:
 
     def with_request_key(request: Any, start: int, end: int, mm_index: int) -> Any:
         keys, next_mm_index = original(request, start, end, mm_index)
-        first = query_start(request.pooling_params)
-        if first is not None and end > first:
+        options = rerank_options(request.pooling_params or request.sampling_params)
+        if options is not None and end > options[QUERY_START_KEY]:
             keys = (*(keys or ()), ("core_rerank", request.request_id))
         return keys, next_mm_index
 
@@ -150,3 +150,23 @@ def check_layer(name: str, layer: Any) -> None:
     for attribute, meaning in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
         if getattr(layer.impl, attribute, None) is not None:
             raise UnsupportedModelError(f"{name} uses {meaning}, which reranking does not read")
+
+
+def step_requests(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:
+    """The requests of the step a model runner has just run, in the order of its batch.
+
+    Both runners of 0.32: the new one keeps its batch with the state of the step, the old one
+    by itself.
+
+    Returns:
+        Per request its id, how many tokens of it were computed before, and how many in the step.
+    """
+    scheduled: dict[str, int] = scheduler_output.num_scheduled_tokens
+    if not scheduled:
+        return []
+    computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    cached = scheduler_output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    state = getattr(runner, "execute_model_state", None)
+    batch = getattr(state, "input_batch", None) or runner.input_batch
+    return [(name, computed[name], scheduled[name]) for name in batch.req_ids if name in scheduled]

@@ -7,17 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.adapters import as_embedding_model
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.model_executor.models.utils import extract_layer_index
 
 from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
 from core_rerank_integrations.backends.vllm.pooler import CoRePooler
-from core_rerank_integrations.backends.vllm.probe import Probe
+from core_rerank_integrations.backends.vllm.probe import install_probes
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY
-from core_rerank_integrations.errors import UnsupportedModelError
 
 
 def as_core_model(original: type) -> type:
@@ -27,7 +23,9 @@ def as_core_model(original: type) -> type:
         def _init_pooler(self, vllm_config: Any, prefix: str = "") -> CoRePooler:  # noqa: ARG002
             self._last_layer = vllm_config.model_config.hf_text_config.num_hidden_layers - 1
             self._drop_last_mlp()
-            return CoRePooler(_install_probes(vllm_config))
+            heads = getattr(vllm_config.model_config.hf_config, HEADS_KEY)
+            probes = install_probes(vllm_config, heads, stop_after_last=True)
+            return CoRePooler(probes, len(heads))
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
             return super().load_weights(
@@ -47,27 +45,6 @@ def as_core_model(original: type) -> type:
             return bool(number < self._last_layer or (number == self._last_layer and not in_mlp))
 
     return CoReModel
-
-
-def _install_probes(vllm_config: Any) -> list[Probe]:
-    heads: dict[int, list[tuple[int, float]]] = {}
-    for layer, head, weight in getattr(vllm_config.model_config.hf_config, HEADS_KEY):
-        heads.setdefault(layer, []).append((head, weight))
-    context = vllm_config.compilation_config.static_forward_context
-    layers = {
-        extract_layer_index(name): (name, module)
-        for name, module in context.items()
-        if isinstance(module, Attention)
-    }
-    if missing := set(heads) - set(layers):
-        raise UnsupportedModelError(
-            f"layers {sorted(missing)} of this model have no standard attention to read"
-        )
-    rank = get_tensor_model_parallel_rank()
-    last = max(heads)
-    return [
-        Probe(*layers[layer], heads[layer], rank, last=layer == last) for layer in sorted(heads)
-    ]
 
 
 def __getattr__(name: str) -> Any:

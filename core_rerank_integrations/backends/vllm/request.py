@@ -9,10 +9,26 @@ HEADS_KEY = "core_rerank_heads"
 """In the model's configuration: list of [layer, head, weight]."""
 
 QUERY_START_KEY = "core_rerank_query_start"
-"""In a request's ``extra_kwargs``: index of the first token of the query span."""
+"""With a request: index of the first token of the query span."""
+
+PER_HEAD_KEY = "core_rerank_per_head"
+"""With a request: whether its heads are reported each by itself, unweighted."""
+
+SELF_TEST_KEY = "core_rerank_self_test"
+"""With a request: whether it asks how far the probes are from the engine's own attention."""
+
+RESULT_KEY = "core_rerank_result"
+"""With a request of a generating engine: under which name its attention is fetched."""
 
 
-def query_start(pooling_params: Any) -> int | None:
-    """Where a request's query span starts, or ``None`` if the request is not ours."""
-    extra: Mapping[str, Any] | None = getattr(pooling_params, "extra_kwargs", None)
-    return extra.get(QUERY_START_KEY) if extra else None
+def rerank_options(parameters: Any) -> Mapping[str, Any] | None:
+    """What this package sent along with a request; ``None`` if the request is not ours.
+
+    Args:
+        parameters: Its ``PoolingParams`` or ``SamplingParams``; ``None`` is no request of ours.
+    """
+    for name in ("extra_kwargs", "extra_args"):
+        options: Mapping[str, Any] | None = getattr(parameters, name, None)
+        if options and QUERY_START_KEY in options:
+            return options
+    return None

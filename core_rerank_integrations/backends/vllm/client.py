@@ -1,0 +1,282 @@
+"""The caller's side of a vLLM engine: prompts in, attention mass out, over vLLM's `AsyncLLM`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from typing import Any, TypeVar
+
+import numpy as np
+from cachetools import LRUCache
+
+from core_rerank_integrations.backends.vllm.request import (
+    PER_HEAD_KEY,
+    QUERY_START_KEY,
+    SELF_TEST_KEY,
+)
+from core_rerank_integrations.errors import (
+    BackendError,
+    ClosedError,
+    InvalidInputError,
+    UnsupportedModelError,
+    requires_extra,
+)
+from core_rerank_integrations.progress import say
+from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.scoring import Mass
+
+with requires_extra("vllm"):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import TokensPrompt
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+GPU_MEMORY_SHARE = 0.5
+CPU_BLOCK_SIZE = 32
+"""vLLM's own on CPU is 128, in which a short document never fills a block that could be shared."""
+LIVENESS_SECONDS = 1.0
+"""How often a waiting call looks whether the engine still lives."""
+SELF_TEST_TOKENS = 43
+"""More than a block of the cache, and no whole number of blocks."""
+ENGINE_DIED = (
+    "the vLLM engine has died; its own log above says why. Start it anew with "
+    "reranker.restart(), or make a new reranker"
+)
+RESULT_CACHE_TOKENS = 4_000_000
+"""Prompt tokens whose attention mass is kept, at four bytes each: a repeated question is free."""
+
+REFUSED_PARALLELISM = {
+    "pipeline_parallel_size": "pipeline parallelism",
+    "decode_context_parallel_size": "context parallelism",
+    "prefill_context_parallel_size": "context parallelism",
+}
+
+T = TypeVar("T")
+
+
+class EngineClient(ABC):
+    """Brings calls from any thread to one engine on one event loop, and checks its answers.
+
+    Args:
+        loop: The loop that the engine runs on; ``None`` makes one, in a thread of its own.
+        heads: Number of heads that are read.
+    """
+
+    max_context: int
+
+    def __init__(self, heads: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._heads = heads
+        self._ids = itertools.count()
+        self._masses: LRUCache[bytes, Mass] = LRUCache(RESULT_CACHE_TOKENS, getsizeof=len)
+        self._closed = False
+        self._calls: set[Future[Any]] = set()
+        self._engine: AsyncLLM | None = None
+        self._thread: threading.Thread | None = None
+        if loop is None:
+            loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=loop.run_forever, name="core-rerank-vllm", daemon=True
+            )
+            self._thread.start()
+        self._loop = loop
+
+    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """See `AttentionBackend.attention_mass`."""
+        return self._run(self._all(self._mass(prompt) for prompt in prompts))
+
+    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """See `AttentionBackend.head_mass`."""
+        return self._run(self._all(self._complete(prompt, per_head=True) for prompt in prompts))
+
+    def close(self) -> None:
+        """Stop what was started. Waiting calls end with an error."""
+        if not self._closed:
+            self._closed = True
+            for call in list(self._calls):
+                call.cancel()
+            try:
+                self._release()
+            finally:
+                self._engine = None
+                self._stop_loop()
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of the engine."""
+
+    @abstractmethod
+    async def _ask(
+        self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
+    ) -> np.ndarray[Any, Any]:
+        """One request: `AttentionSum.vector`, summed over tensor parallel ranks."""
+
+    def _start(self, arguments: dict[str, Any]) -> None:
+        """Start an engine on the loop of this client's own."""
+        say(f"Starting vLLM with {arguments['model']} ...")
+        try:
+            self._engine = self._run(_started(arguments))
+        except BaseException:
+            self._closed = True
+            self._stop_loop()
+            raise
+
+    async def _test_probes(self) -> None:
+        """Compare the probes with the engine's own attention on a tiny prompt, or refuse it."""
+        assert self._engine is not None
+        config = self._engine.model_config
+        vocabulary = config.hf_text_config.vocab_size
+        tokens = [7919 * position % vocabulary for position in range(1, SELF_TEST_TOKENS + 1)]
+        options = {QUERY_START_KEY: 0, SELF_TEST_KEY: True}
+        error, _ = await self._ask(
+            self._engine, TokensPrompt(prompt_token_ids=tokens), options, read_cache=False
+        )
+        tolerance = 1e-3 if "float32" in str(config.dtype) else 5e-2
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"attention read from vLLM running {config.model} differs from its own by "
+                f"{error:.2g}; it computes attention in a way that this package does not know"
+            )
+        say("vLLM is ready: its probes agree with its own attention")
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise ClosedError("the vLLM engine of this reranker is closed")
+        if _running_loop() is self._loop:
+            work.close()
+            raise InvalidInputError(
+                "this call would block the event loop that the vLLM engine runs on; use "
+                "`await reranker.arerank(...)` there"
+            )
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._calls.add(future)
+        try:
+            # vLLM does not wake every waiting request when its process is killed.
+            while not wait([future], timeout=LIVENESS_SECONDS).done:
+                engine = self._engine  # None while it starts, and once closed.
+                if engine is not None and engine.errored:
+                    raise BackendError(ENGINE_DIED)
+            return future.result()
+        except CancelledError as error:
+            raise ClosedError("the vLLM engine was closed while a call was waiting") from error
+        except BaseException:
+            future.cancel()  # An interrupted call aborts its requests.
+            raise
+        finally:
+            self._calls.discard(future)
+
+    def _shut_down(self) -> None:
+        """End an engine on this client's own loop, and all that waits for it."""
+        # Waiting calls first: what listens to the engine would report its end as a failure.
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def _stop_loop(self) -> None:
+        if self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _all(self, work: Any) -> list[Mass]:
+        return list(await asyncio.gather(*work))
+
+    async def _mass(self, prompt: Prompt) -> Mass:
+        key = len(prompt.prefix).to_bytes(4) + prompt.prefix.tobytes() + prompt.suffix.tobytes()
+        if (known := self._masses.get(key)) is not None:
+            return known
+        mass: Mass = (await self._complete(prompt, per_head=False))[0]
+        if len(mass) <= self._masses.maxsize:
+            self._masses[key] = mass
+        return mass
+
+    async def _complete(self, prompt: Prompt, per_head: bool) -> Mass:
+        """Mean over all query rows, shape [heads or 1, prefix tokens + 1]."""
+        rows = 0
+        for read_cache in (True, False):
+            # A second time if query tokens came from the prefix cache, or from a graph that no
+            # probe sees into: their queries were never computed, or not seen.
+            summed, rows = await self._sum(prompt, per_head, read_cache)
+            if rows == len(prompt.suffix):
+                return summed / np.float32(rows)
+        raise BackendError(
+            f"vLLM computed {rows} of {len(prompt.suffix)} query tokens of a prompt of "
+            f"{len(prompt)}; a score from these would be wrong"
+        )
+
+    async def _sum(self, prompt: Prompt, per_head: bool, read_cache: bool) -> tuple[Mass, int]:
+        if self._engine is None:
+            raise ClosedError("the vLLM engine of this reranker is closed")
+        options = {QUERY_START_KEY: len(prompt.prefix), PER_HEAD_KEY: per_head}
+        tokens = TokensPrompt(prompt_token_ids=[*prompt.prefix.tolist(), *prompt.suffix.tolist()])
+        try:
+            vector = await self._ask(self._engine, tokens, options, read_cache)
+        except EngineDeadError as error:
+            raise BackendError(ENGINE_DIED) from error
+        return vector[:-1].reshape(self._heads if per_head else 1, -1), int(vector[-1])
+
+    def _next_id(self) -> str:
+        return f"core-{next(self._ids)}"
+
+
+def engine_arguments(
+    given: Mapping[str, Any], *, own: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of an engine of ours: our defaults, the caller's, and what cannot be changed.
+
+    Raises:
+        InvalidInputError: One is unknown to vLLM, or asks for what is not supported.
+    """
+    for name, meaning in REFUSED_PARALLELISM.items():
+        if given.get(name, 1) != 1:
+            raise InvalidInputError(
+                f"{name}={given[name]!r}: reranking does not support {meaning}; use "
+                "tensor_parallel_size"
+            )
+    if "fp8" in str(given.get("kv_cache_dtype", "auto")):
+        raise InvalidInputError(
+            f"kv_cache_dtype={given['kv_cache_dtype']!r}: reranking reads keys in full precision; "
+            "leave it at 'auto'"
+        )
+    if unknown := set(given) - set(AsyncEngineArgs.__dataclass_fields__):
+        raise InvalidInputError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
+    if reserved := {name for name in fixed if name in given and name != "hf_overrides"}:
+        raise InvalidInputError(
+            f"engine_args cannot set {', '.join(sorted(reserved))}: this package does"
+        )
+    return {
+        "gpu_memory_utilization": GPU_MEMORY_SHARE,
+        "enable_prefix_caching": True,
+        "block_size": CPU_BLOCK_SIZE if current_platform.is_cpu() else None,
+        "disable_log_stats": True,
+        **own,
+        **given,
+        **fixed,
+    }
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+async def _started(arguments: dict[str, Any]) -> AsyncLLM:
+    # AsyncLLM binds itself to the running loop, so it is made inside of it.
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"vLLM could not start: {error}") from error

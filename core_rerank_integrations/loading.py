@@ -1,0 +1,81 @@
+"""What a model on disk becomes: the writer of its prompts, and a backend that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.errors import HeadSetError, InvalidInputError
+from core_rerank_integrations.heads import HeadSet, default_head_set
+from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder, PromptTemplate
+
+BACKENDS = ("auto", "transformers", "vllm", "vllm-shared")
+
+
+def load_backend(
+    name: str,
+    model: LocalModel,
+    heads: HeadSet,
+    dtype: str,
+    device: str | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+    engine: Any = None,
+) -> AttentionBackend:
+    """Load a model as far as ``heads`` need it; ``auto`` is the Transformers backend."""
+    if name == "vllm-shared":
+        from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
+
+        return SharedVLLMBackend(model, heads, engine=engine, dtype=dtype, engine_args=engine_args)
+    if name == "vllm":
+        from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+
+        return VLLMBackend(model, heads, dtype=dtype, engine_args=engine_args)
+    from core_rerank_integrations.backends.transformers import TransformersBackend
+
+    return TransformersBackend(model, heads, dtype=dtype, device=device)
+
+
+def load_encoder(model: LocalModel, template: str | PromptTemplate | None = None) -> PromptEncoder:
+    """The writer of a model's prompts.
+
+    Args:
+        model: Whose tokenizer.
+        template: A template or its name; ``None`` takes that of the head set shipped for the
+            model, else the model's chat template.
+
+    Raises:
+        InvalidInputError: There is no template of that name.
+    """
+    tokenizer = model.tokenizer()
+    chosen = template or _shipped_template(model)
+    if isinstance(chosen, str):
+        if chosen not in TEMPLATES:
+            raise InvalidInputError(
+                f"there is no prompt template {chosen!r}; known are {', '.join(TEMPLATES)}"
+            )
+        chosen = TEMPLATES[chosen]
+    return PromptEncoder(tokenizer.backend_tokenizer, chosen or _chat_template(tokenizer))
+
+
+def _shipped_template(model: LocalModel) -> str | None:
+    try:
+        return default_head_set(model.model_id).template
+    except HeadSetError:
+        return None
+
+
+def _chat_template(tokenizer: Any) -> PromptTemplate:
+    if not tokenizer.chat_template:
+        return TEMPLATES["plain"]
+
+    def render(message: str) -> str:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+        # The tokenizer puts its begin-of-sequence token in front by itself.
+        begins = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(tokenizer.bos_token) if begins else text
+
+    return PromptTemplate.from_chat(render)
