@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.files import write_whole
 
 Qrels = dict[str, dict[str, int]]
 """Relevance grade per query id and document id; what is not listed counts as 0."""
@@ -103,14 +104,12 @@ def load_run(path: Path, collection: Collection) -> Run:
 
 def save_run(path: Path, scores: Mapping[str, Sequence[tuple[str, float]]], tag: str) -> None:
     """Write (document id, score) pairs per query id, best first, as a TREC run."""
-    path.write_text(
-        "".join(
-            f"{query} Q0 {document} {rank} {score:.9g} {tag}\n"
-            for query, ranking in scores.items()
-            for rank, (document, score) in enumerate(ranking, start=1)
-        ),
-        encoding="utf-8",
+    lines = (
+        f"{query} Q0 {document} {rank} {score:.9g} {tag}\n"
+        for query, ranking in scores.items()
+        for rank, (document, score) in enumerate(ranking, start=1)
     )
+    write_whole(path, "".join(lines))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from core_rerank_integrations.collection import Collection
-from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.features import HeadFeatures
+from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import Head
+
+with requires_extra("eval"):
+    from scipy.special import softmax
 
 DEFAULT_TEMPERATURES = (0.001, 0.1)
 """Of the paper: the first for Mistral and Granite, the second for Llama 3.1 and Phi-4."""
@@ -170,7 +173,7 @@ class HeadScores:
             },
             "qr": named(self.qr),
         }
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def score_heads(

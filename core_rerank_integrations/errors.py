@@ -34,8 +34,8 @@ class BackendError(CoReError, RuntimeError):
     """What runs the model failed, or gave less than a whole answer."""
 
 
-class CacheError(CoReError, OSError):
-    """Results of long work cannot be kept on disk, or read back."""
+class StorageError(CoReError, OSError):
+    """A file cannot be written, or what this package wrote cannot be read back."""
 
 
 class MissingExtraError(CoReError, ImportError):

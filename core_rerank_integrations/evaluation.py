@@ -14,6 +14,7 @@ import numpy as np
 
 from core_rerank_integrations.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.loading import load_backend, load_encoder
 from core_rerank_integrations.models import LocalModel
@@ -224,7 +225,6 @@ def save_report(
     folder: Path, results: Sequence[MethodResult], about: Mapping[str, Any], pictures: Sequence[str]
 ) -> None:
     """Write ``report.json``, ``report.md`` and a TREC run per method into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         name = result.method.name
         save_run(folder / f"{name}.trec", result.rankings, tag=name)
@@ -241,8 +241,8 @@ def save_report(
             for result in results
         },
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(markdown(results, about, pictures), encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    write_whole(folder / "report.md", markdown(results, about, pictures))
 
 
 def markdown(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.errors import CacheError
+from core_rerank_integrations.errors import StorageError
+from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.loading import load_backend, load_encoder
 from core_rerank_integrations.models import LocalModel, cache_folder, model_shape, resolve
@@ -88,7 +89,7 @@ class HeadReader:
         """Features of ``documents`` for ``query``, ranked in prompts of at most ``window``.
 
         Raises:
-            CacheError: What was read cannot be written or read back.
+            StorageError: What was read cannot be written or read back.
         """
         windows = self._planner.windows(query, documents, window)
         path = self._path(windows)
@@ -142,21 +143,13 @@ def _load(path: Path) -> HeadFeatures | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise CacheError(f"cannot read {path}: {error}; delete it and run again") from error
+        raise StorageError(f"cannot read {path}: {error}; delete it and run again") from error
 
 
 def _store(path: Path, features: HeadFeatures) -> None:
-    # Renamed into place, so that a full disk or a crash leaves nothing half-written.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **vars(features))
-        partial.replace(path)
-    except OSError as error:
-        raise CacheError(f"cannot keep features in {path.parent}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez(content, **vars(features))
+    write_whole(path, content.getvalue())
 
 
 def _fingerprint(model: LocalModel) -> str:

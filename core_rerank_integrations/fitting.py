@@ -13,18 +13,21 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
-from scipy.special import logsumexp
 
 from core_rerank_integrations.collection import Collection, Run
-from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
 from core_rerank_integrations.features import HeadReader
 from core_rerank_integrations.heads import Head, HeadSet
 
+with requires_extra("eval"):
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp
+
 Array = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 1000
+DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 
 
 class JudgedList(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core_rerank_integrations.errors import HeadSetError
+from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.resources import resource_folder
 
 
@@ -149,7 +150,11 @@ class HeadSet(BaseModel):
         return cls._validated(fields, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the set as JSON, one head a line."""
+        """Write the set as JSON, one head a line.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
         fields = self.model_dump(mode="json", exclude_defaults=True)
         lines = []
         for key, value in fields.items():
@@ -158,7 +163,7 @@ class HeadSet(BaseModel):
                 lines.append(f"  {json.dumps(key)}: [\n    {items}\n  ]")
             else:
                 lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
     def top(self, count: int) -> HeadSet:
         """The ``count`` best heads of the published ranking instead of the usual ones.
@@ -170,10 +175,23 @@ class HeadSet(BaseModel):
             raise HeadSetError(
                 f"cannot take {count} heads of {self.name}: its ranking holds {len(self.ranking)}"
             )
-        heads = tuple(
-            Head(layer=layer, head=head, score=score) for layer, head, score in self.ranking[:count]
-        )
+        heads = HeadSet.from_ranking(self.ranking, count).heads
         return self.model_copy(update={"heads": heads, "name": f"{self.name}-top{count}"})
+
+    @classmethod
+    def from_ranking(
+        cls, ranking: Sequence[tuple[int, int, float | None]], count: int, **fields: Any
+    ) -> HeadSet:
+        """The ``count`` best of (layer, head, score), best first."""
+        heads = [
+            {"layer": layer, "head": head, "score": score} for layer, head, score in ranking[:count]
+        ]
+        return cls._validated({"heads": heads, **fields}, "heads")
+
+    @property
+    def kind(self) -> str:
+        """What a shipped set is asked for by: the first word of its name."""
+        return self.name.partition("-")[0]
 
     @property
     def highest_layer(self) -> int:

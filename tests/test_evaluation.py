@@ -1,54 +1,106 @@
 from __future__ import annotations
 
+import json
 from math import log2
 from pathlib import Path
 
 import pytest
 
+from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.evaluation import Collection, measure
+from core_rerank_integrations.evaluation import (
+    JointReranker,
+    Method,
+    compare,
+    mean_measures,
+    measure,
+    rank_all,
+    save_report,
+)
+from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.resources import resource_folder
 
-
-def test_demo_collection_is_complete() -> None:
-    collection = Collection.load(resource_folder("examples/data"))
-    assert len(collection.passages) >= 60
-    assert len(collection.queries) >= 25
-    assert all(2 in grades.values() for grades in collection.qrels.values())
+LOW = HeadSet.from_pairs([(2, 1), (5, 0)], name="low", template="chatml", first_stage_weight=0.1)
+HIGH = HeadSet.from_pairs([(7, 3)], name="high", template="chatml", drop_outliers=False)
 
 
-def test_measures() -> None:
-    qrels = {"q": {"a": 2, "b": 1}, "r": {"c": 1}}
+def test_measures_against_their_definitions() -> None:
+    qrels = {"q": {"a": 2, "b": 1}, "r": {"c": 1}, "s": {"d": 1}}
     measured = measure(qrels, {"q": ["x", "b", "a"], "r": ["c", "x"]})
     gain = 1 / log2(3) + 2 / log2(4)
-    assert measured["nDCG@10"] == pytest.approx((gain / (2 + 1 / log2(3)) + 1) / 2)
-    assert measured["MRR"] == pytest.approx((1 / 2 + 1) / 2)
+    assert measured["q"]["nDCG@10"] == pytest.approx(gain / (2 + 1 / log2(3)))
+    assert measured["q"]["nDCG@1"] == 0
+    assert measured["q"]["RR"] == pytest.approx(1 / 2)
+    assert measured["q"]["AP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert measured["r"]["R@5"] == 1
+    assert measured["s"]["nDCG@10"] == 0, "a query without candidates counts"
+    means = mean_measures(qrels, {"q": ["x", "b", "a"], "r": ["c", "x"]})
+    assert means["RR"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "qrels").mkdir()
-    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "t"}\n')
-    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n{"_id": "u", "text": ""}')
-    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
-    return tmp_path
+def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalModel) -> None:
+    query = "How long does the crossing take?"
+    documents = ["Eighteen minutes by ferry.", "Bread rises.", "No crossings in a gale.", "Gulls."]
+    methods = [
+        Method("first-stage"),
+        Method("low", LOW),
+        Method("low+first-stage", LOW, first_stage_order=True),
+        Method("high", HIGH),
+    ]
+    joint = JointReranker(smollm2, methods, window=2, dtype="float32")
+    scores = joint.scores(query, documents)
+    joint.close()
+    assert scores["first-stage"] == [0, -1, -2, -3]
+    for method in methods[1:]:
+        with CoReReranker(
+            smollm2.path,
+            heads=method.heads,
+            window=2,
+            first_stage_order=method.first_stage_order,
+        ) as reranker:
+            assert scores[method.name] == pytest.approx(reranker.score(query, documents), abs=1e-6)
+    assert scores["low+first-stage"] != scores["low"]
 
 
-def test_unjudged_queries_are_left_out(folder: Path) -> None:
-    assert list(Collection.load(folder).queries) == ["q"]
+def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:
+    other = LOW.model_copy(update={"template": "plain"})
+    with pytest.raises(InvalidInputError, match="different prompt templates"):
+        JointReranker(smollm2, [Method("a", LOW), Method("b", other)])
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("corpus.jsonl", '{"_id": "d"}', "line 1: needs '_id' and 'text'"),
-        ("queries.jsonl", "nonsense", "cannot read"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\te\t1\n", "document 'e', which is miss"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\np\td\t1\n", "query 'p', which is missing"),
-        ("qrels/test.tsv", "q d 1\n", "tab-separated"),
-    ],
-)
-def test_malformed_files_are_named(folder: Path, file: str, content: str, message: str) -> None:
-    (folder / file).write_text(content)
-    with pytest.raises(InvalidInputError, match=message):
-        Collection.load(folder)
+def test_comparison_and_report(tmp_path: Path) -> None:
+    collection = Collection.load(resource_folder("examples/data"))
+    queries = list(collection.queries)[:8]
+    passages = list(collection.passages)
+    run = dict.fromkeys(queries, passages[:12])
+    run |= {query: [*passages[:11], min(collection.qrels[query])] for query in queries}
+    relevant = {
+        collection.passages[document].content
+        for query in queries
+        for document in collection.qrels[query]
+    }
+
+    def scores(_: str, texts: list[str]) -> dict[str, list[float]]:
+        order = [-float(place) for place in range(len(texts))]
+        perfect = [float(text in relevant) for text in texts]
+        return {"first-stage": order, "oracle": perfect, "same": order}
+
+    methods = [Method("first-stage"), Method("oracle", LOW), Method("same", HIGH)]
+    results = compare(collection.qrels, methods, rank_all(collection, run, scores, queries))
+    first, oracle, same = results
+    assert oracle.means["nDCG@10"] > first.means["nDCG@10"]
+    assert first.p_value is None
+    assert same.p_value == 1
+    assert oracle.p_value is not None
+    assert oracle.p_value < 0.05
+
+    save_report(tmp_path / "report", results, {"queries": 8}, ["a.png"])
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["methods"]["oracle"]["mean"] == oracle.means
+    assert set(report["methods"]["same"]["per_query"]) == set(queries)
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"{oracle.means['nDCG@10']:.3f}" in text
+    assert "![a.png](a.png)" in text
+    lines = (tmp_path / "report/oracle.trec").read_text().splitlines()
+    assert len(lines) == sum(len(documents) for documents in run.values())

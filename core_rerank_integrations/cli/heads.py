@@ -1,0 +1,340 @@
+"""``core-rerank heads``: the shipped head sets, and finding and fitting new ones."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from core_rerank_integrations import __version__
+from core_rerank_integrations.cli.common import clear_errors, tracked
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, shipped_head_sets
+from core_rerank_integrations.models import DEFAULT_MODEL
+
+app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
+
+ModelOption = Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")]
+BackendOption = Annotated[str, typer.Option(help="auto, transformers or vllm.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+TemplateOption = Annotated[str | None, typer.Option(help="Prompt template; default the model's.")]
+MaxLayerOption = Annotated[
+    int | None, typer.Option(help="Highest layer heads are taken from, counted from 0.")
+]
+PruneOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the model's layers to leave out at its top, such as 0.5."),
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Where what was read is kept, so that a run can go on.")
+]
+SHARED_FIELDS = {
+    "name", "model", "model_type", "num_layers", "num_heads", "template", "window"
+}  # fmt: skip
+"""What a head set says of anything but its heads."""
+
+NameOption = Annotated[str | None, typer.Option(help="The head set's name; default the file's.")]
+
+
+@app.command("list")
+def list_heads() -> None:
+    """Show the shipped head sets."""
+    table = Table(
+        Column("name", no_wrap=True), Column("model", overflow="fold"), "heads", "layers that run"
+    )
+    for head_set in shipped_head_sets().values():
+        layers = f"{head_set.highest_layer + 1} of {head_set.num_layers}"
+        table.add_row(head_set.name, head_set.model, str(len(head_set.heads)), layers)
+    Console().print(table)
+
+
+@app.command()
+def find(
+    data: Annotated[Path, typer.Option(help="Folder in the layout of BEIR.")],
+    output: Annotated[Path, typer.Option(help="The head set file to write.")],
+    run: Annotated[Path, typer.Option(help="TREC run that hard negatives are taken from.")],
+    split: Annotated[str, typer.Option(help="Which judgments.")] = "train",
+    model: ModelOption = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="core or qr.")] = "core",
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="Of SCoRe; repeat for several at once: the first chooses."),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Heads to take.")] = PUBLISHED_CORE_HEADS,
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions to draw.")] = 200,
+    negatives: Annotated[int, typer.Option(help="Hard negatives in a prompt.")] = 19,
+    positions: Annotated[int, typer.Option(help="Places of the relevant document.")] = 2,
+    max_layer: MaxLayerOption = None,
+    prune: PruneOption = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Window to rerank with, for the head set.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    template: TemplateOption = None,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    name: NameOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the map of scores here.")] = None,
+) -> None:
+    """Score every head on judged questions, and write the best as a head set.
+
+    Beside it, ``<output>.scores.json`` holds the scores of all heads. An interrupted run goes
+    on where it was.
+    """
+    from core_rerank_integrations.collection import Collection, load_run
+    from core_rerank_integrations.detection import (
+        DEFAULT_TEMPERATURES,
+        detection_cases,
+        score_heads,
+    )
+    from core_rerank_integrations.features import HeadReader
+
+    with clear_errors():
+        if method not in ("core", "qr"):
+            raise InvalidInputError(f"--method must be core or qr, got {method!r}")
+        collection = Collection.load(data, split)
+        cases = detection_cases(
+            collection, load_run(run, collection), questions, negatives, positions, seed
+        )
+        temperatures = tuple(temperature or DEFAULT_TEMPERATURES)
+        with HeadReader(
+            model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
+        ) as reader:
+            scores = score_heads(
+                reader.read,
+                reader.heads.heads,
+                tracked(cases, len(cases), "Finding heads"),
+                temperatures,
+            )
+        ranking = scores.ranking(method)
+        found = _described(reader, name or output.stem, window).model_copy(
+            update={
+                "method": method,
+                "heads": HeadSet.from_ranking(ranking, heads).heads,
+                "ranking": tuple(ranking),
+                "provenance": {
+                    "data": data.name,
+                    "split": split,
+                    "run": run.name,
+                    "questions": len({case.question for case in cases}),
+                    "negatives": negatives,
+                    "positions": positions,
+                    "prompts": scores.prompts,
+                    **({"temperature": temperatures[0]} if method == "core" else {}),
+                    "seed": seed,
+                    **_versions(dtype),
+                },
+            }
+        )
+        found.save(output)
+        scores.save(output.with_suffix(".scores.json"))
+        if plot is not None:
+            from core_rerank_integrations.plots import plot_head_map
+
+            plot_head_map(found, plot)
+    _print_heads(found)
+    print(f"Wrote {output}")
+
+
+@app.command()
+def fit(
+    train: Annotated[
+        list[str],
+        typer.Option(
+            help="FOLDER:SPLIT:RUN[:unordered] to fit on; RUN is a TREC run, or its name in the "
+            "folder's runs/. unordered: the run is no ranking. Repeatable."
+        ),
+    ],
+    dev: Annotated[
+        list[str], typer.Option(help="FOLDER:SPLIT:RUN[:unordered] to choose by. Repeatable.")
+    ],
+    output: Annotated[Path, typer.Option(help="The head set file to write.")],
+    model: ModelOption = DEFAULT_MODEL,
+    window: Annotated[int | None, typer.Option(min=1, help="Documents a prompt.")] = 5,
+    candidates: Annotated[int, typer.Option(min=2, help="Candidates a question.")] = 20,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions drawn from each set; default all.")
+    ] = None,
+    l1: Annotated[
+        list[float] | None, typer.Option(help="Strength of the penalty; repeat for several.")
+    ] = None,
+    max_heads: Annotated[int | None, typer.Option(min=1, help="Most heads.")] = None,
+    fuse: Annotated[bool, typer.Option(help="Fit the weight of the first stage's order.")] = True,
+    max_layer: MaxLayerOption = None,
+    prune: PruneOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    template: TemplateOption = None,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    name: NameOption = None,
+) -> None:
+    """Fit a sparse weight for every head, and write the head set that ranks best on --dev.
+
+    What the model says about a list is kept on disk: a second fit takes seconds.
+    """
+    from core_rerank_integrations.features import HeadReader
+    from core_rerank_integrations.fitting import DEFAULT_STRENGTHS, Trial, choose_weights
+
+    with clear_errors():
+        sources = [_Source.parse(text) for text in train]
+        judges = [_Source.parse(text) for text in dev]
+        loaded = [(source, *source.load(questions, seed)) for source in (*sources, *judges)]
+        with HeadReader(
+            model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
+        ) as reader:
+            lists = [
+                list(_read_lists(reader, *item, window=window, candidates=candidates))
+                for item in loaded
+            ]
+        taught = [item for group in lists[: len(sources)] for item in group]
+        judging = {
+            text: (collection, group)
+            for text, (_, collection, _, _), group in zip(
+                dev, loaded[len(sources) :], lists[len(sources) :], strict=True
+            )
+        }
+
+        def show(trial: Trial) -> None:
+            print(
+                f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev "
+                f"{trial.score:.4f}, first stage {trial.weights.first_stage:.3g}",
+                flush=True,
+            )
+
+        best, _ = choose_weights(
+            taught, judging, l1 or DEFAULT_STRENGTHS, fuse=fuse, max_heads=max_heads, progress=show
+        )
+        described = _described(reader, name or output.stem, window)
+        places = [(head.layer, head.head) for head in reader.heads.heads]
+        fitted = best.weights.head_set(
+            places,
+            **described.model_dump(include=SHARED_FIELDS),
+            provenance={
+                "train": [source.label for source in sources],
+                "dev": [source.label for source in judges],
+                "lists": len(taught),
+                "candidates": candidates,
+                "l1": best.weights.l1,
+                "dev_ndcg10": round(best.score, 4),
+                "seed": seed,
+                **_versions(dtype),
+            },
+        )
+        fitted.save(output)
+    _print_heads(fitted)
+    print(f"Wrote {output}")
+
+
+class _Source(NamedTuple):
+    """A judged collection with candidates, as written on the command line."""
+
+    folder: Path
+    split: str
+    run: Path
+    ordered: bool
+
+    @classmethod
+    def parse(cls, text: str) -> _Source:
+        folder, *rest = text.split(":")
+        if len(rest) not in (2, 3) or rest[2:] not in ([], ["unordered"]):
+            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:unordered], got {text!r}")
+        split, run = rest[:2]
+        named = Path(folder) / "runs" / f"{split}.{run}.trec"
+        return cls(Path(folder), split, named if named.exists() else Path(run), len(rest) == 2)
+
+    @property
+    def label(self) -> str:
+        return f"{self.folder.name}:{self.split}:{self.run.name}"
+
+    def load(self, questions: int | None, seed: int) -> tuple[Any, Any, list[str]]:
+        """Collection, run, and the questions drawn."""
+        import random
+
+        from core_rerank_integrations.collection import Collection, load_run
+
+        collection = Collection.load(self.folder, self.split)
+        run = load_run(self.run, collection)
+        drawn = sorted(run)
+        random.Random(seed).shuffle(drawn)
+        return collection, run, drawn[:questions]
+
+
+def _read_lists(
+    reader: Any,
+    source: _Source,
+    collection: Any,
+    run: Any,
+    queries: list[str],
+    window: int | None,
+    candidates: int,
+) -> Iterator[Any]:
+    from core_rerank_integrations.fitting import judged_lists
+
+    lists = judged_lists(reader, collection, run, queries, window, candidates, source.ordered)
+    return tracked(lists, len(queries), source.label)
+
+
+def _highest(model: str, max_layer: int | None, prune: float | None) -> int | None:
+    """The highest layer to read, of whichever way it is given."""
+    if prune is None:
+        return max_layer
+    if max_layer is not None:
+        raise InvalidInputError("give --max-layer or --prune, not both")
+    if not 0 <= prune < 1:
+        raise InvalidInputError(f"--prune must be at least 0 and below 1, got {prune}")
+    from core_rerank_integrations.models import model_shape, resolve
+
+    layers = model_shape(resolve(model).config()).num_layers
+    return max(1, round((1 - prune) * layers)) - 1
+
+
+def _described(reader: Any, name: str, window: int | None) -> HeadSet:
+    """All but the heads: name, model, template, window."""
+    from core_rerank_integrations.prompt import TEMPLATES
+
+    template: str | None = reader.template.name
+    described: HeadSet = reader.heads.model_copy(
+        update={
+            "name": name,
+            "template": template if template in TEMPLATES else None,
+            "window": window,
+        }
+    )
+    return described
+
+
+def _versions(dtype: str) -> dict[str, str]:
+    versions = {}
+    for package in ("torch", "transformers", "vllm"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "dtype": dtype,
+        "core-rerank-integrations": __version__,
+        **versions,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _print_heads(head_set: HeadSet) -> None:
+    table = Table("layer", "head", "score", "weight", title=head_set.name, title_justify="left")
+    for head in head_set.heads:
+        score = "" if head.score is None else f"{head.score:.4f}"
+        table.add_row(str(head.layer), str(head.head), score, f"{head.weight:g}")
+    Console().print(table)
+    Console().print(
+        f"{head_set.highest_layer + 1} of {head_set.num_layers} layers run"
+        + (f"; first stage {head_set.first_stage_weight:g}" if head_set.first_stage_weight else "")
+    )

@@ -1,0 +1,103 @@
+"""Pictures of heads and of what they bring."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.evaluation import MAIN_MEASURE, MethodResult
+from core_rerank_integrations.heads import HeadSet
+
+with requires_extra("eval"):
+    from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_head_map(head_set: HeadSet, path: Path) -> None:
+    """The score of every ranked head, layer by head, the chosen ones framed."""
+    layers = head_set.num_layers or 1 + max(layer for layer, _, _ in head_set.ranking)
+    heads = head_set.num_heads or 1 + max(head for _, head, _ in head_set.ranking)
+    scores = np.full((layers, heads), np.nan)
+    for layer, head, score in head_set.ranking:
+        scores[layer, head] = np.nan if score is None else score
+    figure, axes = _figure(width=max(4.0, 0.3 * heads + 2), height=max(3.0, 0.2 * layers + 1))
+    image = axes.imshow(scores, aspect="auto", origin="lower", cmap="viridis")
+    figure.colorbar(image, label=f"{head_set.method} score")
+    axes.scatter(
+        [head.head for head in head_set.heads],
+        [head.layer for head in head_set.heads],
+        s=60,
+        facecolors="none",
+        edgecolors="red",
+        linewidths=1.5,
+    )
+    axes.set(xlabel="head", ylabel="layer", title=head_set.name)
+    figure.savefig(path)
+
+
+def plot_head_counts(curve: Mapping[int, float], others: Mapping[str, float], path: Path) -> None:
+    """nDCG@10 over the number of heads, beside methods that have no such number.
+
+    Args:
+        curve: Value by number of heads.
+        others: Value by name, drawn as lines across.
+        path: Where to.
+    """
+    figure, axes = _figure()
+    counts = sorted(curve)
+    axes.plot(counts, [curve[count] for count in counts], marker="o", label="best heads")
+    for number, (name, value) in enumerate(others.items(), start=1):
+        axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set(xlabel="number of heads", ylabel=f"mean {MAIN_MEASURE}")
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
+    """nDCG@10 over the time of a rerank, for the methods that were timed."""
+    figure, axes = _figure()
+    for result in results:
+        if result.seconds and result.method.heads is not None:
+            x = 1000 * statistics.median(result.seconds)
+            y = result.means[MAIN_MEASURE]
+            layers = result.method.heads.highest_layer + 1
+            axes.scatter(x, y)
+            axes.annotate(
+                f"{result.method.name} ({layers} layers)", (x, y), (5, 4),
+                textcoords="offset points",
+            )  # fmt: skip
+    axes.set(xlabel="ms a rerank, median", ylabel=f"mean {MAIN_MEASURE}", xlim=(0, None))
+    axes.margins(0.25)
+    figure.savefig(path)
+
+
+def plot_gains(result: MethodResult, baseline: MethodResult, path: Path) -> None:
+    """Gain and loss of nDCG@10 per query against the first stage, sorted."""
+    differences = sorted(
+        ours - theirs for ours, theirs in zip(result.values(), baseline.values(), strict=True)
+    )
+    figure, axes = _figure()
+    colours = ["C3" if difference < 0 else "C2" for difference in differences]
+    axes.bar(range(len(differences)), differences, color=colours, width=1.0)
+    better = sum(difference > 0 for difference in differences)
+    worse = sum(difference < 0 for difference in differences)
+    axes.set(
+        xlabel="queries, sorted",
+        ylabel=f"{MAIN_MEASURE} of {result.method.name} minus first stage",
+        title=f"{better} better, {worse} worse, {len(differences) - better - worse} equal",
+    )
+    figure.savefig(path)
+
+
+def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Axes]:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.add_subplot()

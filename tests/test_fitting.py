@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from core_rerank_integrations.collection import Collection, Passage
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.fitting import (
+    JudgedList,
+    Trial,
+    Weights,
+    _Listwise,
+    choose_weights,
+    fit_weights,
+)
+
+USEFUL, HARMFUL, HEADS = 3, 7, 12
+
+
+def judged(count: int, seed: int, ordered: bool = True) -> list[JudgedList]:
+    """Lists in which two heads know the relevant document, one of them by avoiding it."""
+    draw = np.random.default_rng(seed)
+    lists = []
+    for number in range(count):
+        features = draw.normal(0, 0.02, (6, HEADS))
+        grades = np.zeros(6)
+        relevant = int(draw.choice(6, p=[0.4, 0.2, 0.16, 0.1, 0.08, 0.06]))
+        grades[relevant] = 1
+        features[relevant, USEFUL] += 0.04
+        features[relevant, HARMFUL] -= 0.04
+        documents = tuple(f"{number}-{place}" for place in range(6))
+        lists.append(JudgedList(str(number), documents, features, grades, ordered))
+    return lists
+
+
+def collection_of(lists: list[JudgedList]) -> Collection:
+    names = [name for item in lists for name in item.documents]
+    return Collection(
+        {name: Passage(name, "", name) for name in names},
+        {item.query: item.query for item in lists},
+        {item.query: {item.documents[int(item.grades.argmax())]: 1} for item in lists},
+    )
+
+
+def test_finds_the_heads_that_know_with_their_signs() -> None:
+    weights = fit_weights(judged(200, seed=0), l1=0.05)
+    assert set(np.flatnonzero(weights.heads)) == {USEFUL, HARMFUL}
+    assert weights.heads[USEFUL] > 0 > weights.heads[HARMFUL]
+    assert weights.first_stage > 0
+
+
+def test_more_penalty_leaves_fewer_heads() -> None:
+    counts = [
+        np.count_nonzero(fit_weights(judged(60, seed=1), l1).heads) for l1 in (0.0, 0.02, 0.05, 9.0)
+    ]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == HEADS
+    assert counts[-1] == 0
+
+
+def test_an_order_that_means_nothing_gets_no_weight() -> None:
+    assert fit_weights(judged(60, seed=1, ordered=False), 0.02).first_stage == 0
+    assert fit_weights(judged(60, seed=1), 0.02, fuse=False).first_stage == 0
+
+
+def test_a_layer_cap_is_a_choice_of_columns() -> None:
+    columns = np.arange(HEADS) < HARMFUL
+    assert set(np.flatnonzero(fit_weights(judged(200, seed=0), 0.05, columns).heads)) == {USEFUL}
+
+
+def test_gradient_of_the_loss() -> None:
+    draw = np.random.default_rng(5)
+    problem = _Listwise.of(judged(4, seed=2), np.ones(HEADS, dtype=bool), np.ones(HEADS + 1))
+    weights = draw.normal(size=HEADS + 1)
+    _, gradient = problem.loss(weights)
+    for place in range(HEADS + 1):
+        step = np.zeros(HEADS + 1)
+        step[place] = 1e-6
+        slope = (problem.loss(weights + step)[0] - problem.loss(weights - step)[0]) / 2e-6
+        assert gradient[place] == pytest.approx(slope, abs=1e-6)
+
+
+def test_the_choice_is_made_on_the_other_questions() -> None:
+    train, dev = judged(40, seed=3), judged(80, seed=4)
+    seen: list[Trial] = []
+    best, trials = choose_weights(
+        train, {"dev": (collection_of(dev), dev)}, [0.0, 0.02, 0.05], progress=seen.append
+    )
+    assert seen == trials
+    assert best.score == max(trial.score for trial in trials)
+    assert best.num_heads > 0
+    few, _ = choose_weights(
+        train, {"dev": (collection_of(dev), dev)}, [0.0, 0.02, 0.05], max_heads=4
+    )
+    assert few.num_heads <= 4
+    with pytest.raises(InvalidInputError, match="leaves between 1 and 2 heads"):
+        choose_weights(train, {"dev": (collection_of(dev), dev)}, [0.0], max_heads=2)
+
+
+def test_lists_that_teach_nothing() -> None:
+    empty = [item._replace(grades=np.zeros(6)) for item in judged(3, seed=0)]
+    with pytest.raises(InvalidInputError, match="nothing to fit on"):
+        fit_weights(empty, 0.01)
+    taught = judged(20, seed=0)
+    np.testing.assert_array_equal(
+        fit_weights([*empty, *taught], 0.02).heads, fit_weights(taught, 0.02).heads
+    )
+    with pytest.raises(InvalidInputError, match="must not be negative, got -1"):
+        fit_weights(taught, -1)
+
+
+def test_head_set_of_weights() -> None:
+    weights = Weights(np.array([0.0, -2.5, 0.123456789, 0.0]), 0.5, 0.01)
+    head_set = weights.head_set([(0, 0), (0, 1), (1, 0), (1, 1)], name="fit-x", window=5)
+    assert [(head.layer, head.head, head.weight) for head in head_set.heads] == [
+        (0, 1, -2.5),
+        (1, 0, 0.123457),
+    ]
+    assert head_set.first_stage_weight == 0.5
+    assert not head_set.drop_outliers
+    assert (head_set.method, head_set.name, head_set.window) == ("fit", "fit-x", 5)
