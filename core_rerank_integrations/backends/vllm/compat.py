@@ -10,8 +10,12 @@ from torch import Tensor
 from core_rerank_integrations.backends.vllm.request import QUERY_START_KEY, rerank_options
 from core_rerank_integrations.errors import UnsupportedModelError
 
-SUPPORTED_VERSIONS = ("0.32",)
-"""Minor versions this was run on."""
+SUPPORTED_VERSIONS = ("0.26", "0.29", "0.30", "0.31", "0.32")
+"""Minor versions this was run on; of 0.26, the last one for torch 2.11, the sources were read.
+
+What differs between them on the ways taken here is inside of vLLM: all keep keys as [blocks, KV
+heads, slots, 2 * head size], accept the pooling task, and name a step's requests alike.
+"""
 
 LINEAR_KEYS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends that keep a block's keys as [slot, head size], before its values."""
@@ -21,14 +25,14 @@ PACKED_KEYS = ("CPU_ATTN",)
 
 
 def is_supported_version() -> bool:
-    """Whether this package was run on the vLLM that is installed."""
+    """Whether this package knows the vLLM that is installed."""
     import vllm
 
     return ".".join(vllm.__version__.split(".")[:2]) in SUPPORTED_VERSIONS
 
 
 def check_version() -> None:
-    """Refuse a vLLM that this package was not run on.
+    """Refuse a vLLM that this package does not know.
 
     Raises:
         UnsupportedModelError: Names the version found and the versions supported.
@@ -155,7 +159,7 @@ def check_layer(name: str, layer: Any) -> None:
 def step_requests(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:
     """The requests of the step a model runner has just run, in the order of its batch.
 
-    Both runners of 0.32: the new one keeps its batch with the state of the step, the old one
+    Both runners: the new one keeps its batch with the state of the step, the old one
     by itself.
 
     Returns:

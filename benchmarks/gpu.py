@@ -1,0 +1,209 @@
+"""Every GPU figure of this project, from a machine with CUDA and vLLM; prints Markdown.
+
+Models of published shapes with random weights, so nothing is fetched. Some seven minutes;
+``--tiny`` shrinks the models and the work, to try the script where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from vllm import LLM, SamplingParams
+
+from core_rerank_integrations import HeadSet
+from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.backends.transformers import TransformersBackend
+from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+from core_rerank_integrations.heads import named_head_set
+from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.prompt import Prompt, Span
+
+ROUNDS = 10
+CONCURRENT = 16
+DOCUMENTS, DOCUMENT_TOKENS = 40, 158
+"""150 tokens of text, and the marker and newlines around them."""
+QUERY_TOKENS, BASELINE_TOKENS = 40, 27
+
+SHAPES: dict[str, tuple[Any, str]] = {
+    "Mistral-7B": (
+        MistralConfig(
+            vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768,
+            sliding_window=None, rope_theta=1e6, architectures=["MistralForCausalLM"],
+        ),
+        "core-mistral-7b-instruct-v0.3",
+    ),
+    "Llama-3.1-8B": (
+        LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+            rope_theta=5e5, architectures=["LlamaForCausalLM"],
+        ),
+        "core-llama-3.1-8b-instruct",
+    ),
+}  # fmt: skip
+SMALL = LlamaConfig(
+    vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
+    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=16384,
+    initializer_range=0.05, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+
+
+class Work:
+    """Prompt pairs that were never asked before, of the shape of a rerank."""
+
+    def __init__(self, vocabulary: int, documents: int) -> None:
+        self._draw = np.random.default_rng(0)
+        self._vocabulary = vocabulary
+        self._prefix = documents * DOCUMENT_TOKENS
+
+    def pair(self) -> list[Prompt]:
+        prefix = self._tokens(self._prefix)
+        spans = (Span(0, len(prefix)),)
+        suffixes = (self._tokens(QUERY_TOKENS), self._tokens(BASELINE_TOKENS))
+        return [Prompt(prefix, suffix, spans) for suffix in suffixes]
+
+    def _tokens(self, count: int) -> np.ndarray[Any, Any]:
+        return self._draw.integers(3, self._vocabulary, count)
+
+
+def seconds(call: Callable[[], Any], rounds: int) -> float:
+    """Median wall time; two calls before are not counted."""
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+@contextmanager
+def closing(backend: Any) -> Iterator[AttentionBackend]:
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) -> None:
+    model = LocalModel(folder, None)
+    config = model.config()
+    uncut = HeadSet.from_pairs([*pairs(heads)[:-1], (config.num_hidden_layers - 1, 0)])
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 16384}
+    row(f"**{name}**, bf16", "ms a rerank", f"reranks a second, {CONCURRENT} at once", "ratio")
+    row("---", "---", "---", "---")
+
+    full = LLM(str(folder), dtype="bfloat16", enable_prefix_caching=False,
+               gpu_memory_utilization=0.5, disable_log_stats=True, **options)  # fmt: skip
+    one = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+
+    def generate(engine: LLM) -> None:
+        prompt = work.pair()[0]
+        tokens = [*prompt.prefix.tolist(), *prompt.suffix.tolist()]
+        engine.generate({"prompt_token_ids": tokens}, one, use_tqdm=False)
+
+    plain = seconds(partial(generate, full), rounds)
+    row("vLLM `generate(max_tokens=1)`, full model", f"{1000 * plain:.0f}", "", "1")
+    full.llm_engine.engine_core.shutdown()
+    del full
+
+    variants = [
+        (f"this package, cut to {heads.highest_layer + 1} layers, compiled", heads, {}),
+        ("the same, eager", heads, {"enforce_eager": True}),
+        ("uncut, compiled", uncut, {}),
+    ]
+    for label, chosen, changes in variants:
+        backend = VLLMBackend(model, chosen, dtype="bfloat16", engine_args={**options, **changes})
+        with closing(backend) as reranker, ThreadPoolExecutor(CONCURRENT) as pool:
+            alone = seconds(lambda r=reranker: r.attention_mass(work.pair()), rounds)
+            jobs = [work.pair() for _ in range(CONCURRENT * 2)]
+            start = time.perf_counter()
+            list(pool.map(reranker.attention_mass, jobs))
+            rate = len(jobs) / (time.perf_counter() - start)
+        row(label, f"{1000 * alone:.0f}", f"{rate:.1f}", f"{alone / plain:.2f}")
+
+
+def measure_transformers(
+    name: str, config: Any, heads: HeadSet, work: Work, rounds: int, folder: Path
+) -> None:
+    """Random weights of the layers that run are written to disk: this backend loads files."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = {**config.to_dict(), "num_hidden_layers": heads.highest_layer + 1}
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            type(config).from_dict(layers), dtype=torch.bfloat16
+        )
+    model.save_pretrained(folder)
+    del model
+    backend = TransformersBackend(LocalModel(folder, None), heads, dtype="bfloat16")
+    with closing(backend) as reranker:
+        alone = seconds(lambda: reranker.attention_mass(work.pair()), rounds)
+    row(f"{name}, Transformers backend of this package", f"{1000 * alone:.0f}", "", "")
+
+
+def parity(folder: Path) -> None:
+    """A random small model, float32: vLLM on this machine's device against Transformers on CPU."""
+    AutoModelForCausalLM.from_config(SMALL).save_pretrained(folder)
+    model, work = LocalModel(folder, None), Work(SMALL.vocab_size, 4)
+    heads = HeadSet.from_pairs([(0, 1), (2, 0), (2, 5), (3, 7)])
+    prompts = [prompt for _ in range(3) for prompt in work.pair()]
+    with closing(TransformersBackend(model, heads, dtype="float32", device="cpu")) as reference:
+        expected = reference.attention_mass(prompts)
+    for label, changes in {"compiled": {}, "eager, chunks of 256": {"enforce_eager": True,
+                           "max_num_batched_tokens": 256}}.items():  # fmt: skip
+        arguments = {"skip_tokenizer_init": True, "max_model_len": 4096, **changes}
+        backend = VLLMBackend(model, heads, dtype="float32", engine_args=arguments)
+        with closing(backend) as vllm:
+            masses = vllm.attention_mass(prompts)
+        worst = max(float(np.abs(a - b).max()) for a, b in zip(masses, expected, strict=True))
+        print(f"\nParity, random small Llama, float32, {label}: largest difference {worst:.1e}")
+
+
+def pairs(heads: HeadSet) -> list[tuple[int, int]]:
+    return [(head.layer, head.head) for head in heads.heads]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{machine('torch', 'transformers')}, {device}\n")
+    rounds = 2 if arguments.tiny else ROUNDS
+    for name in arguments.models:
+        config, shipped = SHAPES[name]
+        heads, documents = named_head_set(shipped), DOCUMENTS
+        if arguments.tiny:
+            kept = {"model_type": config.model_type, "architectures": config.architectures}
+            config = type(config).from_dict({**SMALL.to_dict(), **kept, "num_hidden_layers": 6})
+            heads, documents = HeadSet.from_pairs([(1, 0), (3, 5)]), 4
+        work = Work(config.vocab_size, documents)
+        with tempfile.TemporaryDirectory() as shape, tempfile.TemporaryDirectory() as weights:
+            config.save_pretrained(shape)
+            measure(name, Path(shape), heads, work, rounds)
+            measure_transformers(name, config, heads, work, rounds, Path(weights))
+        print()
+    with tempfile.TemporaryDirectory() as folder:
+        parity(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
