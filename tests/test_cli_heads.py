@@ -153,7 +153,8 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert content["about"]["queries"] == 4
     names = list(content["methods"])
     assert names[0] == "first-stage"
-    assert any(name.endswith("@8") for name in names)
+    assert {"core-small", "core-small@8", "fit-small+first-stage"} < set(names)
+    assert (report / "fit-small+first-stage.trec").exists()
     for method in content["methods"].values():
         assert len(method["per_query"]) == 4
         assert 0 <= method["mean"]["nDCG@10"] <= 1

@@ -122,24 +122,26 @@ def _method(text: str, model: LocalModel) -> Method:
     fused = text.endswith(FUSED)
     name, _, count = text.removesuffix(FUSED).partition("@")
     shape = model_shape(model.config())
+    kinds = {
+        head_set.kind: head_set
+        for head_set in reversed(shipped_head_sets().values())
+        if model.model_id is not None
+        and model.model_id in (head_set.model, *head_set.model_aliases)
+    }
     if name == "icr":
         heads = HeadSet.every(shape)
+    elif name in kinds:
+        heads = kinds[name]
     else:
-        heads = next(
-            (
-                head_set
-                for head_set in shipped_head_sets().values()
-                if head_set.kind == name
-                and model.model_id in (head_set.model, *head_set.model_aliases)
-            ),
-            None,
-        ) or named_head_set(name)
-        heads.check(model.model_id, shape)
+        heads = named_head_set(name)
+        name = heads.name  # A file's path would be no name for a run.
+    heads.check(model.model_id, shape)
+    label = f"{name}{f'@{count}' if count else ''}{FUSED if fused else ''}"
     if count:
         if not count.isdigit():
             raise InvalidInputError(f"expected a number of heads after @, got {text!r}")
         heads = heads.top(int(count))
-    return Method(text, heads, fused)
+    return Method(label, heads, fused)
 
 
 def _curve(name: str | None, model: LocalModel) -> list[Method]:
