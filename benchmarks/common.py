@@ -13,11 +13,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from core_rerank_integrations import HeadSet
 from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
 MODEL = "smollm2-135m"
-HEADS = "core-smollm2-135m-instruct"
+HEADS = HeadSet.from_pairs(
+    [(18, 7), (17, 3), (14, 3), (17, 4)],
+    name="four",
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    template="chatml",
+    window=20,
+)
+"""Always the same, so that figures of different days stand side by side."""
 WORDS = 78
 """Words of a document: about 110 tokens."""
 

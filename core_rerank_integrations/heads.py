@@ -54,6 +54,7 @@ class HeadSet(BaseModel):
             does; fitted weights belong to a score that is linear in the heads, without it.
         first_stage_weight: How much the candidates' order counts where it is handed over: this
             times the natural logarithm of a candidate's rank is taken from its score.
+        default: Whether it is the one to take where several are shipped for a model.
         provenance: Source, data, temperature, licence and the like.
         ranking: All ranked heads as (layer, head, score), best first, where published.
     """
@@ -72,6 +73,7 @@ class HeadSet(BaseModel):
     window: int | None = Field(default=None, ge=1)
     drop_outliers: bool = True
     first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    default: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict)
     ranking: tuple[tuple[int, int, float | None], ...] = ()
 
@@ -316,20 +318,24 @@ def _parse_yaml(text: str) -> Any:
 
 @cache
 def shipped_head_sets() -> dict[str, HeadSet]:
-    """The head sets inside this package, by name; a model's preferred set comes first."""
+    """The head sets inside this package, by name."""
     sets = [HeadSet.load(path) for path in sorted(resource_folder("model_configs").glob("*.json"))]
     return {head_set.name: head_set for head_set in sets}
 
 
 def default_head_set(model: str | None) -> HeadSet:
-    """The shipped head set for a hub id; of several, the first by name (``core`` before ``qr``).
+    """The shipped head set for a hub id; of several, the one marked, else the first by name.
 
     Raises:
         HeadSetError: None is shipped for that model.
     """
-    for head_set in shipped_head_sets().values():
-        if model is not None and model in (head_set.model, *head_set.model_aliases):
-            return head_set
+    known_sets = [
+        head_set
+        for head_set in shipped_head_sets().values()
+        if model is not None and model in (head_set.model, *head_set.model_aliases)
+    ]
+    if known_sets:
+        return next((head_set for head_set in known_sets if head_set.default), known_sets[0])
     known = sorted({head_set.model or "" for head_set in shipped_head_sets().values()})
     raise HeadSetError(
         f"no head set is shipped for {model or 'a local model'}; pass heads=... (a HeadSet, the "

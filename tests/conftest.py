@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 
-from core_rerank_integrations import CoReReranker
+from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.models import LocalModel, resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
-HEADS = "core-smollm2-135m-instruct"
+HEADS = HeadSet.from_pairs(
+    reference.HEADS,
+    name="four",
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    model_type="llama",
+    template="chatml",
+    window=20,
+)
+"""The heads of the reference scores, whatever the package ships."""
 
 
 @pytest.fixture(scope="session")
