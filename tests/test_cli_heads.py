@@ -120,11 +120,11 @@ def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def fit(folder: Path, name: str, *options: str) -> tuple[str, ...]:
-    source = f"{HANDBOOK}:test:{folder / 'run.trec'}"
+    source = f"{HANDBOOK}:test:{folder / 'run.trec'}:6"  # Other six for each.
     return (
-        "heads", "fit", *MODEL, "--train", source, "--dev", source, "--questions", "6",
-        "--candidates", "5", "--max-layer", "18", "--cache", str(folder / "cache"),
-        "--output", str(folder / f"{name}.json"), *options,
+        "heads", "fit", *MODEL, "--train", source, "--dev", source,
+        "--candidates", "5", "--dev-candidates", "5", "--max-layer", "18",
+        "--cache", str(folder / "cache"), "--output", str(folder / f"{name}.json"), *options,
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:unordered], got 'nowhere'"),
+        (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:unordered], got 'nowhere'"),
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1 must not be negative"),
         (("--prune", "1.5", "--max-heads", "1"), "not both"),
@@ -174,6 +174,13 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
 )
 def test_bad_input_to_fit(folder: Path, options: tuple[str, ...], message: str) -> None:
     assert message in failed(*fit(folder, "bad", *options))
+
+
+def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None:
+    every = f"{HANDBOOK}:test:{folder / 'run.trec'}:25"
+    assert "25 questions were asked for, and 18 of 30 are left" in failed(
+        *fit(folder, "bad", "--train", every)
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import random
+import re
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -149,20 +151,19 @@ def fit(
     train: Annotated[
         list[str],
         typer.Option(
-            help="FOLDER:SPLIT:RUN[:unordered] to fit on; RUN is a TREC run, or its name in the "
-            "folder's runs/. unordered: the run is no ranking. Repeatable."
+            help="FOLDER:SPLIT:RUN[:N][:unordered] to fit on; RUN is a TREC run, or its name in "
+            "the folder's runs/. N: draw so many questions. unordered: the run is no ranking. "
+            "Repeatable."
         ),
     ],
     dev: Annotated[
-        list[str], typer.Option(help="FOLDER:SPLIT:RUN[:unordered] to choose by. Repeatable.")
+        list[str], typer.Option(help="The same, to choose by. Repeatable, all count alike.")
     ],
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     window: Annotated[int | None, typer.Option(min=1, help="Documents a prompt.")] = 5,
-    candidates: Annotated[int, typer.Option(min=2, help="Candidates a question.")] = 20,
-    questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions drawn from each set; default all.")
-    ] = None,
+    candidates: Annotated[int, typer.Option(min=2, help="Candidates a question to fit on.")] = 20,
+    dev_candidates: Annotated[int, typer.Option(min=2, help="The same, to choose by.")] = 20,
     l1: Annotated[
         list[float] | None, typer.Option(help="Strength of the penalty; repeat for several.")
     ] = None,
@@ -187,13 +188,17 @@ def fit(
     with clear_errors():
         sources = [_Source.parse(text) for text in train]
         judges = [_Source.parse(text) for text in dev]
-        loaded = [(source, *source.load(questions, seed)) for source in (*sources, *judges)]
+        # Dev draws first, so that what it judges by stays the same however much is fitted on.
+        drawn = _Draw(seed)
+        judging_by = [(source, *drawn.load(source)) for source in judges]
+        loaded = [(source, *drawn.load(source)) for source in sources] + judging_by
+        depths = [candidates] * len(sources) + [dev_candidates] * len(judges)
         with HeadReader(
             model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
         ) as reader:
             lists = [
-                list(_read_lists(reader, *item, window=window, candidates=candidates))
-                for item in loaded
+                list(_read_lists(reader, *item, window=window, candidates=depth))
+                for item, depth in zip(loaded, depths, strict=True)
             ]
         taught = [item for group in lists[: len(sources)] for item in group]
         judging = {
@@ -219,10 +224,11 @@ def fit(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             provenance={
-                "train": [source.label for source in sources],
-                "dev": [source.label for source in judges],
+                "train": [item[0].label(len(item[3])) for item in loaded[: len(sources)]],
+                "dev": [item[0].label(len(item[3])) for item in loaded[len(sources) :]],
                 "lists": len(taught),
                 "candidates": candidates,
+                "dev_candidates": dev_candidates,
                 "l1": best.weights.l1,
                 "dev_ndcg10": round(best.score, 4),
                 "seed": seed,
@@ -240,32 +246,55 @@ class _Source(NamedTuple):
     folder: Path
     split: str
     run: Path
+    questions: int | None
     ordered: bool
 
     @classmethod
     def parse(cls, text: str) -> _Source:
-        folder, *rest = text.split(":")
-        if len(rest) not in (2, 3) or rest[2:] not in ([], ["unordered"]):
-            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:unordered], got {text!r}")
-        split, run = rest[:2]
-        named = Path(folder) / "runs" / f"{split}.{run}.trec"
-        return cls(Path(folder), split, named if named.exists() else Path(run), len(rest) == 2)
+        match = re.fullmatch(
+            r"(?P<folder>[^:]+):(?P<split>[^:]+):(?P<run>[^:]+)(:(?P<count>[1-9]\d*))?"
+            r"(?P<unordered>:unordered)?",
+            text,
+        )
+        if match is None:
+            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:N][:unordered], got {text!r}")
+        folder, split, run = Path(match["folder"]), match["split"], Path(match["run"])
+        named = folder / "runs" / f"{split}.{run}.trec"
+        count = int(match["count"]) if match["count"] else None
+        run = named if named.exists() else run
+        return cls(folder, split, run, count, not match["unordered"])
 
-    @property
-    def label(self) -> str:
-        return f"{self.folder.name}:{self.split}:{self.run.name}"
+    def label(self, questions: int) -> str:
+        """What goes into a head set's provenance."""
+        order = "" if self.ordered else ", unordered"
+        return f"{self.folder.name}, {self.split}, {self.run.name}, {questions} questions{order}"
 
-    def load(self, questions: int | None, seed: int) -> tuple[Any, Any, list[str]]:
-        """Collection, run, and the questions drawn."""
-        import random
 
+class _Draw:
+    """Draws questions, none of them twice: what is fitted on is not judged by."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._taken: set[tuple[Path, str]] = set()
+
+    def load(self, source: _Source) -> tuple[Any, Any, list[str]]:
+        """Collection, run, and the questions drawn from it."""
         from core_rerank_integrations.collection import Collection, load_run
 
-        collection = Collection.load(self.folder, self.split)
-        run = load_run(self.run, collection)
-        drawn = sorted(run)
-        random.Random(seed).shuffle(drawn)
-        return collection, run, drawn[:questions]
+        collection = Collection.load(source.folder, source.split)
+        run = load_run(source.run, collection)
+        shuffled = sorted(run)
+        random.Random(self._seed).shuffle(shuffled)
+        folder = source.folder.resolve()
+        free = [query for query in shuffled if (folder, query) not in self._taken]
+        drawn = free[: source.questions]
+        if not drawn or len(drawn) < (source.questions or 1):
+            raise InvalidInputError(
+                f"{source.folder}, {source.split}: {source.questions or 'some'} questions were "
+                f"asked for, and {len(free)} of {len(shuffled)} are left"
+            )
+        self._taken.update((folder, query) for query in drawn)
+        return collection, run, drawn
 
 
 def _read_lists(
@@ -280,7 +309,7 @@ def _read_lists(
     from core_rerank_integrations.fitting import judged_lists
 
     lists = judged_lists(reader, collection, run, queries, window, candidates, source.ordered)
-    return tracked(lists, len(queries), source.label)
+    return tracked(lists, len(queries), source.folder.name)
 
 
 def _highest(model: str, max_layer: int | None, prune: float | None) -> int | None:
