@@ -6,16 +6,21 @@ Prints Markdown tables of ratios; `make bench-vllm`. Takes some ten minutes on t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
+import torch
 from common import HEADS, MODEL, alternate, machine, requests
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.backends.vllm.dedicated import _arguments
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.prompt import Prompt
 
@@ -104,6 +109,39 @@ def warm_documents(reranker: CoReReranker, rounds: int, words: int, goal: str) -
     row(f"20 known documents of {words} words, window 1 : 20 new, one window", ours, other, goal)
 
 
+def weights(dtype: str) -> None:
+    """What cutting saves, as memory of the workers: on CPU the kernels keep weights packed, where
+    no parameter shows them."""
+    # A function travels to the workers.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    model = resolve(MODEL)
+    options = {"dtype": dtype, "enforce_eager": True, "max_model_len": 512}
+    cut = _arguments(model, HEADS, dtype, options)
+    resident = []
+    for arguments in (cut, {"model": str(model.path), "disable_log_stats": True, **options}):
+        engine = LLM(**arguments)
+        resident += engine.apply_model(resident_bytes)
+        engine.llm_engine.engine_core.shutdown()
+    config = model.config()
+    itemsize = getattr(torch, dtype).itemsize
+    full = AutoModelForCausalLM.from_pretrained(model.path).num_parameters() * itemsize
+    embeddings = config.vocab_size * config.hidden_size * itemsize
+    layers = (HEADS.highest_layer + 1) / config.num_hidden_layers
+    bound = (layers * (full - embeddings) + embeddings) / full
+    saved = resident[1] - resident[0]
+    print("\n| worker, dedicated, MB | worker, full model, MB | weights, full | left | at most |")
+    print("| --- | --- | --- | --- | --- |")
+    print(
+        f"| {resident[0] / 1e6:.0f} | {resident[1] / 1e6:.0f} | {full / 1e6:.0f} | "
+        f"**{1 - saved / full:.2f}** | {bound:.2f} |",
+        flush=True,
+    )
+
+
+def resident_bytes(_: torch.nn.Module) -> int:
+    return psutil.Process().memory_info().rss
+
+
 def list_lengths(reranker: CoReReranker, rounds: int) -> None:
     print("\n| documents | rerank s | ms a document |\n| --- | --- | --- |")
     reranker.window = 20
@@ -138,6 +176,7 @@ def main() -> None:
         warm_documents(reranker, rounds, 78, "at most 0.6")
         warm_documents(reranker, max(rounds // 2, 1), LONG_WORDS, "at most 0.25")
         list_lengths(reranker, max(rounds // 2, 1))
+    weights(dtype)
 
 
 if __name__ == "__main__":
