@@ -208,5 +208,5 @@ def _measured(
         return f"{pipeline.name}: reranking improved nDCG@10."
     return (
         f"{pipeline.name}: reranking did [bold]not[/] beat the first stage here. A model of this "
-        "size with a few heads may lose to a good first stage; a larger --model ranks better."
+        "size may lose to a good first stage; a larger --model ranks better."
     )
