@@ -120,7 +120,7 @@ def test_a_cache_too_small_for_all_queues_and_preempts(
         num_gpu_blocks_override=40,
         disable_log_stats=False,
     )
-    documents = [f"{number} grey gulls over the pier " * 30 for number in range(4)]
+    documents = [f"{number} grey gulls over the pier " * 20 for number in range(4)]
     queries = [f"gulls {number}" for number in range(12)]
     with small, ThreadPoolExecutor(len(queries)) as pool:
         calls = [pool.submit(small.score, query, documents) for query in queries]

@@ -7,7 +7,7 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,6 +41,7 @@ CPU_BLOCK_SIZE = 32
 """vLLM's own on CPU is 128, in which a short document never fills a block that could be shared."""
 LIVENESS_SECONDS = 1.0
 """How often a waiting call looks whether the engine still lives."""
+CANCEL_SECONDS = 5.0
 SELF_TEST_TOKENS = 43
 """More than a block of the cache, and no whole number of blocks."""
 ENGINE_DIED = (
@@ -74,7 +75,7 @@ class EngineClient(ABC):
         self._ids = itertools.count()
         self._masses: LRUCache[bytes, Mass] = LRUCache(RESULT_CACHE_TOKENS, getsizeof=len)
         self._closed = False
-        self._calls: set[Future[Any]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._engine: AsyncLLM | None = None
         self._thread: threading.Thread | None = None
         if loop is None:
@@ -97,8 +98,9 @@ class EngineClient(ABC):
         """Stop what was started. Waiting calls end with an error."""
         if not self._closed:
             self._closed = True
-            for call in list(self._calls):
-                call.cancel()
+            ending = asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
+            if not running_on(self._loop):
+                ending.result()
             try:
                 self._release()
             finally:
@@ -147,14 +149,13 @@ class EngineClient(ABC):
         if self._closed:
             work.close()
             raise ClosedError("the vLLM engine of this reranker is closed")
-        if _running_loop() is self._loop:
+        if running_on(self._loop):
             work.close()
             raise InvalidInputError(
                 "this call would block the event loop that the vLLM engine runs on; use "
                 "`await reranker.arerank(...)` there"
             )
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._calls.add(future)
+        future = asyncio.run_coroutine_threadsafe(self._call(work), self._loop)
         try:
             # vLLM does not wake every waiting request when its process is killed.
             while not wait([future], timeout=LIVENESS_SECONDS).done:
@@ -167,12 +168,26 @@ class EngineClient(ABC):
         except BaseException:
             future.cancel()  # An interrupted call aborts its requests.
             raise
+
+    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await work
         finally:
-            self._calls.discard(future)
+            self._calls.discard(task)
+
+    async def _end_calls(self) -> None:
+        """Cancel what waits, while the engine can still be told that nobody does."""
+        for call in self._calls:
+            call.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=CANCEL_SECONDS)
 
     def _shut_down(self) -> None:
-        """End an engine on this client's own loop, and all that waits for it."""
-        # Waiting calls first: what listens to the engine would report its end as a failure.
+        """End an engine on this client's own loop."""
+        # What listens to it first: it would report the engine's end as a failure.
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         if self._engine is not None:
             self._engine.shutdown()
@@ -260,11 +275,12 @@ def engine_arguments(
     }
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def running_on(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the caller runs on this loop, and so would block it by waiting for it."""
     try:
-        return asyncio.get_running_loop()
+        return asyncio.get_running_loop() is loop
     except RuntimeError:
-        return None
+        return False
 
 
 async def _cancel_others() -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from core_rerank_integrations.backends.vllm.client import EngineClient, engine_arguments
+from core_rerank_integrations.backends.vllm.client import (
+    EngineClient,
+    engine_arguments,
+    running_on,
+)
 from core_rerank_integrations.backends.vllm.request import RESULT_KEY
 from core_rerank_integrations.errors import (
     HeadSetError,
@@ -78,7 +82,7 @@ class SharedVLLMBackend(EngineClient):
         # One token is generated, which must have room after the prompt.
         self.max_context = self._engine.model_config.max_model_len - 1
         self._installed = asyncio.run_coroutine_threadsafe(self._install(head_set), self._loop)
-        if _on(self._loop):
+        if running_on(self._loop):
             return  # Waiting here would block the engine's loop: the first call waits instead.
         try:
             self._installed.result()
@@ -101,7 +105,7 @@ class SharedVLLMBackend(EngineClient):
             removal = asyncio.run_coroutine_threadsafe(
                 self._engine.collective_rpc("core_rerank_remove"), self._loop
             )
-            if not _on(self._loop):
+            if not running_on(self._loop):
                 removal.result()
 
     async def _install(self, head_set: HeadSet) -> None:
@@ -131,16 +135,18 @@ class SharedVLLMBackend(EngineClient):
             await self._generate(tokens, parameters, name)
         finally:
             # Also when this call is cancelled: what it asked for must not stay behind.
-            fetching = asyncio.ensure_future(
-                engine.collective_rpc("core_rerank_fetch", args=(name,))
-            )
-            parts = await asyncio.shield(fetching)
-        if not all(parts):
+            parts = [] if engine.errored else await self._fetch(engine, name)
+        if not parts or not all(parts):
             return np.zeros(self._heads + 1, dtype=np.float32)  # No rows: asked again.
         vectors = np.array([np.frombuffer(part, dtype=np.float32) for part in parts])
         summed: np.ndarray[Any, Any] = vectors.sum(axis=0)
         summed[-1] = vectors[0, -1]
         return summed
+
+    async def _fetch(self, engine: AsyncLLM, name: str) -> list[bytes]:
+        fetched = engine.collective_rpc("core_rerank_fetch", args=(name,))
+        parts: list[bytes] = await asyncio.shield(asyncio.ensure_future(fetched))
+        return parts
 
     async def _generate(
         self, prompt: TextPrompt | TokensPrompt, parameters: SamplingParams, name: str
@@ -149,13 +155,6 @@ class SharedVLLMBackend(EngineClient):
         async for output in self._engine.generate(prompt, parameters, name):
             result = output
         return result
-
-
-def _on(loop: asyncio.AbstractEventLoop) -> bool:
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
 
 
 def _loop_of(engine: AsyncLLM) -> asyncio.AbstractEventLoop:
