@@ -21,7 +21,9 @@ test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
 	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/test_examples.py \
-		--ignore tests/test_cli.py --ignore tests/test_evaluation.py
+		--ignore tests/test_cli.py --ignore tests/test_evaluation.py \
+		--ignore tests/test_cli_heads.py --ignore tests/test_detection.py \
+		--ignore tests/test_fitting.py
 
 # vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
 # torchcodec are left out: text models need only torch, which is here.

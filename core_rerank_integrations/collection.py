@@ -39,14 +39,20 @@ class Collection:
     qrels: Qrels
 
     @classmethod
-    def load(cls, folder: Path, split: str = "test") -> Collection:
+    def load(cls, folder: Path, split: str = "test", partial: bool = False) -> Collection:
         """Read ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
 
         Queries without a judgment in this split are left out.
 
+        Args:
+            folder: Where the files lie.
+            split: Which judgments.
+            partial: Whether the folder may lack judged documents, as where it holds only the
+                candidates of a large corpus. They still count in an ideal ranking.
+
         Raises:
-            InvalidInputError: A file is missing or malformed, or a judgment names a query or
-                document that the folder lacks.
+            InvalidInputError: A file is missing or malformed, or a judgment names a query or,
+                unless ``partial``, a document that the folder lacks.
         """
         passages = {
             record["_id"]: Passage(record["_id"], record.get("title", ""), record["text"])
@@ -57,7 +63,7 @@ class Collection:
         path = folder / "qrels" / f"{split}.tsv"
         for query, passage, grade in _judgments(path):
             for kind, name, known in (("query", query, queries), ("document", passage, passages)):
-                if name not in known:
+                if name not in known and not (partial and kind == "document"):
                     raise InvalidInputError(f"{path} judges the {kind} {name!r}, which is missing")
             qrels.setdefault(query, {})[passage] = grade
         return cls(passages, {key: queries[key] for key in queries if key in qrels}, qrels)

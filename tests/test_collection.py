@@ -45,6 +45,13 @@ def test_malformed_files_are_named(folder: Path, file: str, content: str, messag
         Collection.load(folder)
 
 
+def test_a_partial_corpus_keeps_all_judgments(folder: Path) -> None:
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t2\n")
+    with pytest.raises(InvalidInputError, match="'e', which is missing"):
+        Collection.load(folder)
+    assert Collection.load(folder, partial=True).qrels == {"q": {"d": 1, "e": 2}}
+
+
 def test_runs_are_ordered_by_score_then_rank(folder: Path, tmp_path: Path) -> None:
     (folder / "corpus.jsonl").write_text(
         "".join(f'{{"_id": "{name}", "text": "t"}}\n' for name in "dabc")

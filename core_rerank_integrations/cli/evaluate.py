@@ -66,7 +66,8 @@ def evaluate(
     from core_rerank_integrations.reranker import CoReReranker
 
     with clear_errors():
-        collection = Collection.load(beir, split)
+        collection = Collection.load(beir, split, partial=True)
+        judged = {document for grades in collection.qrels.values() for document in grades}
         ranked = {query: run_[:candidates] for query, run_ in load_run(run, collection).items()}
         asked = list(collection.queries)[:queries]
         local_model = resolve(model)
@@ -101,6 +102,7 @@ def evaluate(
             "collection": f"{beir.name}, {split}",
             "queries": len(asked),
             "first stage": f"{run.name}, {candidates} candidates",
+            "judged documents outside the corpus": len(judged - collection.passages.keys()),
             "model": model,
             "window": window or "each head set's own",
             "backend and dtype": f"{backend}, {dtype}",
