@@ -235,25 +235,23 @@ def test_families(family: str, tmp_path: Path) -> None:
         backend.close()
 
 
-def test_a_probe_that_reads_wrongly_is_refused_at_start(
+def test_probes_that_disagree_with_the_engine_are_refused_at_start(
     smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine's processes are forked, so they take over what is changed here."""
-    from core_rerank_integrations.backends.vllm import probe
+    ask = VLLMBackend._ask
 
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
-    original = probe.Probe._wrap
+    async def off_by_half(self: VLLMBackend, *arguments: Any, **options: Any) -> Any:
+        error, rows = await ask(self, *arguments, **options)
+        assert error < 1e-3, "what the real probes answer"
+        return np.array([error + 0.5, rows])
 
-    def with_a_wrong_scale(self: Any, implementation: Any) -> None:
-        self._scale *= 1.5
-        original(self, implementation)
-
-    monkeypatch.setattr(probe.Probe, "_wrap", with_a_wrong_scale)
-    with pytest.raises(UnsupportedModelError, match="differs from its own by"):
+    monkeypatch.setattr(VLLMBackend, "_ask", off_by_half)
+    with pytest.raises(UnsupportedModelError, match=r"differs from its own by 0\.5"):
         CoReReranker(
             smollm2.path,
             heads=HEADS,
             backend="vllm",
+            dtype="float32",
             engine_args={"enforce_eager": True, "max_model_len": 512},
         )
 

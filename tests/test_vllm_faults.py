@@ -118,6 +118,7 @@ def test_a_cache_too_small_for_all_queues_and_preempts(
         max_model_len=1024,
         max_num_batched_tokens=256,
         num_gpu_blocks_override=40,
+        scheduler_reserve_full_isl=False,  # Or it would only queue.
         disable_log_stats=False,
     )
     documents = [f"{number} grey gulls over the pier " * 20 for number in range(4)]
