@@ -135,7 +135,6 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert fitted.method == "fit"
     assert fitted.window == 5
     assert not fitted.drop_outliers
-    assert fitted.first_stage_weight > 0
     assert any(head.weight != 1 for head in fitted.heads)
     assert fitted.provenance["lists"] == 6
 

@@ -138,7 +138,7 @@ def test_a_matching_set_is_accepted_by_hub_id_alias_or_folder() -> None:
 
 def test_shipped_sets_are_complete() -> None:
     sets = shipped_head_sets()
-    assert len(sets) == 14
+    assert len(sets) == 17
     for name, head_set in sets.items():
         assert name == head_set.name
         assert head_set.model

@@ -28,7 +28,7 @@ def test_keeps_outliers_within_two_unbiased_deviations() -> None:
 def test_one_token_and_constant_documents_keep_their_tokens() -> None:
     tokens = np.array([0.25, 0.5, 0.5], dtype=np.float32)
     spans = [Span(0, 1), Span(1, 3)]
-    assert document_scores(tokens, np.zeros(3, np.float32), spans) == [0.25, 1.0]
+    assert document_scores(tokens, np.zeros(3, np.float32), spans).tolist() == [0.25, 1.0]
 
 
 def test_baseline_may_be_shorter_than_the_prompt() -> None:

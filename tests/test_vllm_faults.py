@@ -121,13 +121,16 @@ def test_a_cache_too_small_for_all_queues_and_preempts(
         scheduler_reserve_full_isl=False,  # Or it would only queue.
         disable_log_stats=False,
     )
-    documents = [f"{number} grey gulls over the pier " * 20 for number in range(4)]
-    queries = [f"gulls {number}" for number in range(12)]
-    with small, ThreadPoolExecutor(len(queries)) as pool:
-        calls = [pool.submit(small.score, query, documents) for query in queries]
-        for query, call in zip(queries, calls, strict=True):
+    # Lists that share nothing, or the prefix cache would hold them all.
+    requests = [
+        ("gulls", [f"{list_number}.{n} grey gulls over the pier " * 16 for n in range(4)])
+        for list_number in range(12)
+    ]
+    with small, ThreadPoolExecutor(len(requests)) as pool:
+        calls = [pool.submit(small.score, *request) for request in requests]
+        for request, call in zip(requests, calls, strict=True):
             np.testing.assert_allclose(
-                call.result(timeout=300), reranker.score(query, documents), rtol=0, atol=1e-5
+                call.result(timeout=300), reranker.score(*request), rtol=0, atol=1e-5
             )
     preempted = sum(
         sample.value

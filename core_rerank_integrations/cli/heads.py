@@ -123,6 +123,7 @@ def find(
                 "heads": HeadSet.from_ranking(ranking, heads).heads,
                 "ranking": tuple(ranking),
                 "provenance": {
+                    "source": "core-rerank heads find",
                     "data": data.name,
                     "split": split,
                     "run": run.name,
@@ -224,6 +225,7 @@ def fit(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             provenance={
+                "source": "core-rerank heads fit",
                 "train": [item[0].label(len(item[3])) for item in loaded[: len(sources)]],
                 "dev": [item[0].label(len(item[3])) for item in loaded[len(sources) :]],
                 "lists": len(taught),
