@@ -14,18 +14,21 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         ModelError: Transformers cannot read this file.
     """
     with requires_extra("transformers"):
-        import accelerate  # noqa: F401  Transformers needs both to read GGUF, and asks late.
-        import gguf as _gguf  # noqa: F401
+        import accelerate  # noqa: F401  Transformers needs it to read GGUF, and asks late.
+        import gguf as gguf_files
         import torch
         import transformers
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        adds_bos = gguf_files.GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             **source, **_dequantized(transformers), dtype=torch.bfloat16
         )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"Transformers cannot read {gguf}: {error}") from error
+    if adds_bos is not None and adds_bos.contents():
+        tokenizer.add_bos_token = True  # Transformers forgets it, and Gemma is lost without.
     # A model loaded from GGUF refuses to be saved, a fresh one with its weights does not.
     config = type(loaded.config).from_dict(
         {

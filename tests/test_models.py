@@ -5,10 +5,14 @@ import multiprocessing
 import time
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from core_rerank_integrations import models
 from core_rerank_integrations.errors import InvalidInputError, ModelError
+from core_rerank_integrations.loading import load_encoder
 from core_rerank_integrations.models import ALIASES, LocalModel, resolve
 
 
@@ -70,6 +74,52 @@ def test_a_damaged_gguf_file_is_an_error_that_names_it(cache: Path, tmp_path: Pa
     with pytest.raises(ModelError, match=r"damaged\.gguf"):
         resolve(damaged)
     assert leftovers(cache) == []
+
+
+def write_tiny_gguf(path: Path, adds_bos: bool) -> None:
+    """A random Llama of one layer, whose vocabulary is the bytes and one merge of two."""
+    width, tokens = 64, [*bytes_to_unicode().values(), "<bos>", "<eos>", "gu"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["g u"])
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([normal] * 256 + [control] * 2 + [normal])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_add_bos_token(adds_bos)
+    shapes = {"token_embd": (len(tokens), width), "output": (len(tokens), width)}
+    shapes |= {
+        f"blk.0.{name}": (width, width)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    shapes |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (width,))
+    draw = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", draw.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_gguf_file_says_whether_prompts_begin_with_a_token(
+    tmp_path: Path, adds_bos: bool
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", adds_bos)
+    model = resolve(tmp_path / "tiny.gguf")
+    prompt = load_encoder(model, "plain").encode("gulls", ["grey gulls"])
+    assert (prompt.prefix[0] == 256) == adds_bos
 
 
 def test_an_interrupted_fetch_is_cleared_away_by_the_next(cache: Path) -> None:
