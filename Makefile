@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-vllm bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-vllm bench-precision bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -64,6 +64,12 @@ bench-gpu:
 bench-vllm: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 \
 		$(BIN)/python benchmarks/vllm_backend.py
+
+# Wants judged lists; the project has none to ship.
+BEIR ?= ../shared/data/nq
+bench-precision: $(VENV)/.vllm-cpu
+	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/python \
+		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
 
 clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

