@@ -48,6 +48,21 @@ class JudgedList(NamedTuple):
     ordered: bool
 
 
+def teaching(
+    collection: Collection, run: Run, queries: Sequence[str], candidates: int
+) -> list[str]:
+    """The queries whose first ``candidates`` hold both a relevant and an irrelevant document.
+
+    A fit learns nothing from the others, so their features need not be read.
+    """
+    kept = []
+    for query in queries:
+        grades = [collection.qrels[query].get(document, 0) for document in run[query][:candidates]]
+        if max(grades) > 0 >= min(grades):
+            kept.append(query)
+    return kept
+
+
 def judged_lists(
     reader: HeadReader,
     collection: Collection,

@@ -12,6 +12,7 @@ from core_rerank_integrations.fitting import (
     _Listwise,
     choose_weights,
     fit_weights,
+    teaching,
 )
 
 USEFUL, HARMFUL, HEADS = 3, 7, 12
@@ -47,6 +48,18 @@ def test_finds_the_heads_that_know_with_their_signs() -> None:
     assert set(np.flatnonzero(weights.heads)) == {USEFUL, HARMFUL}
     assert weights.heads[USEFUL] > 0 > weights.heads[HARMFUL]
     assert weights.first_stage > 0
+
+
+def test_questions_whose_candidates_differ_in_nothing_teach_nothing() -> None:
+    lists = judged(4, seed=0)
+    collection = collection_of(lists)
+    run = {item.query: list(item.documents) for item in lists}
+    relevant = {query: next(iter(grades)) for query, grades in collection.qrels.items()}
+    run["1"] = [name for name in run["1"] if name != relevant["1"]]
+    run["2"] = [relevant["2"]]
+    run["3"] = [*(name for name in run["3"] if name != relevant["3"]), relevant["3"]]
+    assert teaching(collection, run, ["0", "1", "2", "3"], 6) == ["0", "3"]
+    assert teaching(collection, run, ["3"], 5) == []
 
 
 def test_more_penalty_leaves_fewer_heads() -> None:

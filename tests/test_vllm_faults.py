@@ -116,9 +116,12 @@ def test_a_cache_too_small_for_all_queues_and_preempts(
         smollm2,
         backend,
         max_model_len=1024,
-        max_num_batched_tokens=256,
         num_gpu_blocks_override=40,
-        scheduler_reserve_full_isl=False,  # Or it would only queue.
+        # Many requests begin, a little of each in a step, and none has its blocks reserved; or
+        # they would only queue.
+        max_num_batched_tokens=1024,
+        long_prefill_token_threshold=64,
+        scheduler_reserve_full_isl=False,
         disable_log_stats=False,
     )
     # Lists that share nothing, or the prefix cache would hold them all.

@@ -184,7 +184,12 @@ def fit(
     What the model says about a list is kept on disk: a second fit takes seconds.
     """
     from core_rerank_integrations.features import HeadReader
-    from core_rerank_integrations.fitting import DEFAULT_STRENGTHS, Trial, choose_weights
+    from core_rerank_integrations.fitting import (
+        DEFAULT_STRENGTHS,
+        Trial,
+        choose_weights,
+        teaching,
+    )
 
     with clear_errors():
         sources = [_Source.parse(text) for text in train]
@@ -192,20 +197,24 @@ def fit(
         # Dev draws first, so that what it judges by stays the same however much is fitted on.
         drawn = _Draw(seed)
         judging_by = [(source, *drawn.load(source)) for source in judges]
-        loaded = [(source, *drawn.load(source)) for source in sources] + judging_by
+        fitting_on = [(source, *drawn.load(source)) for source in sources]
+        useful = [
+            (source, collection, ranked, teaching(collection, ranked, queries, candidates))
+            for source, collection, ranked, queries in fitting_on
+        ]
         depths = [candidates] * len(sources) + [dev_candidates] * len(judges)
         with HeadReader(
             model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
         ) as reader:
             lists = [
                 list(_read_lists(reader, *item, window=window, candidates=depth))
-                for item, depth in zip(loaded, depths, strict=True)
+                for item, depth in zip(useful + judging_by, depths, strict=True)
             ]
         taught = [item for group in lists[: len(sources)] for item in group]
         judging = {
             text: (collection, group)
             for text, (_, collection, _, _), group in zip(
-                dev, loaded[len(sources) :], lists[len(sources) :], strict=True
+                dev, judging_by, lists[len(sources) :], strict=True
             )
         }
 
@@ -226,8 +235,8 @@ def fit(
             **described.model_dump(include=SHARED_FIELDS),
             provenance={
                 "source": "core-rerank heads fit",
-                "train": [item[0].label(len(item[3])) for item in loaded[: len(sources)]],
-                "dev": [item[0].label(len(item[3])) for item in loaded[len(sources) :]],
+                "train": [item[0].label(len(item[3])) for item in fitting_on],
+                "dev": [item[0].label(len(item[3])) for item in judging_by],
                 "lists": len(taught),
                 "candidates": candidates,
                 "dev_candidates": dev_candidates,
