@@ -6,7 +6,6 @@ Prints Markdown tables of ratios; `make bench-vllm`. Takes some ten minutes on t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -110,36 +109,40 @@ def warm_documents(reranker: CoReReranker, rounds: int, words: int, goal: str) -
 
 
 def weights(dtype: str) -> None:
-    """What cutting saves, as memory of the workers: on CPU the kernels keep weights packed, where
-    no parameter shows them."""
-    # A function travels to the workers.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    """What cutting saves, as resident memory of the workers: on CPU the kernels keep weights
+    packed, where no parameter shows them. Cache and batches are as small as they can be."""
     model = resolve(MODEL)
-    options = {"dtype": dtype, "enforce_eager": True, "max_model_len": 512}
+    options = {
+        "dtype": dtype,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 1,
+        "num_gpu_blocks_override": 8,
+    }
     cut = _arguments(model, HEADS, dtype, options)
     resident = []
     for arguments in (cut, {"model": str(model.path), "disable_log_stats": True, **options}):
+        before = set(psutil.Process().children(recursive=True))
         engine = LLM(**arguments)
-        resident += engine.apply_model(resident_bytes)
+        started = set(psutil.Process().children(recursive=True)) - before
+        resident.append(max(process.memory_info().rss for process in started))
         engine.llm_engine.engine_core.shutdown()
     config = model.config()
     itemsize = getattr(torch, dtype).itemsize
     full = AutoModelForCausalLM.from_pretrained(model.path).num_parameters() * itemsize
-    embeddings = config.vocab_size * config.hidden_size * itemsize
-    layers = (HEADS.highest_layer + 1) / config.num_hidden_layers
-    bound = (layers * (full - embeddings) + embeddings) / full
-    saved = resident[1] - resident[0]
-    print("\n| worker, dedicated, MB | worker, full model, MB | weights, full | left | at most |")
+    decoder = full - config.vocab_size * config.hidden_size * itemsize
+    owed = (1 - (HEADS.highest_layer + 1) / config.num_hidden_layers) * decoder
+    cut_worker, full_worker = (size / 1e6 for size in resident)
+    print(
+        "\n| worker, dedicated, MB | full model, MB | saved, MB | weights cut, MB | weights, MB |"
+    )
     print("| --- | --- | --- | --- | --- |")
     print(
-        f"| {resident[0] / 1e6:.0f} | {resident[1] / 1e6:.0f} | {full / 1e6:.0f} | "
-        f"**{1 - saved / full:.2f}** | {bound:.2f} |",
+        f"| {cut_worker:.0f} | {full_worker:.0f} | **{full_worker - cut_worker:.0f}** | "
+        f"{owed / 1e6:.0f} | {full / 1e6:.0f} |",
         flush=True,
     )
-
-
-def resident_bytes(_: torch.nn.Module) -> int:
-    return psutil.Process().memory_info().rss
 
 
 def list_lengths(reranker: CoReReranker, rounds: int) -> None:
