@@ -17,17 +17,19 @@ import torch
 from common import HEADS, MODEL, alternate, machine, requests, tracked
 from transformers import AutoModelForCausalLM
 
-from core_rerank_integrations import CoReReranker
+from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 
+SHIPPED = ("core", "qr", "fit", "fast")
 LIST_LENGTHS = (5, 20, 40, 100)
 
 
-def compare_with_full_prefill(dtype: str, rounds: int) -> str:
-    """A rerank of 20 documents, N/A included, over a plain prefill of the same prompt."""
+def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int) -> str:
+    """A rerank of 20 documents, N/A included, over a plain prefill of them in one prompt."""
     folder = resolve(MODEL).path
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    with CoReReranker(MODEL, heads=HEADS, dtype=dtype) as reranker:
+    with CoReReranker(MODEL, heads=heads, dtype=dtype) as reranker:
         work = requests(rounds + 1, 20)
         prompts = [reranker._encoder.encode(*request) for request in work]
         tokens = [
@@ -44,7 +46,7 @@ def compare_with_full_prefill(dtype: str, rounds: int) -> str:
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     lengths = [prompt.shape[1] for prompt in tokens]
     return (
-        f"| {dtype} | {statistics.mean(lengths):.0f} | {statistics.median(ours):.2f} | "
+        f"| {name} | {dtype} | {statistics.mean(lengths):.0f} | {statistics.median(ours):.2f} | "
         f"{statistics.median(plain):.2f} | **{statistics.median(ratios):.2f}** "
         f"({min(ratios):.2f} to {max(ratios):.2f}) | {layers[0]}/{layers[1]} = "
         f"{layers[0] / layers[1]:.2f} |"
@@ -108,10 +110,13 @@ def main() -> None:
         measure_memory(arguments.memory_of)
         return
     print(machine("torch", "transformers") + "\n")
-    print("| dtype | prompt tokens | rerank s | plain prefill s | ratio (range) | floor |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| heads | dtype | prompt tokens | rerank s | plain prefill s | ratio (range) | floor |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for dtype in ("float32", "bfloat16"):
-        print(compare_with_full_prefill(dtype, arguments.rounds), flush=True)
+        print(compare_with_full_prefill("four", HEADS, dtype, arguments.rounds), flush=True)
+    for kind in SHIPPED:
+        heads = named_head_set(f"{kind}-{MODEL}-instruct")
+        print(compare_with_full_prefill(kind, heads, "bfloat16", arguments.rounds), flush=True)
     print("\n| window | documents | rerank s | ms a document | against 20 |")
     print("| --- | --- | --- | --- | --- |")
     for window in (None, 1):
