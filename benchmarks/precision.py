@@ -18,11 +18,8 @@ from core_rerank_integrations.evaluation import JointReranker, Method, mean_meas
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 
-METHODS = [
-    Method("core", named_head_set("core-smollm2-135m-instruct")),
-    Method("fit", named_head_set("fit-smollm2-135m-instruct")),
-    Method("fit+first-stage", named_head_set("fit-smollm2-135m-instruct"), True),
-]
+CORE, FIT = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("core", "fit"))
+METHODS = [Method("core", CORE), Method("fit", FIT), Method("fit+first-stage", FIT, True)]
 DTYPES = ("float32", "bfloat16")
 
 
@@ -45,8 +42,7 @@ def main() -> None:
 
     rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
     for dtype in DTYPES:
-        window = METHODS[0].heads.window if METHODS[0].heads else None
-        reranker = JointReranker(resolve(MODEL), METHODS, window, arguments.backend, dtype)
+        reranker = JointReranker(resolve(MODEL), METHODS, FIT.window, arguments.backend, dtype)
         console = Console(stderr=True)
         ranked = rank_all(
             collection, run, reranker.scores, track(queries, description=dtype, console=console)
