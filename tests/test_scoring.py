@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core_rerank_integrations.prompt import Span
-from core_rerank_integrations.scoring import document_scores
+from core_rerank_integrations.scoring import document_scores, with_first_stage
 
 
 def test_sums_the_difference_of_query_and_baseline() -> None:
@@ -34,3 +34,11 @@ def test_one_token_and_constant_documents_keep_their_tokens() -> None:
 def test_baseline_may_be_shorter_than_the_prompt() -> None:
     query = np.arange(6, dtype=np.float32)
     assert document_scores(query, np.zeros(3, np.float32), [Span(1, 3)]) == [3.0]
+
+
+def test_first_stage_order_favours_the_earlier_of_equals() -> None:
+    scores = with_first_stage(np.array([[0.5, 0.5, 0.5], [0.0, 0.0, 9.0]]), weight=2.0)
+    assert scores[0] == pytest.approx([0.5, 0.5 - 2 * np.log(2), 0.5 - 2 * np.log(3)])
+    assert scores[0].argmax() == 0
+    assert scores[1].argmax() == 2
+    assert with_first_stage(scores, weight=0.0).tolist() == scores.tolist()
