@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from conftest import HEADS
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.callbacks import BaseCallbackHandler
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from core_rerank_integrations import CoReDocumentCompressor, CoReReranker
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.models import LocalModel
 
 QUERY = "Who patented the telephone?"
 DOCUMENTS = [
@@ -51,6 +53,21 @@ def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> No
     assert all(type(score) is float for score in scores)
     assert compressed[0].metadata["tags"] == ["a"]
     assert compressed[0].page_content == DOCUMENTS[1].page_content
+
+
+def test_a_retrievers_order_counts_unless_told_otherwise(
+    smollm2: LocalModel,
+) -> None:
+    heavy = HEADS.model_copy(update={"first_stage_weight": 100.0})
+    compressor = CoReDocumentCompressor(model=str(smollm2.path), heads=heavy)
+    kept = compressor.compress_documents(DOCUMENTS, QUERY)
+    assert [document.page_content for document in kept] == [
+        document.page_content for document in DOCUMENTS
+    ]
+    indifferent = CoReDocumentCompressor(
+        model=str(smollm2.path), heads=heavy, first_stage_order=False
+    )
+    assert indifferent.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
 
 
 def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:

@@ -361,3 +361,16 @@ def test_pickle_and_copy(reranker: CoReReranker) -> None:
         np.testing.assert_allclose(
             restored.score(QUERY, DOCUMENTS), reranker.score(QUERY, DOCUMENTS), rtol=0, atol=1e-6
         )
+
+
+def test_the_first_stages_order_counts_as_the_head_set_says(
+    reranker: CoReReranker, smollm2: LocalModel
+) -> None:
+    weighted = HEADS.model_copy(update={"first_stage_weight": 0.5})
+    backend = reranker._backend
+    ordered = CoReReranker(smollm2.path, heads=weighted, backend=backend, first_stage_order=True)
+    plain = np.array(reranker.score(QUERY, DOCUMENTS))
+    expected = plain - 0.5 * np.log([1, 2, 3, 4, 5])
+    np.testing.assert_allclose(ordered.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-6)
+    unordered = CoReReranker(smollm2.path, heads=weighted, backend=backend)
+    assert unordered.score(QUERY, DOCUMENTS) == plain.tolist()
