@@ -99,7 +99,7 @@ class JointReranker:
     """Ranks by several head sets of one model in one pass, for comparisons.
 
     Scores are those of a `CoReReranker` with the same head set; only the model runs once for
-    all, as far as the highest head of any.
+    all, as far as the highest head of any (twice where some sets want the documents reversed).
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class JointReranker:
             for method in methods
             if method.heads is not None
         }
+        self._orders = sorted({head_set.reverse for head_set in sets})
         template = next((head_set.template for head_set in sets if head_set.template), None)
         encoder = load_encoder(model, template)
         self._backend = load_backend(backend, model, HeadSet.from_pairs(places), dtype, device)
@@ -134,20 +135,22 @@ class JointReranker:
         """By method, one score a document; the first stage's are falling numbers."""
         order = -np.arange(len(documents), dtype=np.float64)
         scores = {method.name: order.copy() for method in self._methods}
-        windows = self._planner.windows(query, documents, self._window)
-        prompts = [window.prompt for window in windows]
-        twins = [self._planner.baseline(window) for window in windows]
-        masses = self._backend.head_mass([*prompts, *twins])
-        for window, mass, baseline in zip(windows, masses, masses[len(prompts) :], strict=False):
-            for method in self._methods:
-                if method.heads is not None:
-                    weights = self._weights[method.name]
-                    scores[method.name][window.indices] = document_scores(
-                        weights @ mass,
-                        weights @ baseline,
-                        window.prompt.document_spans,
-                        method.heads.drop_outliers,
-                    )
+        for reverse in self._orders:
+            windows = self._planner.windows(query, documents, self._window, reverse)
+            prompts = [window.prompt for window in windows]
+            twins = [self._planner.baseline(window) for window in windows]
+            masses = self._backend.head_mass([*prompts, *twins])
+            baselines = masses[len(prompts) :]
+            for window, mass, baseline in zip(windows, masses, baselines, strict=False):
+                for method in self._methods:
+                    if method.heads is not None and method.heads.reverse == reverse:
+                        weights = self._weights[method.name]
+                        scores[method.name][window.indices] = document_scores(
+                            weights @ mass,
+                            weights @ baseline,
+                            window.prompt.document_spans,
+                            method.heads.drop_outliers,
+                        )
         for method in self._methods:
             if method.heads is not None and method.first_stage_order:
                 weight = method.heads.first_stage_weight

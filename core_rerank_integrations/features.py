@@ -85,13 +85,21 @@ class HeadReader:
         identity = (_fingerprint(local_model), len(self.heads.heads), backend, dtype)
         self._identity = repr(identity).encode()
 
-    def read(self, query: str, documents: Sequence[str], window: int | None = None) -> HeadFeatures:
+    def read(
+        self,
+        query: str,
+        documents: Sequence[str],
+        window: int | None = None,
+        reverse: bool = False,
+    ) -> HeadFeatures:
         """Features of ``documents`` for ``query``, ranked in prompts of at most ``window``.
+
+        With ``reverse`` a prompt shows its documents last first.
 
         Raises:
             StorageError: What was read cannot be written or read back.
         """
-        windows = self._planner.windows(query, documents, window)
+        windows = self._planner.windows(query, documents, window, reverse)
         path = self._path(windows)
         features = _load(path)
         if features is None:

@@ -71,12 +71,16 @@ def judged_lists(
     window: int | None,
     candidates: int = 20,
     ordered: bool = True,
+    reverse: bool = False,
 ) -> Iterator[JudgedList]:
-    """Read the features of each query's first ``candidates``, in prompts of ``window``."""
+    """Read the features of each query's first ``candidates``, in prompts of ``window``.
+
+    With ``reverse`` a prompt shows them last first.
+    """
     for query in queries:
         documents = tuple(run[query][:candidates])
         texts = [collection.passages[document].content for document in documents]
-        features = reader.read(collection.queries[query], texts, window).sums
+        features = reader.read(collection.queries[query], texts, window, reverse).sums
         grades = [collection.qrels[query].get(document, 0) for document in documents]
         yield JudgedList(
             query, documents, features.astype(np.float64), np.maximum(grades, 0.0), ordered

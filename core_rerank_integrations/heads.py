@@ -50,6 +50,8 @@ class HeadSet(BaseModel):
         heads: The heads that are read.
         template: Name of the prompt template the heads were found with.
         window: Documents per prompt that the heads rank best; ``None`` for as many as fit.
+        reverse: Whether a prompt shows its documents last first, so that a first stage's best
+            stand nearest to the query.
         drop_outliers: Whether low tokens are dropped from a document's score, as the paper
             does; fitted weights belong to a score that is linear in the heads, without it.
         first_stage_weight: How much the candidates' order counts where it is handed over: this
@@ -71,6 +73,7 @@ class HeadSet(BaseModel):
     heads: tuple[Head, ...] = Field(min_length=1)
     template: str | None = None
     window: int | None = Field(default=None, ge=1)
+    reverse: bool = False
     drop_outliers: bool = True
     first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     default: bool = False

@@ -258,7 +258,7 @@ class CoReReranker:
     def _scores(self, requests: Sequence[_Request]) -> list[list[float]]:
         backend = self._check_open()
         planned = [
-            self._planner.windows(request.query, request.documents, self.window)
+            self._planner.windows(request.query, request.documents, self.window, self.heads.reverse)
             for request in requests
         ]
         windows = [window for request_windows in planned for window in request_windows]

@@ -44,11 +44,17 @@ class WindowPlanner:
         self._max_document_tokens = max_document_tokens
 
     def windows(
-        self, query: str, documents: Sequence[str], size: int | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        size: int | None = None,
+        reverse: bool = False,
     ) -> list[Window]:
         """The prompts of one request, of at most ``size`` documents each.
 
-        Documents that do not fit are cut, with a `DocumentTruncatedWarning`.
+        Documents that do not fit are cut, with a `DocumentTruncatedWarning`. With ``reverse``
+        each prompt shows its documents last first, so that a first stage's best stand nearest
+        to the query.
 
         Raises:
             InvalidInputError: The query leaves no room for a document.
@@ -79,6 +85,8 @@ class WindowPlanner:
                     )
         windows = []
         for indices in plan_windows(lengths, budget, size):
+            if reverse:
+                indices.reverse()
             shown = [documents[index] for index in indices]
             windows.append(Window(indices, shown, self._encoder.encode(query, shown)))
         return windows

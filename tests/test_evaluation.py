@@ -47,6 +47,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
         Method("low", LOW),
         Method("low+first-stage", LOW, first_stage_order=True),
         Method("high", HIGH),
+        Method("reversed", LOW.model_copy(update={"reverse": True})),
     ]
     joint = JointReranker(smollm2, methods, window=2, dtype="float32")
     scores = joint.scores(query, documents)
@@ -60,7 +61,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
             first_stage_order=method.first_stage_order,
         ) as reranker:
             assert scores[method.name] == pytest.approx(reranker.score(query, documents), abs=1e-6)
-    assert scores["low+first-stage"] != scores["low"]
+    assert scores["low+first-stage"] != scores["low"] != scores["reversed"]
 
 
 def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:

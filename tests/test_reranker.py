@@ -363,6 +363,22 @@ def test_pickle_and_copy(reranker: CoReReranker) -> None:
         )
 
 
+def test_a_head_set_may_want_the_documents_reversed(
+    reranker: CoReReranker, smollm2: LocalModel
+) -> None:
+    reverse = HEADS.model_copy(update={"reverse": True})
+    reversing = CoReReranker(smollm2.path, heads=reverse, backend=reranker._backend)
+    expected = reranker.score(QUERY, DOCUMENTS[::-1])[::-1]
+    np.testing.assert_allclose(reversing.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-6)
+    # Windows are dealt before they are turned round: the first document is in the larger one.
+    reversing = CoReReranker(smollm2.path, heads=reverse, backend=reranker._backend, window=3)
+    scores = reversing.score(QUERY, DOCUMENTS)
+    for window in ([4, 2, 0], [3, 1]):
+        alone = reranker.score(QUERY, [DOCUMENTS[index] for index in window])
+        got = [scores[index] for index in window]
+        np.testing.assert_allclose(got, alone, rtol=0, atol=1e-6)
+
+
 def test_the_first_stages_order_counts_as_the_head_set_says(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
