@@ -81,6 +81,17 @@ def test_a_second_run_writes_the_same_heads_without_the_model(
     assert HeadSet.load(folder / "qr.json").method == "qr"
 
 
+def test_heads_of_several_collections(folder: Path) -> None:
+    run(*find(folder, "twice", "--data", str(HANDBOOK), "--run", str(folder / "run.trec")))
+    run(*find(folder, "once"))
+    twice, once = (HeadSet.load(folder / f"{name}.json") for name in ("twice", "once"))
+    assert (twice.provenance["questions"], twice.provenance["prompts"]) == (6, 12)
+    assert twice.provenance["data"] == ["data", "data"]
+    expected = {(layer, head): score for layer, head, score in once.ranking}
+    averaged = {(layer, head): score for layer, head, score in twice.ranking}
+    assert averaged == pytest.approx(expected), "the same twice is the same on average"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -90,6 +101,7 @@ def test_a_second_run_writes_the_same_heads_without_the_model(
         (("--split", "train"), "cannot read"),
         (("--max-layer", "30"), "between 0 and 29"),
         (("--temperature", "0"), "temperatures must be above 0"),
+        (("--data", "elsewhere"), "every --data needs a --run of its own: got 2 and 1"),
     ],
 )
 def test_bad_input_to_find(folder: Path, options: tuple[str, ...], message: str) -> None:
@@ -138,6 +150,11 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert any(head.weight != 1 for head in fitted.heads)
     assert fitted.provenance["lists"] == 6
 
+    assert not fitted.reverse
+    run(*fit(folder, "reversed", "--l1", "0.05", "--reverse"))
+    reversed_fit = HeadSet.load(folder / "reversed.json")
+    assert reversed_fit.reverse
+    assert reversed_fit.heads != fitted.heads
     run(*find(folder, "core-small", "--heads", "4"))
     report = folder / "report"
     output = run(

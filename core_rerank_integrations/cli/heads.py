@@ -59,9 +59,12 @@ def list_heads() -> None:
 
 @app.command()
 def find(
-    data: Annotated[Path, typer.Option(help="Folder in the layout of BEIR.")],
+    data: Annotated[list[Path], typer.Option(help="Folder in the layout of BEIR. Repeatable.")],
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
-    run: Annotated[Path, typer.Option(help="TREC run that hard negatives are taken from.")],
+    run: Annotated[
+        list[Path],
+        typer.Option(help="TREC run that hard negatives are taken from; one for each --data."),
+    ],
     split: Annotated[str, typer.Option(help="Which judgments.")] = "train",
     model: ModelOption = DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="core or qr.")] = "core",
@@ -70,7 +73,9 @@ def find(
         typer.Option(help="Of SCoRe; repeat for several at once: the first chooses."),
     ] = None,
     heads: Annotated[int, typer.Option(min=1, help="Heads to take.")] = PUBLISHED_CORE_HEADS,
-    questions: Annotated[int | None, typer.Option(min=1, help="Questions to draw.")] = 200,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions to draw of each --data.")
+    ] = 200,
     negatives: Annotated[int, typer.Option(help="Hard negatives in a prompt.")] = 19,
     positions: Annotated[int, typer.Option(help="Places of the relevant document.")] = 2,
     max_layer: MaxLayerOption = None,
@@ -102,10 +107,15 @@ def find(
     with clear_errors():
         if method not in ("core", "qr"):
             raise InvalidInputError(f"--method must be core or qr, got {method!r}")
-        collection = Collection.load(data, split)
-        cases = detection_cases(
-            collection, load_run(run, collection), questions, negatives, positions, seed
-        )
+        if len(data) != len(run):
+            raise InvalidInputError(
+                f"every --data needs a --run of its own: got {len(data)} and {len(run)}"
+            )
+        cases = []
+        for folder, path in zip(data, run, strict=True):
+            collection = Collection.load(folder, split)
+            ranked = load_run(path, collection)
+            cases += detection_cases(collection, ranked, questions, negatives, positions, seed)
         temperatures = tuple(temperature or DEFAULT_TEMPERATURES)
         with HeadReader(
             model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
@@ -124,10 +134,10 @@ def find(
                 "ranking": tuple(ranking),
                 "provenance": {
                     "source": "core-rerank heads find",
-                    "data": data.name,
+                    "data": [folder.name for folder in data],
                     "split": split,
-                    "run": run.name,
-                    "questions": len({case.question for case in cases}),
+                    "run": [path.name for path in run],
+                    "questions": len(cases) // positions,
                     "negatives": negatives,
                     "positions": positions,
                     "prompts": scores.prompts,
@@ -163,6 +173,9 @@ def fit(
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     window: Annotated[int | None, typer.Option(min=1, help="Documents a prompt.")] = 5,
+    reverse: Annotated[
+        bool, typer.Option(help="Show a prompt's documents last first, the best next to the query.")
+    ] = False,
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question to fit on.")] = 20,
     dev_candidates: Annotated[int, typer.Option(min=2, help="The same, to choose by.")] = 20,
     l1: Annotated[
@@ -207,7 +220,7 @@ def fit(
             model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
         ) as reader:
             lists = [
-                list(_read_lists(reader, *item, window=window, candidates=depth))
+                list(_read_lists(reader, *item, window=window, candidates=depth, reverse=reverse))
                 for item, depth in zip(useful + judging_by, depths, strict=True)
             ]
         taught = [item for group in lists[: len(sources)] for item in group]
@@ -233,6 +246,7 @@ def fit(
         fitted = best.weights.head_set(
             places,
             **described.model_dump(include=SHARED_FIELDS),
+            reverse=reverse,
             provenance={
                 "source": "core-rerank heads fit",
                 "train": [item[0].label(len(item[3])) for item in fitting_on],
@@ -316,10 +330,13 @@ def _read_lists(
     queries: list[str],
     window: int | None,
     candidates: int,
+    reverse: bool,
 ) -> Iterator[Any]:
     from core_rerank_integrations.fitting import judged_lists
 
-    lists = judged_lists(reader, collection, run, queries, window, candidates, source.ordered)
+    lists = judged_lists(
+        reader, collection, run, queries, window, candidates, source.ordered, reverse
+    )
     return tracked(lists, len(queries), source.folder.name)
 
 
