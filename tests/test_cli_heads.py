@@ -41,7 +41,8 @@ def find(folder: Path, name: str, *options: str) -> tuple[str, ...]:
 
 def test_found_heads_have_evidence_and_can_be_used(folder: Path) -> None:
     plot = folder / "map.png"
-    output = run(*find(folder, "found", "--heads", "4", "--window", "5", "--plot", str(plot)))
+    options = ("--heads", "4", "--window", "5", "--reverse", "--plot", str(plot))
+    output = run(*find(folder, "found", *options))
     assert "Wrote" in output
     found = HeadSet.load(folder / "found.json")
     assert found.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,6 +52,7 @@ def test_found_heads_have_evidence_and_can_be_used(folder: Path) -> None:
         "chatml",
         5,
     )
+    assert found.reverse
     assert len(found.heads) == 4
     assert len(found.ranking) == 19 * 9
     assert [head.score for head in found.heads] == [score for _, _, score in found.ranking[:4]]

@@ -83,6 +83,10 @@ def find(
     window: Annotated[
         int | None, typer.Option(min=1, help="Window to rerank with, for the head set.")
     ] = None,
+    reverse: Annotated[
+        bool,
+        typer.Option(help="Rerank with the best candidate next to the query, for the head set."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     template: TemplateOption = None,
     backend: BackendOption = "auto",
@@ -130,6 +134,7 @@ def find(
         found = _described(reader, name or output.stem, window).model_copy(
             update={
                 "method": method,
+                "reverse": reverse,
                 "heads": HeadSet.from_ranking(ranking, heads).heads,
                 "ranking": tuple(ranking),
                 "provenance": {
