@@ -19,8 +19,14 @@ from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.loading import load_backend, load_encoder
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.scoring import document_scores, with_first_stage
-from core_rerank_integrations.windows import WindowPlanner
+from core_rerank_integrations.scoring import (
+    Scores,
+    best_places,
+    document_scores,
+    with_first_stage,
+    with_second_round,
+)
+from core_rerank_integrations.windows import Window, WindowPlanner
 
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10", "AP", "RR", "R@5", "R@10")
 """In the notation of ir-measures; their means over queries are known as MAP, MRR and recall."""
@@ -134,28 +140,55 @@ class JointReranker:
     def scores(self, query: str, documents: Sequence[str]) -> dict[str, list[float]]:
         """By method, one score a document; the first stage's are falling numbers."""
         order = -np.arange(len(documents), dtype=np.float64)
-        scores = {method.name: order.copy() for method in self._methods}
+        scores = {method.name: order for method in self._methods if method.heads is None}
+        contests = []
         for reverse in self._orders:
+            ranking = [
+                (method, heads)
+                for method in self._methods
+                if (heads := method.heads) is not None and heads.reverse == reverse
+            ]
             windows = self._planner.windows(query, documents, self._window, reverse)
-            prompts = [window.prompt for window in windows]
-            twins = [self._planner.baseline(window) for window in windows]
-            masses = self._backend.head_mass([*prompts, *twins])
-            baselines = masses[len(prompts) :]
-            for window, mass, baseline in zip(windows, masses, baselines, strict=False):
-                for method in self._methods:
-                    if method.heads is not None and method.heads.reverse == reverse:
-                        weights = self._weights[method.name]
-                        scores[method.name][window.indices] = document_scores(
-                            weights @ mass,
-                            weights @ baseline,
-                            window.prompt.document_spans,
-                            method.heads.drop_outliers,
-                        )
-        for method in self._methods:
-            if method.heads is not None and method.first_stage_order:
-                weight = method.heads.first_stage_weight
-                scores[method.name] = with_first_stage(scores[method.name], weight)
-        return {name: values.tolist() for name, values in scores.items()}
+            read = self._read(windows, len(documents), [method for method, _ in ranking])
+            for method, heads in ranking:
+                scores[method.name] = read[method.name]
+                if method.first_stage_order:
+                    scores[method.name] = with_first_stage(
+                        scores[method.name], heads.first_stage_weight
+                    )
+                if heads.second_round and self._window != 1 and len(windows) > 1:
+                    weight = heads.second_round_weight
+                    contests.append((method, heads.second_round, weight, windows))
+        for method, size, weight, windows in contests:
+            shown = {
+                index: text
+                for window in windows
+                for index, text in zip(window.indices, window.documents, strict=True)
+            }
+            places = best_places(scores[method.name], size)
+            finalists = [shown[place] for place in places]
+            finals = self._planner.windows(query, finalists, size, reverse=True)
+            second = self._read(finals, len(places), [method])[method.name]
+            scores[method.name] = with_second_round(scores[method.name], places, second, weight)
+        return {method.name: scores[method.name].tolist() for method in self._methods}
+
+    def _read(
+        self, windows: Sequence[Window], documents: int, methods: Sequence[Method]
+    ) -> dict[str, Scores]:
+        scores = {method.name: np.zeros(documents) for method in methods}
+        prompts = [window.prompt for window in windows]
+        twins = [self._planner.baseline(window) for window in windows]
+        masses = self._backend.head_mass([*prompts, *twins])
+        for window, mass, baseline in zip(windows, masses, masses[len(prompts) :], strict=False):
+            for method in methods:
+                weights = self._weights[method.name]
+                scores[method.name][window.indices] = document_scores(
+                    weights @ mass,
+                    weights @ baseline,
+                    window.prompt.document_spans,
+                    method.heads is None or method.heads.drop_outliers,
+                )
+        return scores
 
     def close(self) -> None:
         """Free the model."""

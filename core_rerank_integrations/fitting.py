@@ -19,6 +19,7 @@ from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
 from core_rerank_integrations.features import HeadReader
 from core_rerank_integrations.heads import Head, HeadSet
+from core_rerank_integrations.scoring import best_places, with_second_round
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
@@ -27,6 +28,7 @@ with requires_extra("eval"):
 Array = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 1000
+SECOND_ROUND_WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 
 
@@ -101,10 +103,14 @@ class Weights:
     first_stage: float
     l1: float
 
+    def scores(self, candidates: JudgedList) -> Array:
+        """One score a document."""
+        scores: Array = candidates.features @ self.heads + self.first_stage * _prior(candidates)
+        return scores
+
     def rank(self, candidates: JudgedList) -> list[str]:
         """Document ids, best first."""
-        scores = candidates.features @ self.heads + self.first_stage * _prior(candidates)
-        return [candidates.documents[place] for place in np.argsort(-scores, kind="stable")]
+        return _in_order(candidates, self.scores(candidates))
 
     def head_set(self, places: Sequence[tuple[int, int]], **fields: object) -> HeadSet:
         """The heads with a weight, strongest first; weights to six digits.
@@ -249,6 +255,67 @@ def choose_weights(
             f"they leave {sorted(trial.num_heads for trial in trials)}"
         )
     return max(allowed, key=lambda trial: (round(trial.score, 6), -trial.num_heads)), trials
+
+
+def choose_second_round(
+    reader: HeadReader,
+    weights: Weights,
+    dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]],
+    size: int,
+    window: int | None,
+    candidates: Sequence[float] = SECOND_ROUND_WEIGHTS,
+    progress: Callable[[float, float], None] = lambda _, __: None,
+) -> float | None:
+    """How much a second round of the best ``size`` should count, by mean nDCG@10 on ``dev``.
+
+    Args:
+        reader: Reads the second round.
+        weights: Score the first round, and the heads of the second.
+        dev: Lists to choose by; each collection counts the same.
+        size: How many of the best are read once more.
+        window: Of the first round: lists that it held in one prompt have no second.
+        candidates: Weights to choose from.
+        progress: Told of each weight and its mean nDCG@10.
+
+    Returns:
+        The best weight, or ``None`` where no second round is as good as any.
+    """
+    first: dict[str, list[Array]] = {}
+    finals: dict[str, list[tuple[list[int], Array]]] = {}
+    for name, (collection, lists) in dev.items():
+        for item in lists:
+            scores = weights.scores(item)
+            places = best_places(scores, size) if len(item.documents) > (window or np.inf) else []
+            texts = [collection.passages[item.documents[place]].content for place in places]
+            second = np.zeros(0)
+            if texts:
+                read = reader.read(collection.queries[item.query], texts, size, reverse=True)
+                second = read.sums.astype(np.float64) @ weights.heads
+            first.setdefault(name, []).append(scores)
+            finals.setdefault(name, []).append((places, second))
+
+    def mean_ndcg(weight: float) -> float:
+        means = []
+        for name, (collection, lists) in dev.items():
+            run = {}
+            for item, scores, (places, second) in zip(
+                lists, first[name], finals[name], strict=True
+            ):
+                if places:
+                    scores = with_second_round(scores, places, second, weight)
+                run[item.query] = _in_order(item, scores)
+            qrels = {item.query: collection.qrels[item.query] for item in lists}
+            means.append(mean_measures(qrels, run)["nDCG@10"])
+        return float(np.mean(means))
+
+    scored = {weight: round(mean_ndcg(weight), 6) for weight in (0.0, *candidates)}
+    for weight, score in scored.items():
+        progress(weight, score)
+    return max(scored, key=lambda weight: (scored[weight], -weight)) or None
+
+
+def _in_order(candidates: JudgedList, scores: Array) -> list[str]:
+    return [candidates.documents[place] for place in best_places(scores, len(scores))]
 
 
 @dataclass(frozen=True)

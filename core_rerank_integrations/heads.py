@@ -56,6 +56,10 @@ class HeadSet(BaseModel):
             does; fitted weights belong to a score that is linear in the heads, without it.
         first_stage_weight: How much the candidates' order counts where it is handed over: this
             times the natural logarithm of a candidate's rank is taken from its score.
+        second_round: How many of the best are read once more, together in one prompt, the best
+            nearest to the query; ``None`` for no second round. There is none in windows of 1,
+            nor where one prompt held all candidates.
+        second_round_weight: How much the scores of the second round count beside the first's.
         default: Whether it is the one to take where several are shipped for a model.
         provenance: Source, data, temperature, licence and the like.
         ranking: All ranked heads as (layer, head, score), best first, where published.
@@ -76,6 +80,8 @@ class HeadSet(BaseModel):
     reverse: bool = False
     drop_outliers: bool = True
     first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    second_round: int | None = Field(default=None, ge=2)
+    second_round_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     default: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict)
     ranking: tuple[tuple[int, int, float | None], ...] = ()

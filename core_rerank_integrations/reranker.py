@@ -27,7 +27,14 @@ from core_rerank_integrations.prompt import (
     PromptTemplate,
 )
 from core_rerank_integrations.results import RerankResult, ranked
-from core_rerank_integrations.scoring import Mass, document_scores, with_first_stage
+from core_rerank_integrations.scoring import (
+    Mass,
+    Scores,
+    best_places,
+    document_scores,
+    with_first_stage,
+    with_second_round,
+)
 from core_rerank_integrations.windows import Window, WindowPlanner
 
 CONCURRENT_CALLS = 32
@@ -256,9 +263,32 @@ class CoReReranker:
         return self._backend
 
     def _scores(self, requests: Sequence[_Request]) -> list[list[float]]:
+        first = self._read(requests, self.window, self.heads.reverse)
+        scores = [reading.scores for reading in first]
+        if self.first_stage_order:
+            weight = self.heads.first_stage_weight
+            scores = [with_first_stage(request_scores, weight) for request_scores in scores]
+        if self.heads.second_round and self.window != 1:
+            contests = [place for place, reading in enumerate(first) if reading.prompts > 1]
+            places = [best_places(scores[place], self.heads.second_round) for place in contests]
+            finals = [
+                _Request(requests[place].query, tuple(first[place].shown[i] for i in finalists))
+                for place, finalists in zip(contests, places, strict=True)
+            ]
+            second = self._read(finals, self.heads.second_round, reverse=True)
+            for place, finalists, reading in zip(contests, places, second, strict=True):
+                scores[place] = with_second_round(
+                    scores[place], finalists, reading.scores, self.heads.second_round_weight
+                )
+        return [request_scores.tolist() for request_scores in scores]
+
+    def _read(
+        self, requests: Sequence[_Request], size: int | None, reverse: bool
+    ) -> list[_Reading]:
+        """Score by the heads alone, in prompts of at most ``size`` documents."""
         backend = self._check_open()
         planned = [
-            self._planner.windows(request.query, request.documents, self.window, self.heads.reverse)
+            self._planner.windows(request.query, request.documents, size, reverse)
             for request in requests
         ]
         windows = [window for request_windows in planned for window in request_windows]
@@ -275,20 +305,22 @@ class CoReReranker:
         self._keep_baselines({key: baselines[key] for key in missing})
 
         remaining = iter(masses)
-        scores = []
+        readings = []
         for request, request_windows in zip(requests, planned, strict=True):
-            request_scores = np.zeros(len(request.documents))
+            reading = _Reading(
+                np.zeros(len(request.documents)), list(request.documents), len(request_windows)
+            )
             for window, mass in zip(request_windows, remaining, strict=False):
-                request_scores[window.indices] = document_scores(
+                reading.scores[window.indices] = document_scores(
                     mass,
                     baselines[window.key],
                     window.prompt.document_spans,
                     self.heads.drop_outliers,
                 )
-            if self.first_stage_order:
-                request_scores = with_first_stage(request_scores, self.heads.first_stage_weight)
-            scores.append(request_scores.tolist())
-        return scores
+                for index, shown in zip(window.indices, window.documents, strict=True):
+                    reading.shown[index] = shown
+            readings.append(reading)
+        return readings
 
     def _known_baselines(self, windows: Sequence[Window]) -> dict[bytes, Mass]:
         with self._baselines_lock:
@@ -308,6 +340,14 @@ class CoReReranker:
 class _Request(NamedTuple):
     query: str
     documents: tuple[str, ...]
+
+
+class _Reading(NamedTuple):
+    """What one round says of a request: scores, and documents as far as they were shown."""
+
+    scores: Scores
+    shown: list[str]
+    prompts: int
 
 
 def _rebuild(arguments: dict[str, Any]) -> CoReReranker:

@@ -63,6 +63,30 @@ def with_first_stage(scores: Scores, weight: float) -> Scores:
     return scores - weight * np.log(np.arange(1, scores.shape[-1] + 1))
 
 
+def best_places(scores: Scores, count: int) -> list[int]:
+    """Where the ``count`` highest scores stand, best first; ties keep their order."""
+    places: list[int] = np.argsort(-scores, kind="stable")[:count].tolist()
+    return places
+
+
+def with_second_round(
+    scores: Scores, places: Sequence[int], second: Scores, weight: float
+) -> Scores:
+    """Add what the best candidates got when they were read once more, among themselves.
+
+    Of them, the one that got least keeps its score, so none falls behind those left out.
+
+    Args:
+        scores: Of the first round, shape [documents].
+        places: Which took part in the second.
+        second: Their scores there, shape [len(places)].
+        weight: How much the second round counts.
+    """
+    added = scores.copy()
+    added[list(places)] += weight * (second - second.min())
+    return added
+
+
 def _without_outliers(tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if tokens.shape[-1] == 1:
         return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,18 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert fitted.provenance["lists"] == 6
 
     assert not fitted.reverse
-    run(*fit(folder, "reversed", "--l1", "0.05", "--reverse"))
+    options = ("--l1", "0.05", "--reverse", "--window", "2", "--second-round", "2")
+    output = run(*fit(folder, "reversed", *options))
     reversed_fit = HeadSet.load(folder / "reversed.json")
     assert reversed_fit.reverse
     assert reversed_fit.heads != fitted.heads
+    means = {
+        float(weight): float(mean)
+        for weight, mean in re.findall(r"second round times (\S+): nDCG@10 on dev (\S+)", output)
+    }
+    assert set(means) == {0, 0.5, 0.75, 1, 1.25, 1.5, 2}
+    chosen = reversed_fit.second_round_weight if reversed_fit.second_round else 0
+    assert means[chosen] == max(means.values())
     run(*find(folder, "core-small", "--heads", "4"))
     report = folder / "report"
     output = run(

@@ -48,6 +48,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
         Method("low+first-stage", LOW, first_stage_order=True),
         Method("high", HIGH),
         Method("reversed", LOW.model_copy(update={"reverse": True})),
+        Method("twice", LOW.model_copy(update={"second_round": 3}), first_stage_order=True),
     ]
     joint = JointReranker(smollm2, methods, window=2, dtype="float32")
     scores = joint.scores(query, documents)
@@ -61,6 +62,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
             first_stage_order=method.first_stage_order,
         ) as reranker:
             assert scores[method.name] == pytest.approx(reranker.score(query, documents), abs=1e-6)
+    assert scores["low+first-stage"] != scores["twice"]
     assert scores["low+first-stage"] != scores["low"] != scores["reversed"]
 
 

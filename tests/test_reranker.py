@@ -379,6 +379,40 @@ def test_a_head_set_may_want_the_documents_reversed(
         np.testing.assert_allclose(got, alone, rtol=0, atol=1e-6)
 
 
+def test_the_best_are_read_once_more_together(reranker: CoReReranker, smollm2: LocalModel) -> None:
+    twice = HEADS.model_copy(update={"second_round": 2, "second_round_weight": 3.0})
+    settings: dict[str, Any] = {"backend": reranker._backend, "window": 3}
+    first = CoReReranker(smollm2.path, heads=HEADS, **settings).score(QUERY, DOCUMENTS)
+    reading = CoReReranker(smollm2.path, heads=twice, **settings)
+    best, other = sorted(range(5), key=lambda index: -first[index])[:2]
+    behind, ahead = reranker.score(QUERY, [DOCUMENTS[other], DOCUMENTS[best]])
+    expected = list(first)
+    expected[best] += 3 * (ahead - min(ahead, behind))
+    expected[other] += 3 * (behind - min(ahead, behind))
+    np.testing.assert_allclose(reading.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-5)
+    short = ("What bakes?", DOCUMENTS[:2])
+    batch = reading.rerank_batch([short, (QUERY, DOCUMENTS), (QUERY, [])])
+    assert [result.score for result in batch[0]] == pytest.approx(
+        sorted(reranker.score(*short), reverse=True), abs=1e-5
+    ), "one prompt held them all"
+    assert indices(batch[1]) == indices(reading.rerank(QUERY, DOCUMENTS))
+    assert batch[2] == []
+    alone = CoReReranker(smollm2.path, heads=twice, backend=reranker._backend, window=1)
+    plain = CoReReranker(smollm2.path, heads=HEADS, backend=reranker._backend, window=1)
+    assert alone.score(QUERY, DOCUMENTS) == plain.score(QUERY, DOCUMENTS)
+
+
+def test_a_cut_document_is_warned_of_once(reranker: CoReReranker, smollm2: LocalModel) -> None:
+    twice = HEADS.model_copy(update={"second_round": 2})
+    cutting = CoReReranker(
+        smollm2.path, heads=twice, backend=reranker._backend, window=2, max_document_tokens=20
+    )
+    documents = [*DOCUMENTS[:3], DOCUMENTS[1] * 9]
+    with pytest.warns(DocumentTruncatedWarning) as warned:
+        cutting.rerank(QUERY, documents)
+    assert [str(warning.message)[:10] for warning in warned] == ["document 3"]
+
+
 def test_the_first_stages_order_counts_as_the_head_set_says(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:

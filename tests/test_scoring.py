@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from core_rerank_integrations.prompt import Span
-from core_rerank_integrations.scoring import document_scores, with_first_stage
+from core_rerank_integrations.scoring import (
+    best_places,
+    document_scores,
+    with_first_stage,
+    with_second_round,
+)
 
 
 def test_sums_the_difference_of_query_and_baseline() -> None:
@@ -42,3 +47,15 @@ def test_first_stage_order_favours_the_earlier_of_equals() -> None:
     assert scores[0].argmax() == 0
     assert scores[1].argmax() == 2
     assert with_first_stage(scores, weight=0.0).tolist() == scores.tolist()
+
+
+def test_best_places_keep_the_order_of_equals() -> None:
+    assert best_places(np.array([1.0, 3.0, 2.0, 3.0]), 3) == [1, 3, 2]
+    assert best_places(np.array([1.0]), 5) == [0]
+
+
+def test_second_round_orders_the_best_and_never_drops_one_behind_the_rest() -> None:
+    first = np.array([5.0, 4.0, 3.9, 1.0])
+    second = with_second_round(first, [0, 1], np.array([-9.0, -7.0]), weight=2.0)
+    assert second.tolist() == [5.0, 8.0, 3.9, 1.0]
+    assert first.tolist() == [5.0, 4.0, 3.9, 1.0]

@@ -181,6 +181,10 @@ def fit(
     reverse: Annotated[
         bool, typer.Option(help="Show a prompt's documents last first, the best next to the query.")
     ] = False,
+    second_round: Annotated[
+        int | None,
+        typer.Option(min=2, help="Try to read so many of the best once more, in one prompt."),
+    ] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question to fit on.")] = 20,
     dev_candidates: Annotated[int, typer.Option(min=2, help="The same, to choose by.")] = 20,
     l1: Annotated[
@@ -204,7 +208,7 @@ def fit(
     from core_rerank_integrations.features import HeadReader
     from core_rerank_integrations.fitting import (
         DEFAULT_STRENGTHS,
-        Trial,
+        choose_second_round,
         choose_weights,
         teaching,
     )
@@ -228,30 +232,31 @@ def fit(
                 list(_read_lists(reader, *item, window=window, candidates=depth, reverse=reverse))
                 for item, depth in zip(useful + judging_by, depths, strict=True)
             ]
-        taught = [item for group in lists[: len(sources)] for item in group]
-        judging = {
-            text: (collection, group)
-            for text, (_, collection, _, _), group in zip(
-                dev, judging_by, lists[len(sources) :], strict=True
+            taught = [item for group in lists[: len(sources)] for item in group]
+            judging = {
+                text: (collection, group)
+                for text, (_, collection, _, _), group in zip(
+                    dev, judging_by, lists[len(sources) :], strict=True
+                )
+            }
+            best, _ = choose_weights(
+                taught,
+                judging,
+                l1 or DEFAULT_STRENGTHS,
+                fuse=fuse,
+                max_heads=max_heads,
+                progress=_show_trial,
             )
-        }
-
-        def show(trial: Trial) -> None:
-            print(
-                f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev "
-                f"{trial.score:.4f}, first stage {trial.weights.first_stage:.3g}",
-                flush=True,
+            again = second_round and choose_second_round(
+                reader, best.weights, judging, second_round, window, progress=_show_second_round
             )
-
-        best, _ = choose_weights(
-            taught, judging, l1 or DEFAULT_STRENGTHS, fuse=fuse, max_heads=max_heads, progress=show
-        )
         described = _described(reader, name or output.stem, window)
         places = [(head.layer, head.head) for head in reader.heads.heads]
         fitted = best.weights.head_set(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             reverse=reverse,
+            **({"second_round": second_round, "second_round_weight": again} if again else {}),
             provenance={
                 "source": "core-rerank heads fit",
                 "train": [item[0].label(len(item[3])) for item in fitting_on],
@@ -268,6 +273,18 @@ def fit(
         fitted.save(output)
     _print_heads(fitted)
     print(f"Wrote {output}")
+
+
+def _show_trial(trial: Any) -> None:
+    print(
+        f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev {trial.score:.4f}, "
+        f"first stage {trial.weights.first_stage:.3g}",
+        flush=True,
+    )
+
+
+def _show_second_round(weight: float, score: float) -> None:
+    print(f"second round times {weight:g}: nDCG@10 on dev {score:.4f}", flush=True)
 
 
 class _Source(NamedTuple):
