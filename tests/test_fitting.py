@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from core_rerank_integrations.fitting import (
     Trial,
     Weights,
     _Listwise,
+    choose_second_round,
     choose_weights,
     fit_weights,
     teaching,
@@ -110,6 +114,29 @@ def test_the_choice_is_made_on_the_other_questions() -> None:
     assert few.num_heads <= 4
     with pytest.raises(InvalidInputError, match="leaves between 1 and 2 heads"):
         choose_weights(train, {"dev": (collection_of(dev), dev)}, [0.0], max_heads=2)
+
+
+def second_round_of(second: list[float]) -> tuple[list[Any], float | None]:
+    """What is read, and the weight that is chosen, where the second of three is relevant."""
+    asked: list[Any] = []
+
+    def read(*request: Any, **settings: Any) -> Any:
+        asked.append((*request, settings))
+        return SimpleNamespace(sums=np.array(second)[:, None])
+
+    features, grades = np.array([[1.0], [2.0], [3.0]]), np.array([0.0, 1.0, 0.0])
+    long = JudgedList("long", ("a", "b", "c"), features, grades, True)
+    short = JudgedList("short", ("d", "e"), features[:2], grades[:2], True)
+    dev = {"dev": (collection_of([long, short]), [long, short])}
+    reader: Any = SimpleNamespace(read=read)
+    return asked, choose_second_round(reader, Weights(np.ones(1), 0.0, 0.1), dev, 2, window=2)
+
+
+def test_the_second_round_counts_as_much_as_it_must_and_no_more() -> None:
+    asked, weight = second_round_of([0.0, 0.9])  # Its 2 + 0.9 weight has to pass the other's 3.
+    assert asked == [("long", ["c", "b"], 2, {"reverse": True})]
+    assert weight == 1.25
+    assert second_round_of([0.9, 0.0])[1] is None
 
 
 def test_lists_that_teach_nothing() -> None:

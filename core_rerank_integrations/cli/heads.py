@@ -250,6 +250,8 @@ def fit(
             again = second_round and choose_second_round(
                 reader, best.weights, judging, second_round, window, progress=_show_second_round
             )
+        if second_round and not again:
+            print("A second round does not help on dev; the head set has none.")
         described = _described(reader, name or output.stem, window)
         places = [(head.layer, head.head) for head in reader.heads.heads]
         fitted = best.weights.head_set(
