@@ -21,8 +21,8 @@ from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.scoring import (
     Scores,
-    best_places,
     document_scores,
+    second_round_groups,
     with_first_stage,
     with_second_round,
 )
@@ -165,11 +165,13 @@ class JointReranker:
                 for window in windows
                 for index, text in zip(window.indices, window.documents, strict=True)
             }
-            places = best_places(scores[method.name], size)
-            finalists = [shown[place] for place in places]
-            finals = self._planner.windows(query, finalists, size, reverse=True)
-            second = self._read(finals, len(places), [method])[method.name]
-            scores[method.name] = with_second_round(scores[method.name], places, second, weight)
+            groups = second_round_groups(scores[method.name], size, self._window)
+            second = []
+            for group in groups:
+                texts = [shown[place] for place in group]
+                finals = self._planner.windows(query, texts, reverse=True)
+                second.append(self._read(finals, len(group), [method])[method.name])
+            scores[method.name] = with_second_round(scores[method.name], groups, second, weight)
         return {method.name: scores[method.name].tolist() for method in self._methods}
 
     def _read(

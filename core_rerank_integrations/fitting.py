@@ -19,7 +19,7 @@ from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
 from core_rerank_integrations.features import HeadReader
 from core_rerank_integrations.heads import Head, HeadSet
-from core_rerank_integrations.scoring import best_places, with_second_round
+from core_rerank_integrations.scoring import best_places, second_round_groups, with_second_round
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
@@ -265,7 +265,7 @@ def choose_second_round(
     window: int | None,
     candidates: Sequence[float] = SECOND_ROUND_WEIGHTS,
     progress: Callable[[float, float], None] = lambda _, __: None,
-) -> float | None:
+) -> tuple[float, float] | None:
     """How much a second round of the best ``size`` should count, by mean nDCG@10 on ``dev``.
 
     Args:
@@ -278,31 +278,33 @@ def choose_second_round(
         progress: Told of each weight and its mean nDCG@10.
 
     Returns:
-        The best weight, or ``None`` where no second round is as good as any.
+        The best weight and its mean nDCG@10, or ``None`` where no second round is as good as any.
     """
     first: dict[str, list[Array]] = {}
-    finals: dict[str, list[tuple[list[int], Array]]] = {}
+    finals: dict[str, list[tuple[list[list[int]], list[Array]]]] = {}
     for name, (collection, lists) in dev.items():
         for item in lists:
             scores = weights.scores(item)
-            places = best_places(scores, size) if len(item.documents) > (window or np.inf) else []
-            texts = [collection.passages[item.documents[place]].content for place in places]
-            second = np.zeros(0)
-            if texts:
-                read = reader.read(collection.queries[item.query], texts, size, reverse=True)
-                second = read.sums.astype(np.float64) @ weights.heads
+            groups = []
+            if len(item.documents) > (window or np.inf):
+                groups = second_round_groups(scores, size, window)
+            second = []
+            for group in groups:
+                texts = [collection.passages[item.documents[place]].content for place in group]
+                read = reader.read(collection.queries[item.query], texts, reverse=True)
+                second.append(read.sums.astype(np.float64) @ weights.heads)
             first.setdefault(name, []).append(scores)
-            finals.setdefault(name, []).append((places, second))
+            finals.setdefault(name, []).append((groups, second))
 
     def mean_ndcg(weight: float) -> float:
         means = []
         for name, (collection, lists) in dev.items():
             run = {}
-            for item, scores, (places, second) in zip(
+            for item, scores, (groups, second) in zip(
                 lists, first[name], finals[name], strict=True
             ):
-                if places:
-                    scores = with_second_round(scores, places, second, weight)
+                if groups:
+                    scores = with_second_round(scores, groups, second, weight)
                 run[item.query] = _in_order(item, scores)
             qrels = {item.query: collection.qrels[item.query] for item in lists}
             means.append(mean_measures(qrels, run)["nDCG@10"])
@@ -311,7 +313,8 @@ def choose_second_round(
     scored = {weight: round(mean_ndcg(weight), 6) for weight in (0.0, *candidates)}
     for weight, score in scored.items():
         progress(weight, score)
-    return max(scored, key=lambda weight: (scored[weight], -weight)) or None
+    best = max(scored, key=lambda weight: (scored[weight], -weight))
+    return (best, scored[best]) if best else None
 
 
 def _in_order(candidates: JudgedList, scores: Array) -> list[str]:

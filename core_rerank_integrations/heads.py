@@ -56,7 +56,7 @@ class HeadSet(BaseModel):
             does; fitted weights belong to a score that is linear in the heads, without it.
         first_stage_weight: How much the candidates' order counts where it is handed over: this
             times the natural logarithm of a candidate's rank is taken from its score.
-        second_round: How many of the best are read once more, together in one prompt, the best
+        second_round: How many of the best are read once more, in overlapping windows, the best
             nearest to the query; ``None`` for no second round. There is none in windows of 1,
             nor where one prompt held all candidates.
         second_round_weight: How much the scores of the second round count beside the first's.

@@ -30,8 +30,8 @@ from core_rerank_integrations.results import RerankResult, ranked
 from core_rerank_integrations.scoring import (
     Mass,
     Scores,
-    best_places,
     document_scores,
+    second_round_groups,
     with_first_stage,
     with_second_round,
 )
@@ -269,16 +269,21 @@ class CoReReranker:
             weight = self.heads.first_stage_weight
             scores = [with_first_stage(request_scores, weight) for request_scores in scores]
         if self.heads.second_round and self.window != 1:
-            contests = [place for place, reading in enumerate(first) if reading.prompts > 1]
-            places = [best_places(scores[place], self.heads.second_round) for place in contests]
+            contests = {
+                place: second_round_groups(scores[place], self.heads.second_round, self.window)
+                for place, reading in enumerate(first)
+                if reading.prompts > 1
+            }
             finals = [
-                _Request(requests[place].query, tuple(first[place].shown[i] for i in finalists))
-                for place, finalists in zip(contests, places, strict=True)
+                _Request(requests[place].query, tuple(first[place].shown[i] for i in group))
+                for place, groups in contests.items()
+                for group in groups
             ]
-            second = self._read(finals, self.heads.second_round, reverse=True)
-            for place, finalists, reading in zip(contests, places, second, strict=True):
+            remaining = iter(self._read(finals, None, reverse=True))
+            for place, groups in contests.items():
+                second = [next(remaining).scores for _ in groups]
                 scores[place] = with_second_round(
-                    scores[place], finalists, reading.scores, self.heads.second_round_weight
+                    scores[place], groups, second, self.heads.second_round_weight
                 )
         return [request_scores.tolist() for request_scores in scores]
 

@@ -166,6 +166,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert set(means) == {0, 0.5, 0.75, 1, 1.25, 1.5, 2}
     chosen = reversed_fit.second_round_weight if reversed_fit.second_round else 0
     assert means[chosen] == max(means.values())
+    assert reversed_fit.provenance["dev_ndcg10"] == means[chosen]
     run(*find(folder, "core-small", "--heads", "4"))
     report = folder / "report"
     output = run(

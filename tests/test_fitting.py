@@ -116,8 +116,8 @@ def test_the_choice_is_made_on_the_other_questions() -> None:
         choose_weights(train, {"dev": (collection_of(dev), dev)}, [0.0], max_heads=2)
 
 
-def second_round_of(second: list[float]) -> tuple[list[Any], float | None]:
-    """What is read, and the weight that is chosen, where the second of three is relevant."""
+def second_round_of(second: list[float]) -> tuple[list[Any], tuple[float, float] | None]:
+    """What is read, and what is chosen, where the second of three is relevant."""
     asked: list[Any] = []
 
     def read(*request: Any, **settings: Any) -> Any:
@@ -133,9 +133,10 @@ def second_round_of(second: list[float]) -> tuple[list[Any], float | None]:
 
 
 def test_the_second_round_counts_as_much_as_it_must_and_no_more() -> None:
-    asked, weight = second_round_of([0.0, 0.9])  # Its 2 + 0.9 weight has to pass the other's 3.
-    assert asked == [("long", ["c", "b"], 2, {"reverse": True})]
-    assert weight == 1.25
+    asked, chosen = second_round_of([0.0, 0.9])  # Its 2 + 0.9 weight has to pass the other's 3.
+    assert asked == [("long", ["c", "b"], {"reverse": True})]
+    # The short list, which one prompt holds, has its relevant document first without.
+    assert chosen == (1.25, 1.0)
     assert second_round_of([0.9, 0.0])[1] is None
 
 

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -380,15 +381,20 @@ def test_a_head_set_may_want_the_documents_reversed(
 
 
 def test_the_best_are_read_once_more_together(reranker: CoReReranker, smollm2: LocalModel) -> None:
-    twice = HEADS.model_copy(update={"second_round": 2, "second_round_weight": 3.0})
+    twice = HEADS.model_copy(update={"second_round": 4, "second_round_weight": 3.0})
     settings: dict[str, Any] = {"backend": reranker._backend, "window": 3}
     first = CoReReranker(smollm2.path, heads=HEADS, **settings).score(QUERY, DOCUMENTS)
     reading = CoReReranker(smollm2.path, heads=twice, **settings)
-    best, other = sorted(range(5), key=lambda index: -first[index])[:2]
-    behind, ahead = reranker.score(QUERY, [DOCUMENTS[other], DOCUMENTS[best]])
+    best = sorted(range(5), key=lambda index: -first[index])[:4]
+    gained: dict[int, list[float]] = {place: [] for place in best}
+    for group in (best[:3], best[1:]):  # Two prompts, the best nearest to the query in each.
+        scores = reranker.score(QUERY, [DOCUMENTS[place] for place in reversed(group)])
+        for place, score in zip(reversed(group), scores, strict=True):
+            gained[place].append(score)
+    means = {place: fmean(scores) for place, scores in gained.items()}
     expected = list(first)
-    expected[best] += 3 * (ahead - min(ahead, behind))
-    expected[other] += 3 * (behind - min(ahead, behind))
+    for place in best:
+        expected[place] += 3 * (means[place] - min(means.values()))
     np.testing.assert_allclose(reading.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-5)
     short = ("What bakes?", DOCUMENTS[:2])
     batch = reading.rerank_batch([short, (QUERY, DOCUMENTS), (QUERY, [])])

@@ -183,7 +183,7 @@ def fit(
     ] = False,
     second_round: Annotated[
         int | None,
-        typer.Option(min=2, help="Try to read so many of the best once more, in one prompt."),
+        typer.Option(min=2, help="Try to read so many of the best once more, among themselves."),
     ] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question to fit on.")] = 20,
     dev_candidates: Annotated[int, typer.Option(min=2, help="The same, to choose by.")] = 20,
@@ -258,7 +258,7 @@ def fit(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             reverse=reverse,
-            **({"second_round": second_round, "second_round_weight": again} if again else {}),
+            **({"second_round": second_round, "second_round_weight": again[0]} if again else {}),
             provenance={
                 "source": "core-rerank heads fit",
                 "train": [item[0].label(len(item[3])) for item in fitting_on],
@@ -267,7 +267,7 @@ def fit(
                 "candidates": candidates,
                 "dev_candidates": dev_candidates,
                 "l1": best.weights.l1,
-                "dev_ndcg10": round(best.score, 4),
+                "dev_ndcg10": round(again[1] if again else best.score, 4),
                 "seed": seed,
                 **_versions(dtype),
             },
