@@ -198,6 +198,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1 must not be negative"),
         (("--prune", "1.5", "--max-heads", "1"), "not both"),
+        (("--window", "1", "--second-round", "5"), "--second-round needs windows of at least 2"),
     ],
 )
 def test_bad_input_to_fit(folder: Path, options: tuple[str, ...], message: str) -> None:

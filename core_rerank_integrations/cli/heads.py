@@ -214,6 +214,11 @@ def fit(
     )
 
     with clear_errors():
+        if second_round and window == 1:
+            raise InvalidInputError(
+                "--second-round needs windows of at least 2, got --window 1: there a score depends "
+                "on no other document. Leave one of the two out"
+            )
         sources = [_Source.parse(text) for text in train]
         judges = [_Source.parse(text) for text in dev]
         # Dev draws first, so that what it judges by stays the same however much is fitted on.
