@@ -42,7 +42,7 @@ def main() -> None:
 
     rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
     for dtype in DTYPES:
-        reranker = JointReranker(resolve(MODEL), METHODS, FIT.window, arguments.backend, dtype)
+        reranker = JointReranker(resolve(MODEL), METHODS, arguments.backend, dtype)
         console = Console(stderr=True)
         ranked = rank_all(
             collection, run, reranker.scores, track(queries, description=dtype, console=console)

@@ -117,10 +117,6 @@ def main() -> None:
     for kind in SHIPPED:
         heads = named_head_set(f"{kind}-{MODEL}-instruct")
         print(compare_with_full_prefill(kind, heads, "bfloat16", arguments.rounds), flush=True)
-        if heads.second_round:
-            once = heads.model_copy(update={"second_round": None})
-            name = f"{kind}, one round"
-            print(compare_with_full_prefill(name, once, "bfloat16", arguments.rounds), flush=True)
     print("\n| window | documents | rerank s | ms a document | against 20 |")
     print("| --- | --- | --- | --- | --- |")
     for window in (None, 1):

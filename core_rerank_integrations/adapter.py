@@ -50,19 +50,26 @@ class RerankerFields(BaseModel):
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; None: the head set's."
     )
-    first_stage_order: bool = Field(
+    engine_args: dict[str, Any] | None = Field(
+        default=None, description="Further arguments for vLLM's engine."
+    )
+    ranked: bool = Field(
         default=True,
         description="Whether documents come best first, as retrievers return them; "
         "their ranks then count as the head set says.",
-    )
-    engine_args: dict[str, Any] | None = Field(
-        default=None, description="Further arguments for vLLM's engine."
     )
     top_n: int | None = Field(
         default=None, ge=1, description="Most documents to return; None: all."
     )
     score_threshold: float | None = Field(
-        default=None, allow_inf_nan=False, description="Documents that score less are left out."
+        default=None,
+        allow_inf_nan=False,
+        description="Documents of a lower probability are left out; "
+        "of a lower score, where the heads are not calibrated.",
+    )
+    raw_scores: bool = Field(
+        default=False,
+        description="Hand out the scores that the list is sorted by instead of probabilities.",
     )
     reranker: CoReReranker | None = Field(
         default=None, exclude=True, repr=False, description="A ready reranker to share."
@@ -75,9 +82,7 @@ class RerankerFields(BaseModel):
         if not isinstance(fields, dict) or not isinstance(fields.get("reranker"), CoReReranker):
             return fields
         settings = fields["reranker"].settings
-        del settings["engine"]  # A running one cannot be written down, nor can a backend.
-        if not isinstance(settings["backend"], str):
-            del settings["backend"]
+        del settings["engine"], settings["reader"]  # What runs cannot be written down.
         for name, value in settings.items():
             if name in fields and fields[name] != value:
                 raise ValueError(
@@ -92,11 +97,17 @@ class RerankerFields(BaseModel):
         return state
 
     def _rerank(self, query: str, texts: list[str]) -> list[RerankResult]:
-        return self._ready_reranker().rerank(query, texts, self.top_n, self.score_threshold)
+        return self._ready_reranker().rerank(
+            query, texts, self.top_n, self.score_threshold, self.ranked
+        )
 
     async def _arerank(self, query: str, texts: list[str]) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
-        return await reranker.arerank(query, texts, self.top_n, self.score_threshold)
+        return await reranker.arerank(query, texts, self.top_n, self.score_threshold, self.ranked)
+
+    def _score_of(self, result: RerankResult) -> float:
+        """What frameworks get to see as the score."""
+        return result.score if self.raw_scores else result.relevance
 
     def _ready_reranker(self) -> CoReReranker:
         if self.reranker is not None:
@@ -112,7 +123,6 @@ class RerankerFields(BaseModel):
                     window=self.window,
                     max_document_tokens=self.max_document_tokens,
                     template=self.template,
-                    first_stage_order=self.first_stage_order,
                     engine_args=self.engine_args,
                 )
             return self._built

@@ -153,7 +153,7 @@ def run_demo(
         f"handbook, {len(asked)} questions.\nThe {candidates} best of each first stage are "
         f"reranked by [bold]{model}[/]. Loading it ..."
     )
-    with CoReReranker(model, first_stage_order=True) as reranker:
+    with CoReReranker(model) as reranker:
         console.print(f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read.\n")
         pipelines = [
             langchain_pipeline(collection, reranker, candidates),

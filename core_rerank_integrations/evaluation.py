@@ -6,33 +6,35 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from core_rerank_integrations.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.loading import load_backend, load_encoder
+from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.scoring import (
-    Scores,
-    document_scores,
-    second_round_groups,
-    with_first_stage,
-    with_second_round,
+from core_rerank_integrations.reading import (
+    Candidates,
+    WindowReading,
+    collected,
+    layout_of,
 )
-from core_rerank_integrations.windows import Window, WindowPlanner
+from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.scoring import Mass, with_first_stage
+from core_rerank_integrations.windows import Layout
 
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10", "AP", "RR", "R@5", "R@10")
 """In the notation of ir-measures; their means over queries are known as MAP, MRR and recall."""
 MAIN_MEASURE = "nDCG@10"
 FIRST_STAGE = "first-stage"
 SIGNIFICANT = 0.05
+RELIABILITY_BINS = 10
 
 Measured = dict[str, dict[str, float]]
 """Per query id, the value of each of `MEASURES`."""
@@ -69,7 +71,55 @@ class Method:
 
     name: str
     heads: HeadSet | None = None
-    first_stage_order: bool = False
+    ranked: bool = False
+    """Whether the first stage's order counts beside the heads."""
+
+    def in_windows_of(self, size: int) -> Method:
+        """The same heads in other prompts than they want; what they mean there is not known."""
+        if self.heads is None or self.heads.window == size:
+            return self
+        return replace(
+            self, heads=self.heads.model_copy(update={"window": size, "calibration": None})
+        )
+
+
+class ReliabilityBin(NamedTuple):
+    """Candidates of about the same predicted probability.
+
+    Attributes:
+        predicted: Mean predicted probability.
+        observed: Share of them that is relevant.
+        candidates: How many they are.
+    """
+
+    predicted: float
+    observed: float
+    candidates: int
+
+
+def reliability(
+    probabilities: npt.ArrayLike, relevant: npt.ArrayLike, bins: int = RELIABILITY_BINS
+) -> list[ReliabilityBin]:
+    """Predictions against judgments, in ``bins`` of equal width; empty ones are left out."""
+    predicted, judged = np.asarray(probabilities, float), np.asarray(relevant, bool)
+    places = np.minimum((predicted * bins).astype(int), bins - 1)
+    return [
+        ReliabilityBin(
+            float(predicted[places == place].mean()),
+            float(judged[places == place].mean()),
+            int((places == place).sum()),
+        )
+        for place in np.unique(places)
+    ]
+
+
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Mean distance of predicted and observed, each bin counting by its candidates.
+
+    Naeini et al., 2015, "Obtaining well calibrated probabilities using Bayesian binning".
+    """
+    total = sum(part.candidates for part in bins)
+    return sum(part.candidates * abs(part.predicted - part.observed) for part in bins) / total
 
 
 @dataclass
@@ -83,6 +133,7 @@ class MethodResult:
         seconds: Wall time of a rerank, of the queries that were timed.
         p_value: Of a two-sided paired t-test of nDCG@10 against the first stage; ``None`` for
             the first stage itself.
+        reliability: Of the probabilities, where the method gives any.
     """
 
     method: Method
@@ -90,6 +141,7 @@ class MethodResult:
     rankings: dict[str, list[tuple[str, float]]]
     seconds: list[float] = field(default_factory=list)
     p_value: float | None = None
+    reliability: list[ReliabilityBin] = field(default_factory=list)
 
     @property
     def means(self) -> dict[str, float]:
@@ -105,14 +157,13 @@ class JointReranker:
     """Ranks by several head sets of one model in one pass, for comparisons.
 
     Scores are those of a `CoReReranker` with the same head set; only the model runs once for
-    all, as far as the highest head of any (twice where some sets want the documents reversed).
+    all that want their prompts alike, as far as the highest head of any.
     """
 
     def __init__(
         self,
         model: LocalModel,
         methods: Sequence[Method],
-        window: int | None = None,
         backend: str = "auto",
         dtype: str = "auto",
         device: str | None = None,
@@ -123,78 +174,43 @@ class JointReranker:
                 "the head sets were found with different prompt templates; evaluate them apart"
             )
         self._methods = methods
-        self._window = window
         places = sorted({(head.layer, head.head) for heads in sets for head in heads.heads})
-        column = {place: index for index, place in enumerate(places)}
-        self._weights = {
-            method.name: _weights(method.heads, column)
-            for method in methods
-            if method.heads is not None
-        }
-        self._orders = sorted({head_set.reverse for head_set in sets})
+        self._columns = {place: index for index, place in enumerate(places)}
         template = next((head_set.template for head_set in sets if head_set.template), None)
-        encoder = load_encoder(model, template)
-        self._backend = load_backend(backend, model, HeadSet.from_pairs(places), dtype, device)
-        self._planner = WindowPlanner(encoder, self._backend.max_context)
+        self._reader = load_reader(
+            backend, model, HeadSet.from_pairs(places), dtype, device, template
+        )
 
     def scores(self, query: str, documents: Sequence[str]) -> dict[str, list[float]]:
         """By method, one score a document; the first stage's are falling numbers."""
-        order = -np.arange(len(documents), dtype=np.float64)
-        scores = {method.name: order for method in self._methods if method.heads is None}
-        contests = []
-        for reverse in self._orders:
-            ranking = [
-                (method, heads)
-                for method in self._methods
-                if (heads := method.heads) is not None and heads.reverse == reverse
-            ]
-            windows = self._planner.windows(query, documents, self._window, reverse)
-            read = self._read(windows, len(documents), [method for method, _ in ranking])
-            for method, heads in ranking:
-                scores[method.name] = read[method.name]
-                if method.first_stage_order:
-                    scores[method.name] = with_first_stage(
-                        scores[method.name], heads.first_stage_weight
-                    )
-                if heads.second_round and self._window != 1 and len(windows) > 1:
-                    weight = heads.second_round_weight
-                    contests.append((method, heads.second_round, weight, windows))
-        for method, size, weight, windows in contests:
-            shown = {
-                index: text
-                for window in windows
-                for index, text in zip(window.indices, window.documents, strict=True)
-            }
-            groups = second_round_groups(scores[method.name], size, self._window)
-            second = []
-            for group in groups:
-                texts = [shown[place] for place in group]
-                finals = self._planner.windows(query, texts, reverse=True)
-                second.append(self._read(finals, len(group), [method])[method.name])
-            scores[method.name] = with_second_round(scores[method.name], groups, second, weight)
-        return {method.name: scores[method.name].tolist() for method in self._methods}
-
-    def _read(
-        self, windows: Sequence[Window], documents: int, methods: Sequence[Method]
-    ) -> dict[str, Scores]:
-        scores = {method.name: np.zeros(documents) for method in methods}
-        prompts = [window.prompt for window in windows]
-        twins = [self._planner.baseline(window) for window in windows]
-        masses = self._backend.head_mass([*prompts, *twins])
-        for window, mass, baseline in zip(windows, masses, masses[len(prompts) :], strict=False):
-            for method in methods:
-                weights = self._weights[method.name]
-                scores[method.name][window.indices] = document_scores(
-                    weights @ mass,
-                    weights @ baseline,
-                    window.prompt.document_spans,
-                    method.heads is None or method.heads.drop_outliers,
-                )
+        candidates = Candidates(query, tuple(documents))
+        read: dict[Layout, list[WindowReading]] = {}
+        scores = {}
+        for method in self._methods:
+            heads = method.heads
+            if heads is None:
+                scores[method.name] = [-float(place) for place in range(len(documents))]
+                continue
+            layout = layout_of(heads)
+            if layout not in read:
+                (windows,) = self._reader.plan([candidates], layout)
+                read[layout] = self._reader.read(windows, by_head=True)
+            weights = self._weights(heads)
+            weighed = [reading.weighed(weights) for reading in read[layout]]
+            scored = collected(weighed, len(documents), heads.drop_outliers)
+            weight = heads.first_stage_weight if method.ranked else 0.0
+            scores[method.name] = with_first_stage(scored.scores, weight).tolist()
         return scores
 
     def close(self) -> None:
         """Free the model."""
-        self._backend.close()
+        self._reader.close()
+
+    def _weights(self, heads: HeadSet) -> Mass:
+        weights = np.zeros(len(self._columns), dtype=np.float32)
+        for head in heads.heads:
+            weights[self._columns[head.layer, head.head]] = head.weight
+        return weights
 
 
 def rank_all(
@@ -236,7 +252,15 @@ def compare(
         ranked = dict(rankings[method.name])
         ids = {query: [document for document, _ in pairs] for query, pairs in ranked.items()}
         judged = {query: qrels[query] for query in ranked}
-        results.append(MethodResult(method, measure(judged, ids), ranked))
+        result = MethodResult(method, measure(judged, ids), ranked)
+        calibration = method.heads and method.heads.calibration
+        if calibration and not method.ranked:
+            pairs = [(query, *pair) for query, pairs in ranked.items() for pair in pairs]
+            result.reliability = reliability(
+                calibration.probabilities(np.array([score for _, _, score in pairs])),
+                [judged[query].get(document, 0) > 0 for query, document, _ in pairs],
+            )
+        results.append(result)
     baseline = next((result for result in results if result.method.heads is None), None)
     for result in results:
         if baseline is not None and result is not baseline:
@@ -274,6 +298,7 @@ def save_report(
                 "mean": result.means,
                 "p_value": result.p_value,
                 "seconds": result.seconds,
+                "reliability": [part._asdict() for part in result.reliability],
                 "per_query": result.measured,
             }
             for result in results
@@ -308,6 +333,12 @@ def markdown(
         f"p: two-sided paired t-test of {MAIN_MEASURE} against the first stage. Times are medians "
         "of one rerank with all its candidates.",
     ]
+    lines += [
+        f"\nExpected calibration error of {result.method.name}: "
+        f"{expected_calibration_error(result.reliability):.3f}"
+        for result in results
+        if result.reliability
+    ]
     lines += [f"\n![{name}]({name})" for name in pictures]
     return "\n".join(lines) + "\n"
 
@@ -318,14 +349,7 @@ def _described(method: Method) -> dict[str, Any] | None:
     described: dict[str, Any] = method.heads.model_dump(
         mode="json", exclude_defaults=True, exclude={"ranking"}
     )
-    return {**described, "first_stage_order": method.first_stage_order}
-
-
-def _weights(heads: HeadSet, column: Mapping[tuple[int, int], int]) -> Any:
-    weights = np.zeros(len(column), dtype=np.float32)
-    for head in heads.heads:
-        weights[column[head.layer, head.head]] = head.weight
-    return weights
+    return {**described, "ranked": method.ranked}
 
 
 def _means(measured: Measured) -> dict[str, float]:

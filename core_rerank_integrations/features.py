@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +16,20 @@ import numpy.typing as npt
 from core_rerank_integrations.errors import StorageError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.loading import load_backend, load_encoder
+from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel, cache_folder, model_shape, resolve
 from core_rerank_integrations.prompt import PromptTemplate
-from core_rerank_integrations.scoring import document_scores
-from core_rerank_integrations.windows import Window, WindowPlanner
+from core_rerank_integrations.reading import Candidates
+from core_rerank_integrations.windows import Layout, Window
 
 Features = npt.NDArray[np.float32]
 
 FINGERPRINT_BYTES = 1 << 20
+BATCH_PROMPTS = 128
+"""Prompts that are read, and kept in memory head by head, at once."""
+
+Batch = list[tuple[Path, Window]]
+"""Prompts, and where their features are stored."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,8 @@ class HeadReader:
         local_model = resolve(model)
         self.shape = model_shape(local_model.config())
         self.heads = HeadSet.every(self.shape, max_layer, model=local_model.model_id)
-        encoder = load_encoder(local_model, template)
-        self.template = encoder.template
-        self._backend = load_backend(backend, local_model, self.heads, dtype, device)
-        self._planner = WindowPlanner(encoder, self._backend.max_context)
+        self._reader = load_reader(backend, local_model, self.heads, dtype, device, template)
+        self.template = self._reader.encoder.template
         self._cache = cache or cache_folder("features")
         identity = (_fingerprint(local_model), len(self.heads.heads), backend, dtype)
         self._identity = repr(identity).encode()
@@ -92,24 +96,59 @@ class HeadReader:
         window: int | None = None,
         reverse: bool = False,
     ) -> HeadFeatures:
-        """Features of ``documents`` for ``query``, ranked in prompts of at most ``window``.
+        """`read_lists` for one query."""
+        (features,) = self.read_lists([Candidates(query, tuple(documents))], window, reverse)
+        return features
 
-        With ``reverse`` a prompt shows its documents last first.
+    def read_lists(
+        self,
+        lists: Sequence[Candidates],
+        window: int | None = None,
+        reverse: bool = False,
+        tracked: Callable[[list[Batch]], Iterable[Batch]] = iter,
+    ) -> list[HeadFeatures]:
+        """Features of each list's documents, ranked in prompts of at most ``window``.
+
+        Prompts of the same documents are read together, whichever lists they come from: what
+        stands before the query is then computed once for all of them.
+
+        Args:
+            lists: Queries and their documents.
+            window: Most documents in one prompt; ``None`` for as many as fit.
+            reverse: Whether a prompt shows its documents last first.
+            tracked: Wraps the batches of prompts that are to be computed, say in a progress bar.
 
         Raises:
             StorageError: What was read cannot be written or read back.
         """
-        windows = self._planner.windows(query, documents, window, reverse)
-        path = self._path(windows)
-        features = _load(path)
-        if features is None:
-            features = self._compute(windows, len(documents))
-            _store(path, features)
-        return features
+        # A long document is read as far as the context holds it: features of its passages are
+        # no features of the document.
+        layout = Layout(window, reverse, max_document_tokens=self._reader.backend.max_context)
+        planned = self._reader.plan(lists, layout)
+        wanted = {self._path(window): window for windows in planned for window in windows}
+        parts = {path: _load(path) for path in wanted}
+        missing = sorted(
+            ((path, window) for path, window in wanted.items() if parts[path] is None),
+            key=lambda item: item[1].key,
+        )
+        batches = [
+            missing[start : start + BATCH_PROMPTS]
+            for start in range(0, len(missing), BATCH_PROMPTS)
+        ]
+        for batch in tracked(batches):
+            computed = self._compute([window for _, window in batch])
+            for (path, _), part in zip(batch, computed, strict=True):
+                _store(path, part)
+                parts[path] = part
+        found = cast(dict[Path, HeadFeatures], parts)
+        return [
+            _assembled([(window, found[self._path(window)]) for window in windows])
+            for windows in planned
+        ]
 
     def close(self) -> None:
         """Free the model."""
-        self._backend.close()
+        self._reader.close()
 
     def __enter__(self) -> HeadReader:
         return self
@@ -117,31 +156,38 @@ class HeadReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compute(self, windows: Sequence[Window], documents: int) -> HeadFeatures:
-        shape = (documents, len(self.heads.heads))
-        features = HeadFeatures(*(np.zeros(shape, np.float32) for _ in range(3)))
-        prompts = [window.prompt for window in windows]
-        twins = [self._planner.baseline(window) for window in windows]
-        masses = self._backend.head_mass([*prompts, *twins])
-        baselines = masses[len(prompts) :]
-        for window, mass, baseline in zip(windows, masses, baselines, strict=False):
-            spans = window.prompt.document_spans
-            attention = [mass[:, span.start : span.stop - 1].sum(axis=1) for span in spans]
-            features.attention[window.indices] = np.stack(attention)
-            features.scores[window.indices] = document_scores(mass, baseline, spans).T
-            features.sums[window.indices] = document_scores(
-                mass, baseline, spans, drop_outliers=False
-            ).T
+    def _compute(self, windows: Sequence[Window]) -> list[HeadFeatures]:
+        features = []
+        for reading in self._reader.read(windows, by_head=True):
+            attention = [
+                reading.mass[:, span.start : span.stop - 1].sum(axis=1)
+                for span in reading.window.prompt.document_spans
+            ]
+            parts = (
+                np.stack(attention),
+                reading.scores(drop_outliers=False).T,
+                reading.scores(drop_outliers=True).T,
+            )
+            features.append(HeadFeatures(*(part.astype(np.float32) for part in parts)))
         return features
 
-    def _path(self, windows: Sequence[Window]) -> Path:
+    def _path(self, window: Window) -> Path:
         digest = hashlib.sha256(self._identity)
-        for window in windows:
-            for part in (window.indices, window.prompt.prefix, window.prompt.suffix):
-                array = np.asarray(part, dtype=np.int64)
-                digest.update(len(array).to_bytes(8) + array.tobytes())
+        for part in (window.prompt.prefix, window.prompt.suffix):
+            digest.update(len(part).to_bytes(8) + part.tobytes())
         name = digest.hexdigest()
         return self._cache / name[:2] / f"{name}.npz"
+
+
+def _assembled(parts: Sequence[tuple[Window, HeadFeatures]]) -> HeadFeatures:
+    """Of a list, from its prompts."""
+    order = np.argsort([index for window, _ in parts for index in window.indices])
+    return HeadFeatures(
+        *(
+            np.concatenate([getattr(part, item.name) for _, part in parts])[order]
+            for item in fields(HeadFeatures)
+        )
+    )
 
 
 def _load(path: Path) -> HeadFeatures | None:

@@ -7,7 +7,7 @@ of arXiv 2510.02219 propose next). A layer cap is a choice of columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ import numpy.typing as npt
 from core_rerank_integrations.collection import Collection, Run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
-from core_rerank_integrations.features import HeadReader
-from core_rerank_integrations.heads import Head, HeadSet
-from core_rerank_integrations.scoring import best_places, second_round_groups, with_second_round
+from core_rerank_integrations.features import Batch, HeadReader
+from core_rerank_integrations.heads import Calibration, Head, HeadSet
+from core_rerank_integrations.reading import Candidates
+from core_rerank_integrations.scoring import best_places
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
@@ -28,7 +29,6 @@ with requires_extra("eval"):
 Array = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 1000
-SECOND_ROUND_WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 
 
@@ -74,19 +74,29 @@ def judged_lists(
     candidates: int = 20,
     ordered: bool = True,
     reverse: bool = False,
-) -> Iterator[JudgedList]:
-    """Read the features of each query's first ``candidates``, in prompts of ``window``.
-
-    With ``reverse`` a prompt shows them last first.
-    """
-    for query in queries:
-        documents = tuple(run[query][:candidates])
-        texts = [collection.passages[document].content for document in documents]
-        features = reader.read(collection.queries[query], texts, window, reverse).sums
-        grades = [collection.qrels[query].get(document, 0) for document in documents]
-        yield JudgedList(
-            query, documents, features.astype(np.float64), np.maximum(grades, 0.0), ordered
+    tracked: Callable[[list[Batch]], Iterable[Batch]] = iter,
+) -> list[JudgedList]:
+    """Read the features of each query's first ``candidates``; see `HeadReader.read_lists`."""
+    documents = {query: tuple(run[query][:candidates]) for query in queries}
+    lists = [
+        Candidates(
+            collection.queries[query],
+            tuple(collection.passages[document].content for document in documents[query]),
         )
+        for query in queries
+    ]
+    return [
+        JudgedList(
+            query,
+            documents[query],
+            features.sums.astype(np.float64),
+            np.array([max(collection.qrels[query].get(name, 0), 0.0) for name in documents[query]]),
+            ordered,
+        )
+        for query, features in zip(
+            queries, reader.read_lists(lists, window, reverse, tracked), strict=True
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -103,10 +113,14 @@ class Weights:
     first_stage: float
     l1: float
 
-    def scores(self, candidates: JudgedList) -> Array:
-        """One score a document."""
-        scores: Array = candidates.features @ self.heads + self.first_stage * _prior(candidates)
+    def head_scores(self, candidates: JudgedList) -> Array:
+        """One score a document, by the heads alone."""
+        scores: Array = candidates.features @ self.heads
         return scores
+
+    def scores(self, candidates: JudgedList) -> Array:
+        """One score a document, the first stage's order included."""
+        return self.head_scores(candidates) + self.first_stage * _prior(candidates)
 
     def rank(self, candidates: JudgedList) -> list[str]:
         """Document ids, best first."""
@@ -257,64 +271,39 @@ def choose_weights(
     return max(allowed, key=lambda trial: (round(trial.score, 6), -trial.num_heads)), trials
 
 
-def choose_second_round(
-    reader: HeadReader,
-    weights: Weights,
-    dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]],
-    size: int,
-    window: int | None,
-    candidates: Sequence[float] = SECOND_ROUND_WEIGHTS,
-    progress: Callable[[float, float], None] = lambda _, __: None,
-) -> tuple[float, float] | None:
-    """How much a second round of the best ``size`` should count, by mean nDCG@10 on ``dev``.
+def calibrate(groups: Iterable[Sequence[tuple[Array, Array]]]) -> Calibration:
+    """Fit what a score means as a probability (Platt, 1999), by logistic loss.
 
     Args:
-        reader: Reads the second round.
-        weights: Score the first round, and the heads of the second.
-        dev: Lists to choose by; each collection counts the same.
-        size: How many of the best are read once more.
-        window: Of the first round: lists that it held in one prompt have no second.
-        candidates: Weights to choose from.
-        progress: Told of each weight and its mean nDCG@10.
+        groups: Of each collection, the scores and grades of its lists; each collection counts the
+            same, however many candidates it has.
 
-    Returns:
-        The best weight and its mean nDCG@10, or ``None`` where no second round is as good as any.
+    Raises:
+        InvalidInputError: All candidates are relevant, or none is.
     """
-    first: dict[str, list[Array]] = {}
-    finals: dict[str, list[tuple[list[list[int]], list[Array]]]] = {}
-    for name, (collection, lists) in dev.items():
-        for item in lists:
-            scores = weights.scores(item)
-            groups = []
-            if len(item.documents) > (window or np.inf):
-                groups = second_round_groups(scores, size, window)
-            second = []
-            for group in groups:
-                texts = [collection.passages[item.documents[place]].content for place in group]
-                read = reader.read(collection.queries[item.query], texts, reverse=True)
-                second.append(read.sums.astype(np.float64) @ weights.heads)
-            first.setdefault(name, []).append(scores)
-            finals.setdefault(name, []).append((groups, second))
+    scored = [
+        (
+            np.concatenate([scores for scores, _ in lists]),
+            np.concatenate([grades > 0 for _, grades in lists]),
+        )
+        for lists in groups
+    ]
+    scores = np.concatenate([scores for scores, _ in scored])
+    relevant = np.concatenate([relevant for _, relevant in scored])
+    weights = np.concatenate([np.full(len(scores), 1 / len(scores)) for scores, _ in scored])
+    if relevant.all() or not relevant.any():
+        raise InvalidInputError(
+            "a probability needs both relevant and irrelevant candidates to be fitted on"
+        )
+    centre, deviation = scores.mean(), scores.std() or 1.0
 
-    def mean_ndcg(weight: float) -> float:
-        means = []
-        for name, (collection, lists) in dev.items():
-            run = {}
-            for item, scores, (groups, second) in zip(
-                lists, first[name], finals[name], strict=True
-            ):
-                if groups:
-                    scores = with_second_round(scores, groups, second, weight)
-                run[item.query] = _in_order(item, scores)
-            qrels = {item.query: collection.qrels[item.query] for item in lists}
-            means.append(mean_measures(qrels, run)["nDCG@10"])
-        return float(np.mean(means))
+    def loss(line: Array) -> float:
+        margins = line[0] * (scores - centre) / deviation + line[1]
+        return float(weights @ np.logaddexp(0, np.where(relevant, -margins, margins)))
 
-    scored = {weight: round(mean_ndcg(weight), 6) for weight in (0.0, *candidates)}
-    for weight, score in scored.items():
-        progress(weight, score)
-    best = max(scored, key=lambda weight: (scored[weight], -weight))
-    return (best, scored[best]) if best else None
+    slope, intercept = minimize(loss, [1.0, 0.0], bounds=[(1e-6, None), (None, None)]).x
+    slope /= deviation
+    return Calibration(slope=float(slope), intercept=float(intercept - slope * centre))
 
 
 def _in_order(candidates: JudgedList, scores: Array) -> list[str]:

@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.scoring import Scores
 
 
 class ModelShape(NamedTuple):
@@ -36,6 +38,20 @@ class Head(BaseModel):
     """Factor of the head's attention in the sum over heads."""
 
 
+class Calibration(BaseModel):
+    """From a document's score to the probability that it is relevant (Platt's logistic map)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slope: float = Field(gt=0, allow_inf_nan=False)
+    intercept: float = Field(allow_inf_nan=False)
+
+    def probabilities(self, scores: Scores) -> Scores:
+        """``1 / (1 + exp(-(slope * score + intercept)))``, shape of ``scores``."""
+        # The hyperbolic tangent does not overflow.
+        return 0.5 * (1 + np.tanh((self.slope * scores + self.intercept) / 2))
+
+
 class HeadSet(BaseModel):
     """The heads to read, for one model.
 
@@ -52,14 +68,15 @@ class HeadSet(BaseModel):
         window: Documents per prompt that the heads rank best; ``None`` for as many as fit.
         reverse: Whether a prompt shows its documents last first, so that a first stage's best
             stand nearest to the query.
+        passage_tokens: Longest document, in tokens, that the heads read at once in prompts of one
+            document; of longer ones the best passage of that length counts. ``None`` for as
+            long as the context allows.
+        calibration: What a score in prompts of one document means as a probability, where that
+            was fitted; ``None`` where it was not.
         drop_outliers: Whether low tokens are dropped from a document's score, as the paper
             does; fitted weights belong to a score that is linear in the heads, without it.
         first_stage_weight: How much the candidates' order counts where it is handed over: this
             times the natural logarithm of a candidate's rank is taken from its score.
-        second_round: How many of the best are read once more, in overlapping windows, the best
-            nearest to the query; ``None`` for no second round. There is none in windows of 1,
-            nor where one prompt held all candidates.
-        second_round_weight: How much the scores of the second round count beside the first's.
         default: Whether it is the one to take where several are shipped for a model.
         provenance: Source, data, temperature, licence and the like.
         ranking: All ranked heads as (layer, head, score), best first, where published.
@@ -78,10 +95,10 @@ class HeadSet(BaseModel):
     template: str | None = None
     window: int | None = Field(default=None, ge=1)
     reverse: bool = False
+    passage_tokens: int | None = Field(default=None, ge=1)
+    calibration: Calibration | None = None
     drop_outliers: bool = True
     first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    second_round: int | None = Field(default=None, ge=2)
-    second_round_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     default: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict)
     ranking: tuple[tuple[int, int, float | None], ...] = ()
@@ -91,6 +108,10 @@ class HeadSet(BaseModel):
         places = [(head.layer, head.head) for head in self.heads]
         if repeated := {place for place in places if places.count(place) > 1}:
             raise ValueError(f"heads listed twice: {sorted(repeated)}")
+        if self.calibration is not None and self.window != 1:
+            raise ValueError(
+                f"a calibration is of scores in windows of 1, but the window is {self.window}"
+            )
         self._check_range(self.num_layers, self.num_heads)
         return self
 

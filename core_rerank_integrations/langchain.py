@@ -18,8 +18,12 @@ with requires_extra("langchain"):
 class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
     """Reorders retrieved documents by CoRe scores, and keeps the best.
 
-    Returns copies, with the score as ``metadata["relevance_score"]``; ids, types and all other
-    metadata stay, and the documents passed in are not touched. Every call shows up in traces
+    Returns copies, with ``metadata["relevance_score"]``: the probability that the document is
+    relevant, or its score where the heads are not calibrated. Of a document that was too long to
+    be read at once, ``metadata["best_passage"]`` holds the start and stop of the characters that
+    it was ranked by. Ids, types and all other metadata stay, and the documents passed in are not
+    touched. Results are sorted by score, which a retriever's order may have a part in; the
+    probability is of question and document alone. Every call shows up in traces
     as a run of its own when callbacks are handed over, as retrievers do.
 
     >>> from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -50,21 +54,24 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
 
     def _compress(self, inputs: dict[str, Any]) -> list[Document]:
         documents: Sequence[Document] = inputs["documents"]
-        return _scored(documents, self._rerank(inputs["query"], _texts(documents)))
+        return self._scored(documents, self._rerank(inputs["query"], _texts(documents)))
 
     async def _acompress(self, inputs: dict[str, Any]) -> list[Document]:
         documents: Sequence[Document] = inputs["documents"]
-        return _scored(documents, await self._arerank(inputs["query"], _texts(documents)))
+        return self._scored(documents, await self._arerank(inputs["query"], _texts(documents)))
+
+    def _scored(
+        self, documents: Sequence[Document], results: Sequence[RerankResult]
+    ) -> list[Document]:
+        copies = []
+        for result in results:
+            document = documents[result.index]
+            metadata = {**document.metadata, "relevance_score": self._score_of(result)}
+            if result.passage is not None:
+                metadata["best_passage"] = list(result.passage)
+            copies.append(document.model_copy(update={"metadata": metadata}))
+        return copies
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:
     return [document.page_content for document in documents]
-
-
-def _scored(documents: Sequence[Document], results: Sequence[RerankResult]) -> list[Document]:
-    return [
-        (document := documents[result.index]).model_copy(
-            update={"metadata": {**document.metadata, "relevance_score": result.score}}
-        )
-        for result in results
-    ]

@@ -22,13 +22,17 @@ with requires_extra("llama-index"):
 _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defined]
 
 RETRIEVAL_SCORE_KEY = "retrieval_score"
+BEST_PASSAGE_KEY = "best_passage"
 
 
 class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     """Reorders retrieved nodes by CoRe scores, and keeps the best.
 
     Nodes are ranked by the text they are embedded with. Returns copies; the nodes passed in are
-    not touched.
+    not touched. Their score is the probability that they are relevant, from question and node
+    alone, or where the heads are not calibrated the score that they are sorted by. Of a text that
+    was too long to be read at once, ``metadata["best_passage"]`` holds the start and stop of the
+    characters that it was ranked by, hidden from embeddings and models.
 
     >>> index.as_query_engine(
     ...     similarity_top_k=20, node_postprocessors=[CoReNodePostprocessor(top_n=5)]
@@ -89,12 +93,17 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     def _scored(
         self, nodes: Sequence[NodeWithScore], results: Sequence[RerankResult]
     ) -> list[NodeWithScore]:
-        return [
-            NodeWithScore(
-                node=_copy(nodes[result.index], self.keep_retrieval_score), score=result.score
-            )
-            for result in results
-        ]
+        scored = []
+        for result in results:
+            retrieved = nodes[result.index]
+            added: dict[str, Any] = {}
+            if self.keep_retrieval_score:
+                added[RETRIEVAL_SCORE_KEY] = retrieved.score
+            if result.passage is not None:
+                added[BEST_PASSAGE_KEY] = list(result.passage)
+            node = _copy(retrieved.node, added)
+            scored.append(NodeWithScore(node=node, score=self._score_of(result)))
+        return scored
 
 
 def _query(query_bundle: QueryBundle | None) -> str:
@@ -109,16 +118,13 @@ def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
     return [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
 
 
-def _copy(scored: NodeWithScore, keep_retrieval_score: bool) -> BaseNode:
-    node = scored.node
-    metadata = dict(node.metadata)
+def _copy(node: BaseNode, added: dict[str, Any]) -> BaseNode:
+    """With ``added`` metadata, hidden from embeddings and models."""
     hidden = {
-        "excluded_embed_metadata_keys": list(node.excluded_embed_metadata_keys),
-        "excluded_llm_metadata_keys": list(node.excluded_llm_metadata_keys),
+        name: [*keys, *(key for key in added if key not in keys)]
+        for name, keys in (
+            ("excluded_embed_metadata_keys", node.excluded_embed_metadata_keys),
+            ("excluded_llm_metadata_keys", node.excluded_llm_metadata_keys),
+        )
     }
-    if keep_retrieval_score:
-        metadata[RETRIEVAL_SCORE_KEY] = scored.score
-        for keys in hidden.values():
-            if RETRIEVAL_SCORE_KEY not in keys:
-                keys.append(RETRIEVAL_SCORE_KEY)
-    return node.model_copy(update={"metadata": metadata, **hidden})
+    return node.model_copy(update={"metadata": {**node.metadata, **added}, **hidden})

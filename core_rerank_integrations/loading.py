@@ -1,4 +1,4 @@
-"""What a model on disk becomes: the writer of its prompts, and a backend that runs it."""
+"""What a model on disk becomes: a backend that runs it, and the writer of its prompts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,24 @@ from core_rerank_integrations.errors import HeadSetError, InvalidInputError
 from core_rerank_integrations.heads import HeadSet, default_head_set
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder, PromptTemplate
+from core_rerank_integrations.reading import Reader
 
 BACKENDS = ("auto", "transformers", "vllm", "vllm-shared")
+
+
+def load_reader(
+    backend: str,
+    model: LocalModel,
+    heads: HeadSet,
+    dtype: str,
+    device: str | None = None,
+    template: str | PromptTemplate | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+    engine: Any = None,
+) -> Reader:
+    """Whatever reads lists with ``model``; see `load_backend` and `load_encoder`."""
+    encoder = load_encoder(model, template or heads.template)
+    return Reader(encoder, load_backend(backend, model, heads, dtype, device, engine_args, engine))
 
 
 def load_backend(

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from core_rerank_integrations.errors import requires_extra
-from core_rerank_integrations.evaluation import MAIN_MEASURE, MethodResult
+from core_rerank_integrations.evaluation import (
+    MAIN_MEASURE,
+    MethodResult,
+    expected_calibration_error,
+)
 from core_rerank_integrations.heads import HeadSet
 
 with requires_extra("eval"):
@@ -103,6 +107,30 @@ def plot_gains(result: MethodResult, baseline: MethodResult, path: Path) -> None
         xlabel="queries, sorted",
         ylabel=f"{MAIN_MEASURE} of {result.method.name} minus first stage",
         title=f"{better} better, {worse} worse, {len(differences) - better - worse} equal",
+    )
+    figure.savefig(path)
+
+
+def plot_reliability(result: MethodResult, path: Path) -> None:
+    """How often candidates are relevant over how likely they were said to be; dashed: as said."""
+    figure, axes = _figure(width=4.8, height=4.4)
+    axes.plot((0, 1), (0, 1), color="grey", linestyle="--")
+    axes.plot(
+        [part.predicted for part in result.reliability],
+        [part.observed for part in result.reliability],
+        marker="o",
+    )
+    for part in result.reliability:
+        axes.annotate(
+            str(part.candidates), part[:2], (6, -10), textcoords="offset points", fontsize="small"
+        )
+    error = expected_calibration_error(result.reliability)
+    axes.set(
+        xlabel="probability, mean of a bin",
+        ylabel="share that is relevant",
+        title=f"{result.method.name}: expected calibration error {error:.3f}",
+        xlim=(0, 1),
+        ylim=(0, 1),
     )
     figure.savefig(path)
 

@@ -5,8 +5,11 @@ Nothing here knows a model or a framework; a tokenizer is all it takes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,12 +26,16 @@ INSTRUCTION = (
     "\n\nQuery: "
 )
 BASELINE_QUERY = "N/A"
+BORDER_TOKENS = 8
+"""Most tokens that a passage may hold beyond its length: characters at its ends are kept whole."""
 
 TokenIds = npt.NDArray[np.int64]
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 class Span(NamedTuple):
-    """Tokens ``start`` to ``stop - 1`` of a prompt."""
+    """Tokens ``start`` to ``stop - 1`` of a prompt, or characters of a text."""
 
     start: int
     stop: int
@@ -202,6 +209,36 @@ class PromptEncoder:
             end = encoding.offsets[kept][0]
         return text[1:end], len(encoding) - kept
 
+    def passages(self, document: str, max_tokens: int) -> list[Span]:
+        """Cover ``document`` with passages of at most ``max_tokens`` tokens of one length.
+
+        Neighbours share about a quarter of their tokens, so that what stands at the end of one
+        stands whole in the other. A character of several tokens is never divided: a passage may
+        hold `BORDER_TOKENS` more.
+
+        Returns:
+            Ranges of characters, in order; one that holds all if the document is no longer.
+        """
+        encoding = self._plain.encode(f" {_encodable(document)}", add_special_tokens=False)
+        count = len(encoding)
+        if count <= max_tokens:
+            return [Span(0, len(document))]
+        steps = ceil((count - max_tokens) / (max_tokens - max_tokens // 4))
+        starts = [step * (count - max_tokens) // steps for step in range(steps + 1)]
+        # What the tokenizer has no token for goes with the token before it. The space in front
+        # is not the document's, and the prompt puts one before a passage anyway.
+        begins = [
+            max(start - 1, 0) + (1 if document[max(start - 1, 0)] == " " else 0)
+            for start, _ in encoding.offsets
+        ]
+        stops = [
+            max(offset[1], following[0]) - 1
+            for offset, following in pairwise([*encoding.offsets, (len(document) + 1,)])
+        ]
+        return [
+            Span(begins[start] if start else 0, stops[start + max_tokens - 1]) for start in starts
+        ]
+
     def _tokenise(
         self, text: str, data: Sequence[tuple[int, int]]
     ) -> tuple[TokenIds, npt.NDArray[np.int64]]:
@@ -259,9 +296,5 @@ def _unpadded_copy(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _encodable(text: str) -> str:
-    """Replace lone surrogates, which no tokenizer can encode, by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    """Replace surrogates, which no tokenizer can encode, by U+FFFD; no character moves."""
+    return _SURROGATES.sub("\ufffd", text)

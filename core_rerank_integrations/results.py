@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -12,25 +11,23 @@ class RerankResult:
 
     Attributes:
         index: Position of the candidate in the list that was passed in.
-        score: Calibrated attention mass; higher is more relevant. Comparable within one
-            list, not between queries: it has no fixed range and may be negative.
+        score: What the list is sorted by; higher is more relevant. Calibrated attention mass,
+            and what a first stage's order adds where it counts. Comparable within one list; it
+            has no fixed range and may be negative.
         document: The candidate's text, as passed in.
+        probability: That the candidate is relevant, from question and candidate alone: the same
+            in any list. ``None`` where the heads were not calibrated.
+        passage: Start and stop of the characters that the score comes from, where the candidate
+            is longer than what the heads read at once; ``None`` where all of it was read.
     """
 
     index: int
     score: float
     document: str
+    probability: float | None = None
+    passage: tuple[int, int] | None = None
 
-
-def ranked(
-    scores: Sequence[float],
-    documents: Sequence[str],
-    top_n: int | None = None,
-    score_threshold: float | None = None,
-) -> list[RerankResult]:
-    """Sort by score, best first; ties keep the caller's order."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    results = [RerankResult(index, float(scores[index]), documents[index]) for index in order]
-    if score_threshold is not None:
-        results = [result for result in results if result.score >= score_threshold]
-    return results[:top_n]
+    @property
+    def relevance(self) -> float:
+        """The probability where there is one, else the score."""
+        return self.score if self.probability is None else self.probability

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -68,54 +67,6 @@ def best_places(scores: Scores, count: int) -> list[int]:
     """Where the ``count`` highest scores stand, best first; ties keep their order."""
     places: list[int] = np.argsort(-scores, kind="stable")[:count].tolist()
     return places
-
-
-def second_round_groups(scores: Scores, count: int, size: int | None) -> list[list[int]]:
-    """Which of the best ``count`` are read together in a second round.
-
-    Attention in one prompt says little about attention in another, so each group shares about
-    half of its documents with the next: who stands in the worse one is compared with some who
-    also stand in the better one.
-
-    Args:
-        scores: Of the first round, shape [documents].
-        count: How many of the best take part.
-        size: Most documents a group may hold, at least 2; ``None`` puts all into one.
-
-    Returns:
-        Places of documents per group, best first.
-    """
-    places = best_places(scores, count)
-    size = min(size or len(places), len(places))
-    beyond = len(places) - size
-    steps = ceil(beyond / ceil(size / 2))
-    starts = [round(step * beyond / steps) for step in range(1, steps + 1)]
-    return [places[start : start + size] for start in (0, *starts)]
-
-
-def with_second_round(
-    scores: Scores, groups: Sequence[Sequence[int]], second: Sequence[Scores], weight: float
-) -> Scores:
-    """Add what the best candidates got when they were read once more, among themselves.
-
-    Of them, the one that got least keeps its score, so none falls behind those left out. Who
-    was in two groups gets the mean of both.
-
-    Args:
-        scores: Of the first round, shape [documents].
-        groups: Places of the documents that were read together.
-        second: Their scores there, one array per group.
-        weight: How much the second round counts.
-    """
-    total, times = np.zeros_like(scores), np.zeros_like(scores)
-    for places, gained in zip(groups, second, strict=True):
-        total[list(places)] += gained
-        times[list(places)] += 1
-    took_part = times > 0
-    means = total[took_part] / times[took_part]
-    added = scores.copy()
-    added[took_part] += weight * (means - means.min())
-    return added
 
 
 def _without_outliers(tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

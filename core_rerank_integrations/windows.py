@@ -8,21 +8,43 @@ from math import ceil
 from typing import NamedTuple
 
 from core_rerank_integrations.errors import DocumentTruncatedWarning, InvalidInputError
-from core_rerank_integrations.prompt import BASELINE_QUERY, Prompt, PromptEncoder
+from core_rerank_integrations.prompt import (
+    BASELINE_QUERY,
+    BORDER_TOKENS,
+    Prompt,
+    PromptEncoder,
+    Span,
+)
+
+
+class Layout(NamedTuple):
+    """How a list of documents becomes prompts."""
+
+    size: int | None = None
+    """Most documents of a prompt; ``None`` for as many as the context holds."""
+    reverse: bool = False
+    """Whether a prompt shows its documents last first."""
+    passage_tokens: int | None = None
+    """In prompts of one document, longer ones are read passage by passage; ``None`` for as long
+    as the context allows."""
+    max_document_tokens: int | None = None
+    """Longer documents are cut to this; ``None`` cuts only what cannot be read otherwise."""
 
 
 class Window(NamedTuple):
-    """One prompt of a request."""
+    """One prompt of a list."""
 
     indices: list[int]
-    """Which of the request's documents it holds."""
-    documents: list[str]
-    """Their texts, as far as they fit."""
+    """Which of the list's documents it holds."""
+    passages: list[Span]
+    """The characters of each that it shows."""
+    texts: list[str]
+    """These characters."""
     prompt: Prompt
 
     @property
     def key(self) -> bytes:
-        """What the attention of the ``N/A`` twin depends on: all before the query span."""
+        """What the attention of the ``N/A`` prompt depends on: all before the query span."""
         return self.prompt.prefix.tobytes()
 
 
@@ -32,29 +54,18 @@ class WindowPlanner:
     Args:
         encoder: Writes the prompts.
         max_context: Most tokens of a prompt.
-        max_document_tokens: Longer documents are cut to this; ``None`` cuts only what does not
-            fit the context by itself.
     """
 
-    def __init__(
-        self, encoder: PromptEncoder, max_context: int, max_document_tokens: int | None = None
-    ) -> None:
+    def __init__(self, encoder: PromptEncoder, max_context: int) -> None:
         self._encoder = encoder
         self._max_context = max_context
-        self._max_document_tokens = max_document_tokens
 
-    def windows(
-        self,
-        query: str,
-        documents: Sequence[str],
-        size: int | None = None,
-        reverse: bool = False,
-    ) -> list[Window]:
-        """The prompts of one request, of at most ``size`` documents each.
+    def windows(self, query: str, documents: Sequence[str], layout: Layout) -> list[Window]:
+        """The prompts of one list.
 
-        Documents that do not fit are cut, with a `DocumentTruncatedWarning`. With ``reverse``
-        each prompt shows its documents last first, so that a first stage's best stand nearest
-        to the query.
+        A document that does not fit is cut, with a `DocumentTruncatedWarning`; in prompts of one
+        document it is read passage by passage instead, unless ``max_document_tokens`` says that
+        it be cut.
 
         Raises:
             InvalidInputError: The query leaves no room for a document.
@@ -62,8 +73,6 @@ class WindowPlanner:
         if not documents:
             return []
         frame = max(self._encoder.frame_length(query), self._encoder.frame_length(BASELINE_QUERY))
-        documents = list(documents)
-        lengths = self._encoder.document_lengths(documents)
         marker = self._encoder.document_lengths([""])[0]
         budget = self._max_context - frame
         if budget <= marker:
@@ -71,29 +80,54 @@ class WindowPlanner:
                 f"the query leaves no room for a document: with its instruction it takes {frame} "
                 f"tokens, and the model's context holds {self._max_context}"
             )
-        longest = min(budget - marker, self._max_document_tokens or budget)
-        for index, length in enumerate(lengths):
-            if length - marker > longest:
-                documents[index], dropped = self._encoder.truncate(documents[index], longest)
-                lengths[index] = min(longest + marker, length)
-                if dropped:
-                    warnings.warn(
-                        f"document {index} was cut to {longest} tokens; its last {dropped} tokens "
-                        "were not ranked. Split long documents, or raise max_document_tokens",
-                        DocumentTruncatedWarning,
-                        stacklevel=5,
-                    )
+        room = budget - marker
+        pieces = self._pieces(documents, room, layout)
+        texts = [documents[index][span.start : span.stop] for index, span in pieces]
+        lengths = [min(length, budget) for length in self._encoder.document_lengths(texts)]
         windows = []
-        for indices in plan_windows(lengths, budget, size):
-            if reverse:
-                indices.reverse()
-            shown = [documents[index] for index in indices]
-            windows.append(Window(indices, shown, self._encoder.encode(query, shown)))
+        for places in plan_windows(lengths, budget, layout.size):
+            if layout.reverse:
+                places.reverse()
+            shown = [texts[place] for place in places]
+            windows.append(
+                Window(
+                    [pieces[place][0] for place in places],
+                    [pieces[place][1] for place in places],
+                    shown,
+                    self._encoder.encode(query, shown),
+                )
+            )
         return windows
 
     def baseline(self, window: Window) -> Prompt:
         """The same prompt with ``N/A`` for the query, for calibration."""
-        return self._encoder.encode(BASELINE_QUERY, window.documents)
+        return self._encoder.encode(BASELINE_QUERY, window.texts)
+
+    def _pieces(
+        self, documents: Sequence[str], room: int, layout: Layout
+    ) -> list[tuple[int, Span]]:
+        """What is read of the documents: index, and range of characters."""
+        longest = min(room, layout.max_document_tokens or room)
+        passage_tokens = min(layout.passage_tokens or longest, max(longest - BORDER_TOKENS, 1))
+        pieces: list[tuple[int, Span]] = []
+        for index, document in enumerate(documents):
+            whole = Span(0, len(document))
+            if layout.size != 1 or layout.max_document_tokens:
+                kept, dropped = self._encoder.truncate(document, longest)
+                if dropped:
+                    whole = Span(0, len(kept))
+                    warnings.warn(
+                        f"document {index} was cut to {longest} tokens; its last {dropped} tokens "
+                        "were not ranked. Split long documents, or raise max_document_tokens",
+                        DocumentTruncatedWarning,
+                        stacklevel=7,
+                    )
+            if layout.size == 1:
+                text = document[: whole.stop]
+                pieces += ((index, span) for span in self._encoder.passages(text, passage_tokens))
+            else:
+                pieces.append((index, whole))
+        return pieces
 
 
 def plan_windows(lengths: Sequence[int], budget: int, size: int | None = None) -> list[list[int]]:
@@ -112,8 +146,8 @@ def plan_windows(lengths: Sequence[int], budget: int, size: int | None = None) -
     Returns:
         Document indices per window, ascending within each.
     """
-    if not lengths:
-        return []
+    if size == 1 or not lengths:
+        return [[index] for index in range(len(lengths))]
     longest_first = sorted(range(len(lengths)), key=lambda index: 2 * lengths[index] <= budget)
     size = size or len(lengths)
     count = max(ceil(len(lengths) / size), ceil(sum(lengths) / budget))

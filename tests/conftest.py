@@ -9,6 +9,7 @@ import pytest
 import reference
 
 from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.heads import Calibration
 from core_rerank_integrations.models import LocalModel, resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -21,6 +22,14 @@ HEADS = HeadSet.from_pairs(
     window=20,
 )
 """The heads of the reference scores, whatever the package ships."""
+CALIBRATED = HEADS.model_copy(
+    update={
+        "window": 1,
+        "passage_tokens": 40,
+        "calibration": Calibration(slope=30.0, intercept=-2.0),
+    }
+)
+"""The same, each document by itself, with a calibration of no meaning."""
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +42,11 @@ def smollm2() -> LocalModel:
 def reranker(smollm2: LocalModel) -> Iterator[CoReReranker]:
     with CoReReranker(smollm2.path, heads=HEADS) as reranker:
         yield reranker
+
+
+@pytest.fixture(scope="session")
+def calibrated(smollm2: LocalModel, reranker: CoReReranker) -> CoReReranker:
+    return CoReReranker(smollm2.path, heads=CALIBRATED, reader=reranker.reader)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -148,31 +147,24 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert "nDCG@10 on dev" in output
     fitted = HeadSet.load(folder / "fit-small.json")
     assert fitted.method == "fit"
-    assert fitted.window == 5
+    assert fitted.window == 1
+    assert fitted.calibration is not None
     assert not fitted.drop_outliers
     assert any(head.weight != 1 for head in fitted.heads)
     assert fitted.provenance["lists"] == 6
 
     assert not fitted.reverse
-    options = ("--l1", "0.05", "--reverse", "--window", "2", "--second-round", "2")
-    output = run(*fit(folder, "reversed", *options))
+    run(*fit(folder, "reversed", "--l1", "0.05", "--reverse", "--window", "2"))
     reversed_fit = HeadSet.load(folder / "reversed.json")
-    assert reversed_fit.reverse
+    assert (reversed_fit.reverse, reversed_fit.window) == (True, 2)
+    assert reversed_fit.calibration is None
     assert reversed_fit.heads != fitted.heads
-    means = {
-        float(weight): float(mean)
-        for weight, mean in re.findall(r"second round times (\S+): nDCG@10 on dev (\S+)", output)
-    }
-    assert set(means) == {0, 0.5, 0.75, 1, 1.25, 1.5, 2}
-    chosen = reversed_fit.second_round_weight if reversed_fit.second_round else 0
-    assert means[chosen] == max(means.values())
-    assert reversed_fit.provenance["dev_ndcg10"] == means[chosen]
     run(*find(folder, "core-small", "--heads", "4"))
     report = folder / "report"
     output = run(
         "evaluate", *MODEL, "--beir", str(HANDBOOK), "--run", str(folder / "run.trec"),
         "--methods", f"first-stage, {folder / 'core-small.json'},"
-        f"{folder / 'fit-small.json'}+first-stage",
+        f"{folder / 'fit-small.json'}, {folder / 'fit-small.json'}+first-stage",
         "--curve", str(folder / "core-small.json"), "--queries", "4", "--candidates", "5",
         "--timed", "1", "--output", str(report), "--plots",
     )  # fmt: skip
@@ -186,7 +178,10 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     for method in content["methods"].values():
         assert len(method["per_query"]) == 4
         assert 0 <= method["mean"]["nDCG@10"] <= 1
-    for picture in ("heads.png", "costs.png", "gains.png", "map-core-small.png"):
+    assert sum(part["candidates"] for part in content["methods"]["fit-small"]["reliability"]) == 20
+    assert "Expected calibration error of fit-small: " in output
+    pictures = ("heads.png", "costs.png", "gains.png", "map-core-small.png")
+    for picture in (*pictures, "reliability-fit-small.png"):
         assert (report / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in (report / "report.md").read_text()
 
@@ -198,7 +193,6 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1 must not be negative"),
         (("--prune", "1.5", "--max-heads", "1"), "not both"),
-        (("--window", "1", "--second-round", "5"), "--second-round needs windows of at least 2"),
     ],
 )
 def test_bad_input_to_fit(folder: Path, options: tuple[str, ...], message: str) -> None:

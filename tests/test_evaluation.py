@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from math import log2
+from math import exp, log2
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,21 @@ from core_rerank_integrations.evaluation import (
     JointReranker,
     Method,
     compare,
+    expected_calibration_error,
     mean_measures,
     measure,
     rank_all,
+    reliability,
     save_report,
 )
+from core_rerank_integrations.heads import Calibration
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.resources import resource_folder
 
-LOW = HeadSet.from_pairs([(2, 1), (5, 0)], name="low", template="chatml", first_stage_weight=0.1)
-HIGH = HeadSet.from_pairs([(7, 3)], name="high", template="chatml", drop_outliers=False)
+LOW = HeadSet.from_pairs(
+    [(2, 1), (5, 0)], name="low", template="chatml", window=2, first_stage_weight=0.1
+)
+HIGH = HeadSet.from_pairs([(7, 3)], name="high", template="chatml", drop_outliers=False, window=3)
 
 
 def test_measures_against_their_definitions() -> None:
@@ -45,24 +50,20 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
     methods = [
         Method("first-stage"),
         Method("low", LOW),
-        Method("low+first-stage", LOW, first_stage_order=True),
+        Method("low+first-stage", LOW, ranked=True),
         Method("high", HIGH),
         Method("reversed", LOW.model_copy(update={"reverse": True})),
-        Method("twice", LOW.model_copy(update={"second_round": 3}), first_stage_order=True),
+        Method("alone", LOW.model_copy(update={"window": 1}), ranked=True),
     ]
-    joint = JointReranker(smollm2, methods, window=2, dtype="float32")
+    joint = JointReranker(smollm2, methods, dtype="float32")
     scores = joint.scores(query, documents)
     joint.close()
     assert scores["first-stage"] == [0, -1, -2, -3]
     for method in methods[1:]:
-        with CoReReranker(
-            smollm2.path,
-            heads=method.heads,
-            window=2,
-            first_stage_order=method.first_stage_order,
-        ) as reranker:
-            assert scores[method.name] == pytest.approx(reranker.score(query, documents), abs=1e-6)
-    assert scores["low+first-stage"] != scores["twice"]
+        with CoReReranker(smollm2.path, heads=method.heads) as reranker:
+            expected = reranker.score(query, documents, ranked=method.ranked)
+        assert scores[method.name] == pytest.approx(expected, abs=1e-6)
+    assert scores["low+first-stage"] != scores["alone"]
     assert scores["low+first-stage"] != scores["low"] != scores["reversed"]
 
 
@@ -107,3 +108,33 @@ def test_comparison_and_report(tmp_path: Path) -> None:
     assert "![a.png](a.png)" in text
     lines = (tmp_path / "report/oracle.trec").read_text().splitlines()
     assert len(lines) == sum(len(documents) for documents in run.values())
+
+
+def test_calibration_error_against_its_definition() -> None:
+    bins = reliability([0.05, 0.05, 0.15, 0.95, 1.0], [0, 1, 0, 1, 1], bins=10)
+    assert [tuple(part) for part in bins] == [
+        (0.05, 0.5, 2),
+        (0.15, 0.0, 1),
+        (pytest.approx(0.975), 1.0, 2),
+    ]
+    expected = (2 * 0.45 + 1 * 0.15 + 2 * 0.025) / 5
+    assert expected_calibration_error(bins) == pytest.approx(expected)
+
+
+def test_calibrated_methods_are_judged_by_their_probabilities() -> None:
+    calibrated = LOW.model_copy(
+        update={"window": 1, "calibration": Calibration(slope=1.0, intercept=0.0)}
+    )
+    methods = [Method("alone", calibrated), Method("ranked", calibrated, ranked=True)]
+    rankings = {"q": [("a", 2.0), ("b", -2.0)]}
+    alone, ranked = compare({"q": {"a": 1}}, methods, dict.fromkeys(("alone", "ranked"), rankings))
+    sure = 1 / (1 + exp(-2))
+    assert alone.reliability == [
+        (pytest.approx(1 - sure), 0.0, 1),
+        (pytest.approx(sure), 1.0, 1),
+    ]
+    assert ranked.reliability == []
+    assert methods[0].in_windows_of(1) is methods[0]
+    together = methods[0].in_windows_of(5).heads
+    assert together is not None
+    assert (together.window, together.calibration) == (5, None)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -13,7 +10,7 @@ from core_rerank_integrations.fitting import (
     Trial,
     Weights,
     _Listwise,
-    choose_second_round,
+    calibrate,
     choose_weights,
     fit_weights,
     teaching,
@@ -116,30 +113,6 @@ def test_the_choice_is_made_on_the_other_questions() -> None:
         choose_weights(train, {"dev": (collection_of(dev), dev)}, [0.0], max_heads=2)
 
 
-def second_round_of(second: list[float]) -> tuple[list[Any], tuple[float, float] | None]:
-    """What is read, and what is chosen, where the second of three is relevant."""
-    asked: list[Any] = []
-
-    def read(*request: Any, **settings: Any) -> Any:
-        asked.append((*request, settings))
-        return SimpleNamespace(sums=np.array(second)[:, None])
-
-    features, grades = np.array([[1.0], [2.0], [3.0]]), np.array([0.0, 1.0, 0.0])
-    long = JudgedList("long", ("a", "b", "c"), features, grades, True)
-    short = JudgedList("short", ("d", "e"), features[:2], grades[:2], True)
-    dev = {"dev": (collection_of([long, short]), [long, short])}
-    reader: Any = SimpleNamespace(read=read)
-    return asked, choose_second_round(reader, Weights(np.ones(1), 0.0, 0.1), dev, 2, window=2)
-
-
-def test_the_second_round_counts_as_much_as_it_must_and_no_more() -> None:
-    asked, chosen = second_round_of([0.0, 0.9])  # Its 2 + 0.9 weight has to pass the other's 3.
-    assert asked == [("long", ["c", "b"], {"reverse": True})]
-    # The short list, which one prompt holds, has its relevant document first without.
-    assert chosen == (1.25, 1.0)
-    assert second_round_of([0.9, 0.0])[1] is None
-
-
 def test_lists_that_teach_nothing() -> None:
     empty = [item._replace(grades=np.zeros(6)) for item in judged(3, seed=0)]
     with pytest.raises(InvalidInputError, match="nothing to fit on"):
@@ -162,3 +135,21 @@ def test_head_set_of_weights() -> None:
     assert head_set.first_stage_weight == 0.5
     assert not head_set.drop_outliers
     assert (head_set.method, head_set.name, head_set.window) == ("fit", "fit-x", 5)
+
+
+def test_calibration_finds_the_line_that_made_the_judgments() -> None:
+    draw = np.random.default_rng(0)
+    scores = draw.normal(0.3, 0.02, 40_000)
+    relevant = draw.random(40_000) < 1 / (1 + np.exp(-(100 * scores - 32)))
+    found = calibrate([[(scores, relevant.astype(float))]])
+    assert (found.slope, found.intercept) == pytest.approx((100, -32), rel=0.05)
+
+
+def test_each_collection_calibrates_alike() -> None:
+    draw = np.random.default_rng(0)
+    few, many = ((draw.normal(size=count), (draw.random(count) < share).astype(float))
+                 for count, share in ((4_000, 0.1), (40_000, 0.3)))  # fmt: skip
+    found = calibrate([[few], [many]])
+    assert found.probabilities(np.zeros(1)) == pytest.approx([0.2], abs=0.01)
+    with pytest.raises(InvalidInputError, match="both relevant and irrelevant"):
+        calibrate([[(np.zeros(3), np.zeros(3))]])

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from core_rerank_integrations import Head, HeadSet
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads import (
+    Calibration,
     ModelShape,
     default_head_set,
     named_head_set,
@@ -155,3 +157,19 @@ def test_shipped_sets_are_complete() -> None:
 def test_no_shipped_set_names_the_remedy() -> None:
     with pytest.raises(HeadSetError, match=r"no head set is shipped for org/new; pass heads="):
         default_head_set("org/new")
+
+
+def test_probabilities_of_a_calibration() -> None:
+    calibration = Calibration(slope=2.0, intercept=-1.0)
+    scores = np.array([0.5, -1e9, 1e9, 1.0])
+    expected = [0.5, 0.0, 1.0, 1 / (1 + np.exp(-1))]
+    assert calibration.probabilities(scores) == pytest.approx(expected)
+
+
+def test_a_calibration_is_of_documents_by_themselves() -> None:
+    calibration = {"slope": 2.0, "intercept": -1.0}
+    assert HeadSet.from_pairs([(1, 1)], window=1, calibration=calibration).calibration is not None
+    with pytest.raises(HeadSetError, match="of scores in windows of 1, but the window is 5"):
+        HeadSet.from_pairs([(1, 1)], window=5, calibration=calibration)
+    with pytest.raises(HeadSetError, match=r"calibration\.slope"):
+        HeadSet.from_pairs([(1, 1)], window=1, calibration={**calibration, "slope": -1.0})

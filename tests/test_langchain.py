@@ -55,19 +55,38 @@ def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> No
     assert compressed[0].page_content == DOCUMENTS[1].page_content
 
 
-def test_a_retrievers_order_counts_unless_told_otherwise(
-    smollm2: LocalModel,
-) -> None:
+def test_a_retrievers_order_counts_unless_told_otherwise(smollm2: LocalModel) -> None:
     heavy = HEADS.model_copy(update={"first_stage_weight": 100.0})
-    compressor = CoReDocumentCompressor(model=str(smollm2.path), heads=heavy)
-    kept = compressor.compress_documents(DOCUMENTS, QUERY)
-    assert [document.page_content for document in kept] == [
-        document.page_content for document in DOCUMENTS
-    ]
-    indifferent = CoReDocumentCompressor(
-        model=str(smollm2.path), heads=heavy, first_stage_order=False
-    )
-    assert indifferent.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+    texts = [document.page_content for document in DOCUMENTS]
+    with CoReReranker(smollm2.path, heads=heavy) as shared:
+        for own in ({"model": smollm2.path, "heads": heavy}, {"reranker": shared}):
+            kept = CoReDocumentCompressor(**own).compress_documents(DOCUMENTS, QUERY)
+            assert [document.page_content for document in kept] == texts
+            indifferent = CoReDocumentCompressor(**own, ranked=False)
+            assert indifferent.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+
+
+FILLER = "The harbour was quiet and nobody came. "
+LONG = Document(f"{FILLER * 8}{DOCUMENTS[1].page_content} {FILLER * 8}", id="long")
+
+
+def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+    compressor = CoReDocumentCompressor(reranker=calibrated, ranked=False)
+    kept = compressor.compress_documents([*DOCUMENTS, LONG], QUERY)
+    scores = {document.id: document.metadata["relevance_score"] for document in kept}
+    assert all(0 < score < 1 for score in scores.values())
+    raw = compressor.model_copy(update={"raw_scores": True})
+    by_hand = calibrated.rerank(QUERY, [DOCUMENTS[1].page_content])[0]
+    assert scores["bell"] == pytest.approx(by_hand.probability, abs=1e-5)
+    best = next(d for d in raw.compress_documents(DOCUMENTS, QUERY) if d.id == "bell")
+    assert best.metadata["relevance_score"] == pytest.approx(by_hand.score, abs=1e-5)
+
+    long = next(document for document in kept if document.id == "long")
+    start, stop = long.metadata["best_passage"]
+    assert "telephone" in LONG.page_content[start:stop]
+    assert "best_passage" not in kept[0].metadata or kept[0].id == "long"
+    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=scores["bell"])
+    assert "bell" in [document.id for document in half.compress_documents(DOCUMENTS, QUERY)]
 
 
 def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
@@ -160,8 +179,8 @@ def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
         CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
 
 
-def test_a_given_reranker_may_run_on_a_backend_of_its_own(reranker: CoReReranker) -> None:
-    own = CoReReranker(**{**reranker.settings, "backend": reranker._backend})
+def test_a_given_reranker_may_run_on_a_reader_of_its_own(reranker: CoReReranker) -> None:
+    own = CoReReranker(**{**reranker.settings, "reader": reranker.reader})
     compressor = CoReDocumentCompressor(reranker=own)
     assert compressor.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
 

@@ -109,6 +109,28 @@ def test_retrieval_score_is_kept_out_of_later_texts(reranker: CoReReranker) -> N
     assert "retrieval_score" not in plain.postprocess_nodes(nodes(), query_str=QUERY)[0].metadata
 
 
+def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+    filler = "The harbour was quiet and nobody came. "
+    text = f"{filler * 8}Bell patented the telephone in 1876. {filler * 8}"
+    long = NodeWithScore(node=TextNode(text=text, id_="long"))
+    postprocessor = CoReNodePostprocessor(reranker=calibrated, ranked=False)
+    ranked = {
+        n.node.node_id: n
+        for n in postprocessor.postprocess_nodes([*nodes(), long], query_str=QUERY)
+    }
+    assert all(0 < (node.score or 0) < 1 for node in ranked.values())
+    start, stop = ranked["long"].node.metadata["best_passage"]
+    assert "telephone" in text[start:stop]
+    for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+        assert "best_passage" not in ranked["long"].node.get_content(metadata_mode=mode)
+    assert "best_passage" not in ranked["n1"].node.metadata
+    raw = CoReNodePostprocessor(reranker=calibrated, raw_scores=True, ranked=False)
+    (alone,) = raw.postprocess_nodes(nodes()[1:2], query_str=QUERY)
+    by_hand = calibrated.rerank(QUERY, [nodes()[1].node.get_content(MetadataMode.EMBED)])[0]
+    assert alone.score == pytest.approx(by_hand.score, abs=1e-5)
+    assert ranked["n1"].score == pytest.approx(by_hand.probability, abs=1e-5)
+
+
 def test_async_gives_the_same(postprocessor: CoReNodePostprocessor) -> None:
     async def run() -> list[list[NodeWithScore]]:
         return await asyncio.gather(

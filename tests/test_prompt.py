@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from core_rerank_integrations import PromptTemplate
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder
+from core_rerank_integrations.prompt import BORDER_TOKENS, TEMPLATES, PromptEncoder, Span
 
 CONTROL = "<|im_end|>"
 
@@ -110,6 +110,29 @@ def test_truncation_keeps_a_prefix_at_a_token_border(
         assert total - limit <= dropped <= total
     else:
         assert kept == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts | st.text("ab \n😀é", min_size=30, max_size=200), st.integers(1, 20))
+def test_passages_cover_the_document(encoder: PromptEncoder, text: str, limit: int) -> None:
+    passages = encoder.passages(text, limit)
+    assert passages[0].start == 0
+    assert passages[-1].stop == len(text)
+    for left, right in pairwise(passages):
+        assert left.start <= right.start <= right.stop
+        assert left.stop <= right.stop
+        assert text[left.stop : right.start] in ("", " "), "nothing between them is lost"
+    if len(passages) > 1:
+        assert encoder.truncate(text, limit)[1] > 0
+        lengths = encoder.document_lengths([text[slice(*passage)] for passage in passages])
+        assert max(lengths) <= encoder.document_lengths([""])[0] + limit + BORDER_TOKENS
+
+
+def test_passages_share_a_quarter_and_are_of_one_length(encoder: PromptEncoder) -> None:
+    text = " ".join(["tin"] * 100)
+    passages = encoder.passages(text, 40)
+    assert passages == [Span(0, 159), Span(120, 279), Span(240, 399)]
+    assert encoder.passages(text, 100) == [Span(0, 399)]
 
 
 def test_template_from_a_chat_template() -> None:

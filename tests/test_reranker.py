@@ -9,16 +9,16 @@ import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HEADS
+from conftest import CALIBRATED, HEADS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core_rerank_integrations import CoReReranker, RerankResult
+from core_rerank_integrations.backends.base import AttentionBackend
 from core_rerank_integrations.errors import (
     ClosedError,
     DocumentTruncatedWarning,
@@ -28,6 +28,8 @@ from core_rerank_integrations.errors import (
 from core_rerank_integrations.loading import load_encoder
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.reading import Reader
+from core_rerank_integrations.reranker import Heads
 from core_rerank_integrations.scoring import Mass
 
 QUERY = "Who patented the telephone?"
@@ -75,11 +77,15 @@ class RecordingBackend:
 
 @pytest.fixture
 def recording(reranker: CoReReranker) -> RecordingBackend:
-    return RecordingBackend(reranker._backend)
+    return RecordingBackend(reranker.reader.backend)
 
 
-def with_backend(smollm2: LocalModel, backend: Any, **settings: Any) -> CoReReranker:
-    return CoReReranker(smollm2.path, heads=HEADS, backend=backend, **settings)
+def with_backend(
+    smollm2: LocalModel, backend: AttentionBackend, heads: Heads = HEADS, **settings: Any
+) -> CoReReranker:
+    """A reranker of its own settings and caches, on a model that is loaded already."""
+    reader = Reader(load_encoder(smollm2, HEADS.template), backend)
+    return CoReReranker(smollm2.path, heads=heads, reader=reader, **settings)
 
 
 def indices(results: list[RerankResult]) -> list[int]:
@@ -161,15 +167,15 @@ def test_heads_come_in_every_form(
     named = with_backend(smollm2, recording).heads
     named.save(tmp_path / "mine.json")
     for heads in (named, tmp_path / "mine.json", str(tmp_path / "mine.json")):
-        assert CoReReranker(smollm2.path, heads=heads, backend=recording).heads == named
-    listed = CoReReranker(smollm2.path, heads=[(3, 1)], backend=recording).heads
+        assert with_backend(smollm2, recording, heads).heads == named
+    listed = with_backend(smollm2, recording, [(3, 1)]).heads
     assert (listed.heads[0].layer, listed.heads[0].head) == (3, 1)
     with pytest.raises(HeadSetError, match="30 layers"):
-        CoReReranker(smollm2.path, heads=[(30, 0)], backend=recording)
+        with_backend(smollm2, recording, [(30, 0)])
     with pytest.raises(HeadSetError, match="of type 'mistral'"):
-        CoReReranker(smollm2.path, heads="core-mistral-7b-instruct-v0.3", backend=recording)
+        with_backend(smollm2, recording, "core-mistral-7b-instruct-v0.3")
     with pytest.raises(HeadSetError, match="no head set is shipped for a local model"):
-        CoReReranker(smollm2.path, backend=recording)
+        CoReReranker(smollm2.path)
 
 
 def test_a_list_of_heads_keeps_the_models_template(smollm2: LocalModel) -> None:
@@ -217,17 +223,15 @@ def test_three_hundred_documents(reranker: CoReReranker) -> None:
     assert results[0].index == 123
 
 
-def test_ties_keep_the_callers_order(reranker: CoReReranker) -> None:
-    alone = CoReReranker(
-        reranker.settings["model"], heads=HEADS, backend=reranker._backend, window=1
-    )
+def test_ties_keep_the_callers_order(reranker: CoReReranker, smollm2: LocalModel) -> None:
+    alone = with_backend(smollm2, reranker.reader.backend, window=1)
     assert indices(alone.rerank(QUERY, ["same text"] * 4 + [DOCUMENTS[1]])) == [4, 0, 1, 2, 3]
 
 
 def test_window_of_one_scores_documents_independently(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    alone = with_backend(smollm2, reranker._backend, window=1)
+    alone = with_backend(smollm2, reranker.reader.backend, window=1)
     together = alone.score(QUERY, DOCUMENTS)
     apart = [alone.score(QUERY, [document])[0] for document in DOCUMENTS]
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-5)
@@ -236,7 +240,7 @@ def test_window_of_one_scores_documents_independently(
 def test_windows_are_ranked_as_prompts_of_their_own(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    windowed = with_backend(smollm2, reranker._backend, window=3)
+    windowed = with_backend(smollm2, reranker.reader.backend, window=3)
     scores = windowed.score(QUERY, DOCUMENTS)
     for window in ([0, 2, 4], [1, 3]):
         expected = reranker.score(QUERY, [DOCUMENTS[index] for index in window])
@@ -282,6 +286,88 @@ def test_a_hundred_thousand_characters_do_not_push_out_the_rest(reranker: CoReRe
     small = reranker.score(QUERY, DOCUMENTS)
     by_index = {result.index: result.score for result in results}
     np.testing.assert_allclose([by_index[i + 1] for i in range(5)], small, rtol=0, atol=1e-5)
+
+
+def test_alone_a_long_document_is_ranked_by_its_best_passage(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    alone = with_backend(smollm2, reranker.reader.backend, CALIBRATED)
+    filler = "The harbour was quiet and nobody came. "
+    long = f"{filler * 8}{DOCUMENTS[1]} {filler * 8}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Nothing is cut.
+        results = alone.rerank(QUERY, [DOCUMENTS[0], long, filler])
+    best = results[0]
+    assert (best.index, best.document) == (1, long)
+    assert best.passage is not None
+    shown = long[slice(*best.passage)]
+    assert "telephone" in shown
+    assert len(shown) < len(long) / 2
+    assert best.score == pytest.approx(alone.score(QUERY, [shown])[0], abs=1e-5)
+    assert [result.passage for result in results[1:]] == [None, None]
+    cutting = with_backend(smollm2, reranker.reader.backend, CALIBRATED, max_document_tokens=60)
+    with pytest.warns(DocumentTruncatedWarning, match="document 0 was cut to 60 tokens"):
+        (cut,) = cutting.rerank(QUERY, [long])
+    assert cut.passage is not None
+    assert cut.passage[1] < len(long) / 2
+
+
+def test_alone_nothing_is_cut_to_the_context(
+    smollm2: LocalModel, recording: RecordingBackend
+) -> None:
+    recording.max_context = 100
+    alone = with_backend(smollm2, recording, window=1)
+    long = f"{'word ' * 200}{DOCUMENTS[1]}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = alone.rerank(QUERY, [DOCUMENTS[0], long])
+    assert indices(results) == [1, 0]
+    assert max(map(len, recording.calls[0])) <= 100
+    assert results[0].passage is not None
+    assert results[0].passage[1] == len(long)
+
+
+def test_a_probability_is_of_question_and_document_alone(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    weighted = CALIBRATED.model_copy(update={"first_stage_weight": 0.1})
+    ranking = with_backend(smollm2, reranker.reader.backend, weighted)
+    results = ranking.rerank(QUERY, DOCUMENTS, ranked=True)
+    plain = ranking.score(QUERY, DOCUMENTS)
+    for result in results:
+        assert type(result.probability) is float
+        expected = 1 / (1 + np.exp(2 - 30 * plain[result.index]))
+        assert result.probability == pytest.approx(expected, abs=1e-6)
+        assert result.relevance == result.probability
+        (alone,) = ranking.rerank(QUERY, [result.document])
+        assert alone.probability == pytest.approx(result.probability, abs=1e-4)
+    uncalibrated = reranker.rerank(QUERY, DOCUMENTS)
+    assert {result.probability for result in uncalibrated} == {None}
+    assert [result.relevance for result in uncalibrated] == [r.score for r in uncalibrated]
+
+
+def test_the_threshold_is_a_probability_where_there_is_one(
+    smollm2: LocalModel, reranker: CoReReranker, calibrated: CoReReranker
+) -> None:
+    probabilities = sorted(r.relevance for r in calibrated.rerank(QUERY, DOCUMENTS))
+    kept = calibrated.rerank(QUERY, DOCUMENTS, score_threshold=probabilities[3])
+    assert [result.probability for result in kept] == probabilities[:2:-1]
+    for threshold in (-0.1, 1.5):
+        with pytest.raises(InvalidInputError, match="a probability between 0 and 1, got"):
+            calibrated.rerank(QUERY, DOCUMENTS, score_threshold=threshold)
+    # In larger prompts a score means something else: there the threshold is one of scores.
+    together = with_backend(smollm2, reranker.reader.backend, CALIBRATED, window=5)
+    assert together.rerank(QUERY, DOCUMENTS, score_threshold=-9.0)[0].probability is None
+
+
+def test_a_reader_of_ones_own_says_how_it_runs(reranker: CoReReranker, smollm2: LocalModel) -> None:
+    with pytest.raises(InvalidInputError, match="has its backend, dtype, device and template"):
+        with_backend(smollm2, reranker.reader.backend, dtype="bfloat16")
+    own = with_backend(smollm2, reranker.reader.backend)
+    with pytest.raises(InvalidInputError, match="a reader or an engine of your own"):
+        own.restart()
+    own.close()
+    reranker.rerank(QUERY, DOCUMENTS)  # Whose reader it was, it is still open.
 
 
 def test_prompts_never_exceed_the_context(smollm2: LocalModel, recording: RecordingBackend) -> None:
@@ -368,11 +454,12 @@ def test_a_head_set_may_want_the_documents_reversed(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
     reverse = HEADS.model_copy(update={"reverse": True})
-    reversing = CoReReranker(smollm2.path, heads=reverse, backend=reranker._backend)
+    backend = reranker.reader.backend
+    reversing = with_backend(smollm2, backend, reverse)
     expected = reranker.score(QUERY, DOCUMENTS[::-1])[::-1]
     np.testing.assert_allclose(reversing.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-6)
     # Windows are dealt before they are turned round: the first document is in the larger one.
-    reversing = CoReReranker(smollm2.path, heads=reverse, backend=reranker._backend, window=3)
+    reversing = with_backend(smollm2, backend, reverse, window=3)
     scores = reversing.score(QUERY, DOCUMENTS)
     for window in ([4, 2, 0], [3, 1]):
         alone = reranker.score(QUERY, [DOCUMENTS[index] for index in window])
@@ -380,53 +467,17 @@ def test_a_head_set_may_want_the_documents_reversed(
         np.testing.assert_allclose(got, alone, rtol=0, atol=1e-6)
 
 
-def test_the_best_are_read_once_more_together(reranker: CoReReranker, smollm2: LocalModel) -> None:
-    twice = HEADS.model_copy(update={"second_round": 4, "second_round_weight": 3.0})
-    settings: dict[str, Any] = {"backend": reranker._backend, "window": 3}
-    first = CoReReranker(smollm2.path, heads=HEADS, **settings).score(QUERY, DOCUMENTS)
-    reading = CoReReranker(smollm2.path, heads=twice, **settings)
-    best = sorted(range(5), key=lambda index: -first[index])[:4]
-    gained: dict[int, list[float]] = {place: [] for place in best}
-    for group in (best[:3], best[1:]):  # Two prompts, the best nearest to the query in each.
-        scores = reranker.score(QUERY, [DOCUMENTS[place] for place in reversed(group)])
-        for place, score in zip(reversed(group), scores, strict=True):
-            gained[place].append(score)
-    means = {place: fmean(scores) for place, scores in gained.items()}
-    expected = list(first)
-    for place in best:
-        expected[place] += 3 * (means[place] - min(means.values()))
-    np.testing.assert_allclose(reading.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-5)
-    short = ("What bakes?", DOCUMENTS[:2])
-    batch = reading.rerank_batch([short, (QUERY, DOCUMENTS), (QUERY, [])])
-    assert [result.score for result in batch[0]] == pytest.approx(
-        sorted(reranker.score(*short), reverse=True), abs=1e-5
-    ), "one prompt held them all"
-    assert indices(batch[1]) == indices(reading.rerank(QUERY, DOCUMENTS))
-    assert batch[2] == []
-    alone = CoReReranker(smollm2.path, heads=twice, backend=reranker._backend, window=1)
-    plain = CoReReranker(smollm2.path, heads=HEADS, backend=reranker._backend, window=1)
-    assert alone.score(QUERY, DOCUMENTS) == plain.score(QUERY, DOCUMENTS)
-
-
-def test_a_cut_document_is_warned_of_once(reranker: CoReReranker, smollm2: LocalModel) -> None:
-    twice = HEADS.model_copy(update={"second_round": 2})
-    cutting = CoReReranker(
-        smollm2.path, heads=twice, backend=reranker._backend, window=2, max_document_tokens=20
-    )
-    documents = [*DOCUMENTS[:3], DOCUMENTS[1] * 9]
-    with pytest.warns(DocumentTruncatedWarning) as warned:
-        cutting.rerank(QUERY, documents)
-    assert [str(warning.message)[:10] for warning in warned] == ["document 3"]
-
-
 def test_the_first_stages_order_counts_as_the_head_set_says(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
     weighted = HEADS.model_copy(update={"first_stage_weight": 0.5})
-    backend = reranker._backend
-    ordered = CoReReranker(smollm2.path, heads=weighted, backend=backend, first_stage_order=True)
+    ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
     expected = plain - 0.5 * np.log([1, 2, 3, 4, 5])
-    np.testing.assert_allclose(ordered.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-6)
-    unordered = CoReReranker(smollm2.path, heads=weighted, backend=backend)
-    assert unordered.score(QUERY, DOCUMENTS) == plain.tolist()
+    ordered = ranking.score(QUERY, DOCUMENTS, ranked=True)
+    np.testing.assert_allclose(ordered, expected, rtol=0, atol=1e-6)
+    assert ranking.score(QUERY, DOCUMENTS) == plain.tolist()
+    results = ranking.rerank(QUERY, DOCUMENTS, ranked=True)
+    assert [result.score for result in results] == sorted(ordered, reverse=True)
+    asked = asyncio.run(ranking.arerank(QUERY, DOCUMENTS, ranked=True))
+    assert indices(asked) == indices(results)

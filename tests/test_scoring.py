@@ -1,19 +1,13 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core_rerank_integrations.prompt import Span
 from core_rerank_integrations.scoring import (
     best_places,
     document_scores,
-    second_round_groups,
     with_first_stage,
-    with_second_round,
 )
 
 
@@ -57,40 +51,3 @@ def test_first_stage_order_favours_the_earlier_of_equals() -> None:
 def test_best_places_keep_the_order_of_equals() -> None:
     assert best_places(np.array([1.0, 3.0, 2.0, 3.0]), 3) == [1, 3, 2]
     assert best_places(np.array([1.0]), 5) == [0]
-
-
-def test_second_round_orders_the_best_and_never_drops_one_behind_the_rest() -> None:
-    first = np.array([5.0, 4.0, 3.9, 1.0])
-    second = with_second_round(first, [[0, 1]], [np.array([-9.0, -7.0])], weight=2.0)
-    assert second.tolist() == [5.0, 8.0, 3.9, 1.0]
-    assert first.tolist() == [5.0, 4.0, 3.9, 1.0]
-
-
-def test_who_is_read_twice_in_the_second_round_gets_the_mean() -> None:
-    first = np.array([1.0, 4.0, 3.0, 2.0])
-    gained = [np.array([5.0, 1.0]), np.array([3.0, 7.0])]
-    second = with_second_round(first, [[1, 2], [2, 3]], gained, weight=1.0)
-    assert second.tolist() == [1.0, 4.0 + 5 - 2, 3.0 + 2 - 2, 2.0 + 7 - 2]
-
-
-@given(
-    documents=st.integers(1, 40),
-    count=st.integers(2, 30),
-    size=st.none() | st.integers(2, 12),
-)
-def test_groups_of_the_second_round_overlap(documents: int, count: int, size: int | None) -> None:
-    scores = np.random.default_rng(0).normal(size=documents)
-    groups = second_round_groups(scores, count, size)
-    best = best_places(scores, count)
-    assert sorted({place for group in groups for place in group}) == sorted(best)
-    assert {len(group) for group in groups} == {min(size or count, count, documents)}
-    assert all(group == sorted(group, key=best.index) for group in groups)
-    assert all(set(one) & set(following) for one, following in pairwise(groups))
-
-
-def test_groups_of_the_second_round_share_half() -> None:
-    falling = -np.arange(20.0)
-    assert second_round_groups(falling, 5, 5) == [[0, 1, 2, 3, 4]]
-    assert second_round_groups(falling, 8, 5) == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]
-    assert second_round_groups(falling, 8, None) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert second_round_groups(falling, 4, 2) == [[0, 1], [1, 2], [2, 3]]

@@ -58,7 +58,7 @@ def vllm_reranker(request: pytest.FixtureRequest, smollm2: LocalModel) -> Iterat
 def forget(reranker: CoReReranker) -> None:
     """Drop what the caller's side keeps; vLLM's prefix cache stays warm."""
     reranker._baselines.clear()
-    reranker._backend._masses.clear()
+    reranker.reader.backend._masses.clear()
 
 
 def test_own_golden_cold_warm_and_with_another_question(vllm_reranker: CoReReranker) -> None:
@@ -91,7 +91,7 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
 def test_the_twin_reuses_the_prefix(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = vllm_reranker._backend
+    backend = vllm_reranker.reader.backend
     documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
     cached = []
     call = "generate" if isinstance(backend, SharedVLLMBackend) else "encode"
@@ -113,7 +113,7 @@ def test_the_twin_reuses_the_prefix(
 
 def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReReranker) -> None:
     first = vllm_reranker.score("gulls", ["grey gulls", "a pier"])
-    backend = vllm_reranker._backend
+    backend = vllm_reranker.reader.backend
     before = next(backend._ids)
     assert vllm_reranker.score("gulls", ["grey gulls", "a pier"]) == first
     assert next(backend._ids) == before + 1
@@ -122,7 +122,7 @@ def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReRerank
 def test_an_incomplete_answer_is_asked_again_and_never_used(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = vllm_reranker._backend
+    backend = vllm_reranker.reader.backend
     encode = backend._sum
     asked: list[bool] = []
     repaired = True
@@ -150,8 +150,8 @@ def test_heads_by_themselves_sum_to_the_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
     prompt = vllm_reranker._encoder.encode("gulls", ["grey gulls over the pier", "a bowl of soup"])
-    (by_head,) = vllm_reranker._backend.head_mass([prompt])
-    (mass,) = vllm_reranker._backend.attention_mass([prompt])
+    (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
+    (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
     np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
     other = TransformersBackend(smollm2, vllm_reranker.heads)
     np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)

@@ -66,7 +66,7 @@ def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: 
     memory = set(SHARED_MEMORY.iterdir())
     reranker, processes = started(smollm2, backend)
     assert processes
-    engine = reranker._backend
+    engine = reranker.reader.backend
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(reranker.score, "gulls", LONG_DOCUMENTS)
         engine.close()
@@ -83,7 +83,7 @@ def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: 
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])
 def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, backend: str) -> None:
     reranker, _ = started(smollm2, backend, max_num_batched_tokens=256)
-    engine = reranker._backend
+    engine = reranker.reader.backend
     with reranker:
         documents = LONG_DOCUMENTS[:2]
         expected = reranker.score("gulls", documents)

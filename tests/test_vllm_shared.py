@@ -136,6 +136,6 @@ def test_an_engine_of_its_own_answers_too(smollm2: LocalModel) -> None:
         backend="vllm-shared",
         engine_args={"enforce_eager": True, "max_model_len": 1024},
     ) as reranker:
-        answer = reranker._backend.generate("The capital of France is", GREEDY)
+        answer = reranker.reader.backend.generate("The capital of France is", GREEDY)
         assert "Paris" in answer.outputs[0].text
         assert len(reranker.score("gulls", DOCUMENTS)) == 3

@@ -24,6 +24,10 @@ def test_no_documents() -> None:
     assert plan_windows([], budget=10) == []
 
 
+def test_each_by_itself() -> None:
+    assert plan_windows([10, 90, 20], budget=90, size=1) == [[0], [1], [2]]
+
+
 @given(
     st.lists(st.integers(1, 100), min_size=1, max_size=60),
     st.integers(100, 400),

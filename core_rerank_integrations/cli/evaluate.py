@@ -51,7 +51,7 @@ def evaluate(
 ) -> None:
     """Measure first stage and head sets on the same candidates, and test the difference.
 
-    Methods of the same window share one pass of the model.
+    Methods that want their prompts alike share one pass of the model.
     """
     from core_rerank_integrations.collection import Collection, load_run
     from core_rerank_integrations.evaluation import (
@@ -73,19 +73,20 @@ def evaluate(
         local_model = resolve(model)
         chosen = [_method(name.strip(), local_model) for name in methods.split(",")]
         chosen += _curve(curve, local_model)
+        if window is not None:
+            chosen = [method.in_windows_of(window) for method in chosen]
         if repeated := {m.name for m in chosen if [o.name for o in chosen].count(m.name) > 1}:
             raise InvalidInputError(f"methods named twice: {', '.join(sorted(repeated))}")
 
-        rankings = {}
-        for size, group in _by_window(chosen, window).items():
-            joint = JointReranker(local_model, group, size, backend, dtype)
-            try:
-                what = ", ".join(method.name for method in group[:4])
-                rankings.update(
-                    rank_all(collection, ranked, joint.scores, tracked(asked, len(asked), what))
-                )
-            finally:
-                joint.close()
+        if not any(method.heads for method in chosen):
+            raise InvalidInputError("name at least one method beside the first stage")
+        joint = JointReranker(local_model, chosen, backend, dtype)
+        try:
+            rankings = rank_all(
+                collection, ranked, joint.scores, tracked(asked, len(asked), "Ranking")
+            )
+        finally:
+            joint.close()
         results = compare(collection.qrels, chosen, rankings)
         for result in results:
             if timed and result.method.heads is not None and "@" not in result.method.name:
@@ -94,8 +95,6 @@ def evaluate(
                     heads=result.method.heads.model_copy(update={"model": None}),
                     backend=backend,
                     dtype=dtype,
-                    window=window,
-                    first_stage_order=result.method.first_stage_order,
                 ) as reranker:
                     result.seconds = time_method(reranker, collection, ranked, asked[:timed])
         about = {
@@ -156,18 +155,6 @@ def _curve(name: str | None, model: LocalModel) -> list[Method]:
     return [_method(f"{name}@{count}", model) for count in (*counts, len(heads.ranking))]
 
 
-def _by_window(methods: list[Method], window: int | None) -> dict[int | None, list[Method]]:
-    """Methods that can share a pass; the first stage goes with the first of them."""
-    groups: dict[int | None, list[Method]] = {}
-    for method in methods:
-        if method.heads is not None:
-            groups.setdefault(window or method.heads.window, []).append(method)
-    if not groups:
-        raise InvalidInputError("name at least one method beside the first stage")
-    next(iter(groups.values())).extend(method for method in methods if method.heads is None)
-    return groups
-
-
 def _draw(folder: Path, results: list[MethodResult], curve: str | None) -> list[str]:
     from core_rerank_integrations import plots
     from core_rerank_integrations.evaluation import MAIN_MEASURE
@@ -188,6 +175,10 @@ def _draw(folder: Path, results: list[MethodResult], curve: str | None) -> list[
         others = {result.method.name: result.means[MAIN_MEASURE] for result in named}
         pictures.append("heads.png")
         plots.plot_head_counts(counts, others, folder / pictures[-1])
+    for result in results:
+        if result.reliability:
+            pictures.append(f"reliability-{result.method.name}.png")
+            plots.plot_reliability(result, folder / pictures[-1])
     if any(result.seconds for result in results):
         pictures.append("costs.png")
         plots.plot_costs(results, folder / pictures[-1])

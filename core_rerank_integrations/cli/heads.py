@@ -6,10 +6,10 @@ import platform
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from core_rerank_integrations.cli.common import clear_errors, tracked
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, shipped_head_sets
 from core_rerank_integrations.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from core_rerank_integrations.features import Batch
 
 app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
 
@@ -177,14 +180,17 @@ def fit(
     ],
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
     model: ModelOption = DEFAULT_MODEL,
-    window: Annotated[int | None, typer.Option(min=1, help="Documents a prompt.")] = 5,
+    window: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Documents a prompt. With 1 a score is of question and document alone, and is "
+            "calibrated as a probability on --dev.",
+        ),
+    ] = 1,
     reverse: Annotated[
         bool, typer.Option(help="Show a prompt's documents last first, the best next to the query.")
     ] = False,
-    second_round: Annotated[
-        int | None,
-        typer.Option(min=2, help="Try to read so many of the best once more, among themselves."),
-    ] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question to fit on.")] = 20,
     dev_candidates: Annotated[int, typer.Option(min=2, help="The same, to choose by.")] = 20,
     l1: Annotated[
@@ -208,17 +214,13 @@ def fit(
     from core_rerank_integrations.features import HeadReader
     from core_rerank_integrations.fitting import (
         DEFAULT_STRENGTHS,
-        choose_second_round,
+        calibrate,
         choose_weights,
+        judged_lists,
         teaching,
     )
 
     with clear_errors():
-        if second_round and window == 1:
-            raise InvalidInputError(
-                "--second-round needs windows of at least 2, got --window 1: there a score depends "
-                "on no other document. Leave one of the two out"
-            )
         sources = [_Source.parse(text) for text in train]
         judges = [_Source.parse(text) for text in dev]
         # Dev draws first, so that what it judges by stays the same however much is fitted on.
@@ -234,8 +236,20 @@ def fit(
             model, _highest(model, max_layer, prune), template, backend, dtype, cache=cache
         ) as reader:
             lists = [
-                list(_read_lists(reader, *item, window=window, candidates=depth, reverse=reverse))
-                for item, depth in zip(useful + judging_by, depths, strict=True)
+                judged_lists(
+                    reader,
+                    collection,
+                    ranked,
+                    queries,
+                    window,
+                    depth,
+                    source.ordered,
+                    reverse,
+                    _progress(source.folder.name),
+                )
+                for (source, collection, ranked, queries), depth in zip(
+                    useful + judging_by, depths, strict=True
+                )
             ]
             taught = [item for group in lists[: len(sources)] for item in group]
             judging = {
@@ -252,18 +266,19 @@ def fit(
                 max_heads=max_heads,
                 progress=_show_trial,
             )
-            again = second_round and choose_second_round(
-                reader, best.weights, judging, second_round, window, progress=_show_second_round
+        calibration = None
+        if window == 1:
+            calibration = calibrate(
+                [(best.weights.head_scores(item), item.grades) for item in group]
+                for _, group in judging.values()
             )
-        if second_round and not again:
-            print("A second round does not help on dev; the head set has none.")
         described = _described(reader, name or output.stem, window)
         places = [(head.layer, head.head) for head in reader.heads.heads]
         fitted = best.weights.head_set(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             reverse=reverse,
-            **({"second_round": second_round, "second_round_weight": again[0]} if again else {}),
+            calibration=calibration,
             provenance={
                 "source": "core-rerank heads fit",
                 "train": [item[0].label(len(item[3])) for item in fitting_on],
@@ -272,7 +287,7 @@ def fit(
                 "candidates": candidates,
                 "dev_candidates": dev_candidates,
                 "l1": best.weights.l1,
-                "dev_ndcg10": round(again[1] if again else best.score, 4),
+                "dev_ndcg10": round(best.score, 4),
                 "seed": seed,
                 **_versions(dtype),
             },
@@ -282,16 +297,16 @@ def fit(
     print(f"Wrote {output}")
 
 
+def _progress(what: str) -> Callable[[list[Batch]], Iterator[Batch]]:
+    return lambda batches: tracked(batches, len(batches), what)
+
+
 def _show_trial(trial: Any) -> None:
     print(
         f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev {trial.score:.4f}, "
         f"first stage {trial.weights.first_stage:.3g}",
         flush=True,
     )
-
-
-def _show_second_round(weight: float, score: float) -> None:
-    print(f"second round times {weight:g}: nDCG@10 on dev {score:.4f}", flush=True)
 
 
 class _Source(NamedTuple):
@@ -349,24 +364,6 @@ class _Draw:
             )
         self._taken.update((folder, query) for query in drawn)
         return collection, run, drawn
-
-
-def _read_lists(
-    reader: Any,
-    source: _Source,
-    collection: Any,
-    run: Any,
-    queries: list[str],
-    window: int | None,
-    candidates: int,
-    reverse: bool,
-) -> Iterator[Any]:
-    from core_rerank_integrations.fitting import judged_lists
-
-    lists = judged_lists(
-        reader, collection, run, queries, window, candidates, source.ordered, reverse
-    )
-    return tracked(lists, len(queries), source.folder.name)
 
 
 def _highest(model: str, max_layer: int | None, prune: float | None) -> int | None:

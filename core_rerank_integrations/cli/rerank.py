@@ -43,9 +43,8 @@ def rerank(
     backend: Annotated[str, typer.Option(help="auto, transformers, vllm or vllm-shared.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     window: Annotated[int | None, typer.Option(min=1, help="Most documents a prompt.")] = None,
-    first_stage_order: Annotated[
-        bool,
-        typer.Option("--first-stage-order", help="The documents come best first: let it count."),
+    ranked: Annotated[
+        bool, typer.Option("--ranked", help="The documents come best first: let it count.")
     ] = False,
     query_id: Annotated[str, typer.Option(help="Query id in TREC output.")] = "1",
     output: Annotated[Format, typer.Option(help="text, json or trec.")] = Format.TEXT,
@@ -56,14 +55,9 @@ def rerank(
     with clear_errors():
         ids, texts = _read_documents(documents)
         with CoReReranker(
-            model,
-            heads=heads,
-            backend=backend,
-            dtype=dtype,
-            window=window,
-            first_stage_order=first_stage_order,
+            model, heads=heads, backend=backend, dtype=dtype, window=window
         ) as reranker:
-            results = reranker.rerank(query, texts, top_n=top_n)
+            results = reranker.rerank(query, texts, top_n=top_n, ranked=ranked)
     _print_results(results, ids, query_id, output)
 
 
@@ -115,6 +109,8 @@ def _print_results(
                 "index": result.index,
                 "id": ids[result.index],
                 "score": result.score,
+                "probability": result.probability,
+                "passage": result.passage,
                 "document": result.document,
             }
             for result in results
@@ -124,7 +120,9 @@ def _print_results(
         for rank, result in enumerate(results, start=1):
             print(f"{query_id} Q0 {ids[result.index]} {rank} {result.score:.6f} core-rerank")
     else:
-        table = Table("rank", "score", "document", box=None, pad_edge=False)
+        calibrated = any(result.probability is not None for result in results)
+        label = "probability" if calibrated else "score"
+        table = Table("rank", label, "document", box=None, pad_edge=False)
         for rank, result in enumerate(results, start=1):
-            table.add_row(str(rank), f"{result.score:.4f}", result.document)
+            table.add_row(str(rank), f"{result.relevance:.4f}", result.document)
         Console().print(table)

@@ -1,0 +1,182 @@
+"""The one road from a list of documents to its scores: windows, baselines, calibration.
+
+Whoever ranks, fits or evaluates reads through `Reader`; what is done with the readings differs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from cachetools import LRUCache
+
+from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.prompt import PromptEncoder, Span
+from core_rerank_integrations.scoring import Mass, Scores, document_scores
+from core_rerank_integrations.windows import Layout, Window, WindowPlanner
+
+BASELINE_CACHE_VALUES = 4_000_000
+"""Values of ``N/A`` attention mass that are kept, at four bytes each."""
+
+
+class Candidates(NamedTuple):
+    """A query and what is to be ranked for it."""
+
+    query: str
+    documents: tuple[str, ...]
+
+
+class WindowReading(NamedTuple):
+    """What the model attends to in one prompt.
+
+    Attributes:
+        window: The prompt.
+        mass: Attention mass, shape [..., tokens]; with a leading dimension of heads, or summed.
+        baseline: The same where ``N/A`` is asked, as far as the end of the last document.
+    """
+
+    window: Window
+    mass: Mass
+    baseline: Mass
+
+    def scores(self, drop_outliers: bool) -> Scores:
+        """Of the prompt's documents, shape [..., documents]; see `document_scores`."""
+        spans = self.window.prompt.document_spans
+        return document_scores(self.mass, self.baseline, spans, drop_outliers)
+
+    def weighed(self, weights: Mass) -> WindowReading:
+        """A reading by heads, summed: ``weights`` has shape [heads]."""
+        return WindowReading(self.window, weights @ self.mass, weights @ self.baseline)
+
+
+class ScoredList(NamedTuple):
+    """What the heads say about the documents of one list.
+
+    Attributes:
+        scores: Shape [documents].
+        passages: Of documents that were read passage by passage, the best one's characters;
+            ``None`` for those that were read whole.
+    """
+
+    scores: Scores
+    passages: list[Span | None]
+
+
+class Reader:
+    """Reads lists of documents with one model. Safe to share over threads.
+
+    Args:
+        encoder: Writes the prompts.
+        backend: Runs the model.
+    """
+
+    def __init__(self, encoder: PromptEncoder, backend: AttentionBackend) -> None:
+        self.encoder = encoder
+        self.backend = backend
+        self._planner = WindowPlanner(encoder, backend.max_context)
+        self._baselines: LRUCache[tuple[bytes, bool], Mass] = LRUCache(
+            BASELINE_CACHE_VALUES, getsizeof=np.size
+        )
+        self._lock = threading.Lock()
+
+    def plan(self, lists: Sequence[Candidates], layout: Layout) -> list[list[Window]]:
+        """The prompts of each list.
+
+        Raises:
+            InvalidInputError: A query leaves no room for a document.
+        """
+        return [
+            self._planner.windows(candidates.query, candidates.documents, layout)
+            for candidates in lists
+        ]
+
+    def read(self, windows: Sequence[Window], by_head: bool = False) -> list[WindowReading]:
+        """Run the model over ``windows``, all together.
+
+        The attention under ``N/A`` depends on the documents alone: what was computed once is kept.
+
+        Args:
+            windows: The prompts.
+            by_head: Whether heads are reported one by one, unweighted, instead of their
+                weighted sum.
+        """
+        if not windows:
+            return []
+        baselines = self._known_baselines(windows, by_head)
+        missing = {
+            window.key: self._planner.baseline(window)
+            for window in windows
+            if window.key not in baselines
+        }
+        run = self.backend.head_mass if by_head else self.backend.attention_mass
+        masses = run([*(window.prompt for window in windows), *missing.values()])
+        for (key, prompt), mass in zip(missing.items(), masses[len(windows) :], strict=True):
+            baselines[key] = mass[..., : prompt.documents_stop]
+        self._keep_baselines({key: baselines[key] for key in missing}, by_head)
+        return [
+            WindowReading(window, mass, baselines[window.key])
+            for window, mass in zip(windows, masses, strict=False)
+        ]
+
+    def score(
+        self, lists: Sequence[Candidates], heads: HeadSet, layout: Layout
+    ) -> list[ScoredList]:
+        """Score every list by the weighted sum of the heads; their order plays no part."""
+        planned = self.plan(lists, layout)
+        readings = iter(self.read([window for windows in planned for window in windows]))
+        return [
+            collected(
+                [next(readings) for _ in windows], len(candidates.documents), heads.drop_outliers
+            )
+            for candidates, windows in zip(lists, planned, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Drop the kept baselines."""
+        with self._lock:
+            self._baselines.clear()
+
+    def close(self) -> None:
+        """Free the model."""
+        self.backend.close()
+
+    def _known_baselines(self, windows: Sequence[Window], by_head: bool) -> dict[bytes, Mass]:
+        with self._lock:
+            return {
+                window.key: mass
+                for window in windows
+                if (mass := self._baselines.get((window.key, by_head))) is not None
+            }
+
+    def _keep_baselines(self, masses: dict[bytes, Mass], by_head: bool) -> None:
+        with self._lock:
+            for key, mass in masses.items():
+                if mass.size <= self._baselines.maxsize:
+                    self._baselines[key, by_head] = mass
+
+
+def layout_of(
+    heads: HeadSet, window: int | None = None, max_document_tokens: int | None = None
+) -> Layout:
+    """How ``heads`` want a list to be read; ``window`` overrules them."""
+    return Layout(window or heads.window, heads.reverse, heads.passage_tokens, max_document_tokens)
+
+
+def collected(readings: Sequence[WindowReading], documents: int, drop_outliers: bool) -> ScoredList:
+    """The scores of one list from its prompts; of a document's passages the best one counts."""
+    scores = np.full(documents, -np.inf)
+    passages: list[Span | None] = [None] * documents
+    pieces = Counter(index for reading in readings for index in reading.window.indices)
+    for reading in readings:
+        window = reading.window
+        for index, passage, score in zip(
+            window.indices, window.passages, reading.scores(drop_outliers), strict=True
+        ):
+            if score > scores[index]:
+                scores[index] = score
+                passages[index] = passage if pieces[index] > 1 else None
+    return ScoredList(scores, passages)
