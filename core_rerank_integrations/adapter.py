@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.heads import HeadSet, Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reranker import CoReReranker
@@ -53,10 +53,10 @@ class RerankerFields(BaseModel):
     engine_args: dict[str, Any] | None = Field(
         default=None, description="Further arguments for vLLM's engine."
     )
-    ranked: bool = Field(
+    ranked: Ranked = Field(
         default=True,
-        description="Whether documents come best first, as retrievers return them; "
-        "their ranks then count as the head set says.",
+        description="Whether documents come best first, as retrievers return them: True, or what "
+        "ranked them, 'bm25' or 'vectors'. That then counts as the head set says.",
     )
     top_n: int | None = Field(
         default=None, ge=1, description="Most documents to return; None: all."
@@ -96,14 +96,20 @@ class RerankerFields(BaseModel):
         state["__pydantic_private__"] = {"_built": None}
         return state
 
-    def _rerank(self, query: str, texts: list[str]) -> list[RerankResult]:
+    def _rerank(
+        self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
+    ) -> list[RerankResult]:
         return self._ready_reranker().rerank(
-            query, texts, self.top_n, self.score_threshold, self.ranked
+            query, texts, self.top_n, self.score_threshold, self.ranked, first_stage_scores
         )
 
-    async def _arerank(self, query: str, texts: list[str]) -> list[RerankResult]:
+    async def _arerank(
+        self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
+    ) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
-        return await reranker.arerank(query, texts, self.top_n, self.score_threshold, self.ranked)
+        return await reranker.arerank(
+            query, texts, self.top_n, self.score_threshold, self.ranked, first_stage_scores
+        )
 
     def _score_of(self, result: RerankResult) -> float:
         """What frameworks get to see as the score."""

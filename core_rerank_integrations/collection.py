@@ -73,7 +73,17 @@ Run = dict[str, list[str]]
 """Document ids per query id, best first."""
 
 
+ScoredRun = dict[str, list[tuple[str, float]]]
+"""Document ids and scores per query id, best first."""
+
+
 def load_run(path: Path, collection: Collection) -> Run:
+    """The documents of `load_scored_run`."""
+    scored = load_scored_run(path, collection)
+    return {query: [document for document, _ in ranking] for query, ranking in scored.items()}
+
+
+def load_scored_run(path: Path, collection: Collection) -> ScoredRun:
     """Read a TREC run (query id, Q0, document id, rank, score, tag) of a collection's queries.
 
     Raises:
@@ -105,7 +115,10 @@ def load_run(path: Path, collection: Collection) -> Run:
     if not scored:
         raise InvalidInputError(f"the run {path} is empty")
     # As trec_eval does: by score; of equal scores, by the rank that is written down.
-    return {query: [entry[2] for entry in sorted(entries)] for query, entries in scored.items()}
+    return {
+        query: [(document, -negative) for negative, _, document in sorted(entries)]
+        for query, entries in scored.items()
+    }
 
 
 def save_run(path: Path, scores: Mapping[str, Sequence[tuple[str, float]]], tag: str) -> None:

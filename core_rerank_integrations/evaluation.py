@@ -16,7 +16,7 @@ import numpy.typing as npt
 from core_rerank_integrations.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.files import write_whole
-from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.heads import HeadSet, Ranked
 from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reading import (
@@ -26,7 +26,7 @@ from core_rerank_integrations.reading import (
     layout_of,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.scoring import Mass, with_first_stage
+from core_rerank_integrations.scoring import Mass, prior_of_order
 from core_rerank_integrations.windows import Layout
 
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10", "AP", "RR", "R@5", "R@10")
@@ -71,8 +71,8 @@ class Method:
 
     name: str
     heads: HeadSet | None = None
-    ranked: bool = False
-    """Whether the first stage's order counts beside the heads."""
+    ranked: Ranked = False
+    """Whether the first stage's order counts beside the heads, and what it is; see `Ranked`."""
 
     def in_windows_of(self, size: int) -> Method:
         """The same heads in other prompts than they want; what they mean there is not known."""
@@ -198,8 +198,9 @@ class JointReranker:
             weights = self._weights(heads)
             weighed = [reading.weighed(weights) for reading in read[layout]]
             scored = collected(weighed, len(documents), heads.drop_outliers)
-            weight = heads.first_stage_weight if method.ranked else 0.0
-            scores[method.name] = with_first_stage(scored.scores, weight).tolist()
+            weight = heads.order_weight(method.ranked)
+            prior = prior_of_order(len(documents), weight)
+            scores[method.name] = (scored.scores + prior).tolist()
         return scores
 
     def close(self) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.collection import Collection, Run
+from core_rerank_integrations.collection import Collection, ScoredRun
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
 from core_rerank_integrations.features import Batch, HeadReader
-from core_rerank_integrations.heads import Calibration, Head, HeadSet
+from core_rerank_integrations.heads import Calibration, FirstStage, Head, HeadSet, Ranked
 from core_rerank_integrations.reading import Candidates
-from core_rerank_integrations.scoring import best_places
+from core_rerank_integrations.scoring import best_places, prior_of_order, prior_of_scores
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
@@ -29,6 +29,7 @@ with requires_extra("eval"):
 Array = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 1000
+FIRST_STAGE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 
 
@@ -40,18 +41,20 @@ class JudgedList(NamedTuple):
         documents: Ids of the candidates.
         features: Calibrated attention mass, shape [documents, heads].
         grades: Relevance grades, shape [documents].
-        ordered: Whether the order is a first stage's, best first.
+        ranked: Whether the order is a first stage's, its best first, or of which kind of one.
+        first_stage: Scores of that first stage, shape [documents].
     """
 
     query: str
     documents: tuple[str, ...]
     features: Array
     grades: Array
-    ordered: bool
+    ranked: Ranked
+    first_stage: Array
 
 
 def teaching(
-    collection: Collection, run: Run, queries: Sequence[str], candidates: int
+    collection: Collection, run: ScoredRun, queries: Sequence[str], candidates: int
 ) -> list[str]:
     """The queries whose first ``candidates`` hold both a relevant and an irrelevant document.
 
@@ -59,7 +62,9 @@ def teaching(
     """
     kept = []
     for query in queries:
-        grades = [collection.qrels[query].get(document, 0) for document in run[query][:candidates]]
+        grades = [
+            collection.qrels[query].get(document, 0) for document, _ in run[query][:candidates]
+        ]
         if max(grades) > 0 >= min(grades):
             kept.append(query)
     return kept
@@ -68,16 +73,18 @@ def teaching(
 def judged_lists(
     reader: HeadReader,
     collection: Collection,
-    run: Run,
+    run: ScoredRun,
     queries: Sequence[str],
     window: int | None,
     candidates: int = 20,
-    ordered: bool = True,
+    ranked: Ranked = True,
     reverse: bool = False,
     tracked: Callable[[list[Batch]], Iterable[Batch]] = iter,
 ) -> list[JudgedList]:
     """Read the features of each query's first ``candidates``; see `HeadReader.read_lists`."""
-    documents = {query: tuple(run[query][:candidates]) for query in queries}
+    documents = {
+        query: tuple(document for document, _ in run[query][:candidates]) for query in queries
+    }
     lists = [
         Candidates(
             collection.queries[query],
@@ -91,7 +98,8 @@ def judged_lists(
             documents[query],
             features.sums.astype(np.float64),
             np.array([max(collection.qrels[query].get(name, 0), 0.0) for name in documents[query]]),
-            ordered,
+            ranked,
+            np.array([score for _, score in run[query][:candidates]]),
         )
         for query, features in zip(
             queries, reader.read_lists(lists, window, reverse, tracked), strict=True
@@ -105,26 +113,16 @@ class Weights:
 
     Attributes:
         heads: One weight per head, most of them 0.
-        first_stage: Weight of ``-ln(rank)``.
         l1: Strength of the penalty it was fitted with.
     """
 
     heads: Array
-    first_stage: float
     l1: float
 
-    def head_scores(self, candidates: JudgedList) -> Array:
-        """One score a document, by the heads alone."""
+    def scores(self, candidates: JudgedList) -> Array:
+        """One score a document; the first stage's order plays no part."""
         scores: Array = candidates.features @ self.heads
         return scores
-
-    def scores(self, candidates: JudgedList) -> Array:
-        """One score a document, the first stage's order included."""
-        return self.head_scores(candidates) + self.first_stage * _prior(candidates)
-
-    def rank(self, candidates: JudgedList) -> list[str]:
-        """Document ids, best first."""
-        return _in_order(candidates, self.scores(candidates))
 
     def head_set(self, places: Sequence[tuple[int, int]], **fields: object) -> HeadSet:
         """The heads with a weight, strongest first; weights to six digits.
@@ -147,27 +145,23 @@ class Weights:
                 "method": "fit",
                 "heads": heads,
                 "drop_outliers": False,
-                "first_stage_weight": float(f"{self.first_stage:.6g}"),
                 **fields,
             }
         )
 
 
-def fit_weights(
-    lists: Sequence[JudgedList], l1: float, columns: Array | None = None, fuse: bool = True
-) -> Weights:
+def fit_weights(lists: Sequence[JudgedList], l1: float, columns: Array | None = None) -> Weights:
     """Fit weights by listwise cross-entropy over each list's candidates, with an L1 penalty.
 
     The loss of a list is the cross-entropy between its grades, normalised to 1, and the softmax
     of its scores; lists without a relevant or without an irrelevant candidate teach nothing and
     are left out. Features are scaled to unit deviation, so that the penalty treats all heads
-    alike. The first stage's weight is not penalised.
+    alike. A first stage's order is no part of it: the heads are to rank lists in any order.
 
     Args:
         lists: Judged candidates with features.
         l1: Strength of the penalty on the sum of absolute weights.
         columns: Which features may be used, boolean, shape [heads]; ``None`` for all.
-        fuse: Whether the first stage's order is part of the score.
 
     Raises:
         InvalidInputError: No list has both a relevant and an irrelevant candidate, or ``l1`` is
@@ -182,38 +176,29 @@ def fit_weights(
         )
     count = taught[0].features.shape[1]
     used = np.ones(count, dtype=bool) if columns is None else columns.astype(bool)
-    fused = fuse and any(item.ordered for item in taught)
     deviation = np.concatenate([item.features for item in taught])[:, used].std(axis=0)
-    scale = np.append(np.where(deviation > 0, deviation, 1.0), 1.0)
+    scale = np.where(deviation > 0, deviation, 1.0)
     problem = _Listwise.of(taught, used, scale)
-    penalty = np.append(np.full(int(used.sum()), l1), 0.0)
-    # A weight is the difference of two parts that are not negative: the penalty gets a gradient.
-    bounds: list[tuple[float, float | None]] = [(0.0, None)] * (2 * len(penalty))
-    if not fused:
-        bounds[len(penalty) - 1] = (0.0, 0.0)
-    bounds[-1] = (0.0, 0.0)  # The first stage never counts against a document.
 
     def objective(parts: Array) -> tuple[float, Array]:
+        # A weight is the difference of two parts that are not negative: the penalty gets a
+        # gradient.
         positive, negative = np.split(parts, 2)
         loss, gradient = problem.loss(positive - negative)
-        return (
-            loss + float(penalty @ (positive + negative)),
-            np.concatenate((gradient + penalty, penalty - gradient)),
-        )
+        return loss + l1 * float(parts.sum()), np.concatenate((gradient + l1, l1 - gradient))
 
     solution = minimize(
         objective,
-        np.zeros(2 * len(penalty)),
+        np.zeros(2 * len(scale)),
         jac=True,
         method="L-BFGS-B",
-        bounds=bounds,
+        bounds=[(0.0, None)] * (2 * len(scale)),
         options={"maxiter": MAX_ITERATIONS},
     )
     positive, negative = np.split(solution.x, 2)
-    fitted = (positive - negative) / scale
     heads = np.zeros(count)
-    heads[used] = fitted[:-1]
-    return Weights(heads, float(fitted[-1]), l1)
+    heads[used] = (positive - negative) / scale
+    return Weights(heads, l1)
 
 
 class Trial(NamedTuple):
@@ -229,7 +214,6 @@ def choose_weights(
     dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]],
     strengths: Sequence[float],
     columns: Array | None = None,
-    fuse: bool = True,
     max_heads: int | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
 ) -> tuple[Trial, list[Trial]]:
@@ -240,7 +224,6 @@ def choose_weights(
         dev: Lists to choose by; each collection counts the same, however many lists it has.
         strengths: Of the penalty.
         columns: As for `fit_weights`.
-        fuse: As for `fit_weights`.
         max_heads: Fits with more heads are passed over.
         progress: Told of each trial.
 
@@ -252,12 +235,11 @@ def choose_weights(
     """
     trials = []
     for l1 in sorted(strengths, reverse=True):
-        weights = fit_weights(train, l1, columns, fuse)
-        scores = []
-        for collection, lists in dev.values():
-            qrels = {item.query: collection.qrels[item.query] for item in lists}
-            run = {item.query: weights.rank(item) for item in lists}
-            scores.append(mean_measures(qrels, run)["nDCG@10"])
+        weights = fit_weights(train, l1, columns)
+        scores = [
+            _mean_ndcg(collection, [(item, weights.scores(item)) for item in lists])
+            for collection, lists in dev.values()
+        ]
         trials.append(Trial(weights, int(np.count_nonzero(weights.heads)), float(np.mean(scores))))
         progress(trials[-1])
     allowed = [
@@ -269,6 +251,70 @@ def choose_weights(
             f"they leave {sorted(trial.num_heads for trial in trials)}"
         )
     return max(allowed, key=lambda trial: (round(trial.score, 6), -trial.num_heads)), trials
+
+
+class FirstStageWeights(NamedTuple):
+    """How much a first stage counts beside the heads; see `HeadSet`."""
+
+    first_stage_weight: float
+    first_stage_weights: dict[FirstStage, float]
+    first_stage_score_weight: float | None
+
+
+def choose_first_stage(
+    weights: Weights, dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]]
+) -> FirstStageWeights:
+    """How much order and scores of the first stages of ``dev`` should count, by nDCG@10.
+
+    One weight has to serve first stages that are better and worse than the heads: the one is
+    taken that loses least where it loses most, against the best weight of each collection.
+    Collections whose lists are in no order have no part in it.
+
+    Args:
+        weights: Of the heads.
+        dev: Lists to choose by.
+    """
+    by_order: dict[Ranked, list[list[float]]] = {}
+    by_scores = []
+    for collection, lists in dev.values():
+        if not (ranked := lists[0].ranked):
+            continue
+        scored = [(item, weights.scores(item)) for item in lists]
+        by_order.setdefault(ranked, []).append(
+            [
+                _mean_ndcg(collection, [(i, s + prior_of_order(len(s), weight)) for i, s in scored])
+                for weight in FIRST_STAGE_WEIGHTS
+            ]
+        )
+        by_scores.append(
+            [
+                _mean_ndcg(
+                    collection, [(i, s + prior_of_scores(i.first_stage, weight)) for i, s in scored]
+                )
+                for weight in FIRST_STAGE_WEIGHTS
+            ]
+        )
+    if not by_order:
+        return FirstStageWeights(0.0, {}, None)
+    kinds = {kind: _least_regret(means) for kind, means in by_order.items() if kind is not True}
+    return FirstStageWeights(
+        _least_regret([values for means in by_order.values() for values in means]),
+        cast(dict[FirstStage, float], kinds),
+        _least_regret(by_scores),
+    )
+
+
+def _least_regret(means: Sequence[Sequence[float]]) -> float:
+    """Of `FIRST_STAGE_WEIGHTS`; ``means`` holds what each brings, per collection."""
+    values = np.round(np.array(means), 6)
+    regret = (values.max(axis=1, keepdims=True) - values).max(axis=0)
+    return FIRST_STAGE_WEIGHTS[int(regret.argmin())]
+
+
+def _mean_ndcg(collection: Collection, scored: Sequence[tuple[JudgedList, Array]]) -> float:
+    qrels = {item.query: collection.qrels[item.query] for item, _ in scored}
+    run = {item.query: _in_order(item, scores) for item, scores in scored}
+    return mean_measures(qrels, run)["nDCG@10"]
 
 
 def calibrate(groups: Iterable[Sequence[tuple[Array, Array]]]) -> Calibration:
@@ -331,8 +377,7 @@ class _Listwise:
         mask = np.zeros((len(lists), longest), dtype=bool)
         for row, item in enumerate(lists):
             length = len(item.documents)
-            features[row, :length, :-1] = item.features[:, used]
-            features[row, :length, -1] = _prior(item)
+            features[row, :length] = item.features[:, used]
             targets[row, :length] = item.grades / item.grades.sum()
             mask[row, :length] = True
         return cls(features / scale, targets, mask)
@@ -345,9 +390,3 @@ class _Listwise:
         residual = (shares - self.targets) / len(self.targets)
         gradient = np.tensordot(residual, self.features, axes=([0, 1], [0, 1]))
         return float(loss) / len(self.targets), gradient
-
-
-def _prior(item: JudgedList) -> Array:
-    """``-ln(rank)`` where the order means something."""
-    ranks = np.arange(1, len(item.documents) + 1)
-    return -np.log(ranks) if item.ordered else np.zeros(len(ranks))

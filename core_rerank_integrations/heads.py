@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +15,12 @@ from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.resources import resource_folder
 from core_rerank_integrations.scoring import Scores
+
+FirstStage = Literal["bm25", "vectors"]
+"""What a first stage may be: a ranking by words in common, or by embeddings."""
+
+Ranked = bool | FirstStage
+"""Whether documents come in a first stage's order, its best first; or by which kind of one."""
 
 
 class ModelShape(NamedTuple):
@@ -75,8 +81,11 @@ class HeadSet(BaseModel):
             was fitted; ``None`` where it was not.
         drop_outliers: Whether low tokens are dropped from a document's score, as the paper
             does; fitted weights belong to a score that is linear in the heads, without it.
-        first_stage_weight: How much the candidates' order counts where it is handed over: this
+        first_stage_weight: How much the candidates' order counts where they are ranked: this
             times the natural logarithm of a candidate's rank is taken from its score.
+        first_stage_weights: The same where it is known what ranked them.
+        first_stage_score_weight: How much a first stage's own scores count where they are handed
+            over, in standard deviations; ``None`` where that is not known.
         default: Whether it is the one to take where several are shipped for a model.
         provenance: Source, data, temperature, licence and the like.
         ranking: All ranked heads as (layer, head, score), best first, where published.
@@ -99,6 +108,10 @@ class HeadSet(BaseModel):
     calibration: Calibration | None = None
     drop_outliers: bool = True
     first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    first_stage_weights: dict[FirstStage, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = (
+        Field(default_factory=dict)
+    )
+    first_stage_score_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     default: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict)
     ranking: tuple[tuple[int, int, float | None], ...] = ()
@@ -219,6 +232,12 @@ class HeadSet(BaseModel):
             {"layer": layer, "head": head, "score": score} for layer, head, score in ranking[:count]
         ]
         return cls._validated({"heads": heads, **fields}, "heads")
+
+    def order_weight(self, ranked: Ranked) -> float:
+        """How much the order of documents counts that come ``ranked``."""
+        if isinstance(ranked, bool):
+            return self.first_stage_weight if ranked else 0.0
+        return self.first_stage_weights.get(ranked, self.first_stage_weight)
 
     @property
     def kind(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from pydantic import ConfigDict, Field
@@ -57,7 +59,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            results = self._rerank(query, _texts(nodes))
+            results = self._rerank(query, _texts(nodes), self._first_stage_scores(nodes))
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
 
@@ -66,9 +68,17 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            results = await self._arerank(query, _texts(nodes))
+            results = await self._arerank(query, _texts(nodes), self._first_stage_scores(nodes))
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
+
+    def _first_stage_scores(self, nodes: Sequence[NodeWithScore]) -> list[float] | None:
+        """The retriever's, where its order counts and they are what it is ordered by."""
+        scores = [
+            float(node.score) for node in nodes if node.score is not None and isfinite(node.score)
+        ]
+        falling = all(left >= right for left, right in pairwise(scores))
+        return scores if self.ranked and falling and len(scores) == len(nodes) else None
 
     @contextmanager
     def _events(self, nodes: list[NodeWithScore], query: str) -> Iterator[list[NodeWithScore]]:

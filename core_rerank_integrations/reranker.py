@@ -9,16 +9,29 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
-from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
+from core_rerank_integrations.heads import (
+    FirstStage,
+    HeadSet,
+    Ranked,
+    default_head_set,
+    named_head_set,
+)
 from core_rerank_integrations.loading import BACKENDS, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Reader, ScoredList, layout_of
 from core_rerank_integrations.results import RerankResult
-from core_rerank_integrations.scoring import Scores, best_places, with_first_stage
+from core_rerank_integrations.scoring import (
+    Scores,
+    best_places,
+    prior_of_order,
+    prior_of_scores,
+)
 
 CONCURRENT_CALLS = 32
 """Calls of `arerank` that are under way at once; more wait their turn."""
@@ -161,7 +174,8 @@ class CoReReranker:
         documents: Sequence[str],
         top_n: int | None = None,
         score_threshold: float | None = None,
-        ranked: bool = False,
+        ranked: Ranked = False,
+        first_stage_scores: Sequence[float] | None = None,
     ) -> list[RerankResult]:
         """Rank ``documents`` by their relevance to ``query``.
 
@@ -171,39 +185,51 @@ class CoReReranker:
             top_n: Results to return at most; ``None`` returns all.
             score_threshold: Results of a lower probability are left out; where the heads are
                 not calibrated, of a lower score.
-            ranked: Whether the documents come in the order of a first stage, its best first.
-                Their ranks then count as much as the head set's ``first_stage_weight`` says.
+            ranked: Whether the documents come in the order of a first stage, its best first:
+                ``True``, or what that stage is, ``"bm25"`` or ``"vectors"``. Their ranks then
+                count as much as the head set says.
+            first_stage_scores: The first stage's own scores, one per document, higher is
+                better. Where the head set knows what to make of them, they count in place of
+                the ranks that ``ranked=True`` stands for.
 
         Returns:
             Results sorted by score, best first.
 
         Raises:
             InvalidInputError: The query is empty or too long, a document is not a string,
-                ``top_n`` is less than 1, or ``score_threshold`` is no probability.
+                ``top_n`` is less than 1, ``score_threshold`` is no probability, or the first
+                stage's scores are not one number per document.
         """
-        return self.rerank_batch([(query, documents)], top_n, score_threshold, ranked)[0]
+        _check_count("top_n", top_n)
+        self._check_threshold(score_threshold)
+        candidates = _check_request((query, documents))
+        prior = self._prior(len(documents), ranked, first_stage_scores)
+        (scored,) = self._score([candidates])
+        return self._results(candidates, scored, prior, top_n, score_threshold)
 
     def rerank_batch(
         self,
         requests: Iterable[tuple[str, Sequence[str]]],
         top_n: int | None = None,
         score_threshold: float | None = None,
-        ranked: bool = False,
+        ranked: Ranked = False,
     ) -> list[list[RerankResult]]:
         """`rerank` for several (query, documents) pairs, run through the model together."""
         _check_count("top_n", top_n)
         self._check_threshold(score_threshold)
         lists = [_check_request(request) for request in requests]
+        priors = [self._prior(len(candidates.documents), ranked) for candidates in lists]
         return [
-            self._results(candidates, scored, top_n, score_threshold, ranked)
-            for candidates, scored in zip(lists, self._score(lists), strict=True)
+            self._results(candidates, scored, prior, top_n, score_threshold)
+            for candidates, scored, prior in zip(lists, self._score(lists), priors, strict=True)
         ]
 
-    def score(self, query: str, documents: Sequence[str], ranked: bool = False) -> list[float]:
+    def score(self, query: str, documents: Sequence[str], ranked: Ranked = False) -> list[float]:
         """One score per document, in the order of ``documents``; see `RerankResult.score`."""
         candidates = _check_request((query, documents))
+        prior = self._prior(len(documents), ranked)
         (scored,) = self._score([candidates])
-        scores: list[float] = self._in_order(scored, ranked).tolist()
+        scores: list[float] = (scored.scores + prior).tolist()
         return scores
 
     async def arerank(
@@ -212,12 +238,20 @@ class CoReReranker:
         documents: Sequence[str],
         top_n: int | None = None,
         score_threshold: float | None = None,
-        ranked: bool = False,
+        ranked: Ranked = False,
+        first_stage_scores: Sequence[float] | None = None,
     ) -> list[RerankResult]:
         """`rerank` without blocking the event loop; usable from any loop."""
         _ = self.reader  # A closed reranker has no threads left to say so.
         return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self.rerank, query, documents, top_n, score_threshold, ranked
+            self._executor,
+            self.rerank,
+            query,
+            documents,
+            top_n,
+            score_threshold,
+            ranked,
+            first_stage_scores,
         )
 
     def restart(self) -> None:
@@ -282,18 +316,30 @@ class CoReReranker:
     def _score(self, lists: Sequence[Candidates]) -> list[ScoredList]:
         return self.reader.score(lists, self.heads, self._layout)
 
-    def _in_order(self, scored: ScoredList, ranked: bool) -> Scores:
-        return with_first_stage(scored.scores, self.heads.first_stage_weight if ranked else 0.0)
+    def _prior(
+        self, count: int, ranked: Ranked, first_stage_scores: Sequence[float] | None = None
+    ) -> Scores:
+        if ranked not in (False, True, *get_args(FirstStage)):
+            raise InvalidInputError(
+                f"ranked must be True, False, {' or '.join(map(repr, get_args(FirstStage)))}, "
+                f"got {ranked!r}"
+            )
+        if first_stage_scores is not None:
+            given = _check_scores(first_stage_scores, count)
+            weight = self.heads.first_stage_score_weight
+            if weight is not None and isinstance(ranked, bool):
+                return prior_of_scores(given, weight)
+        return prior_of_order(count, self.heads.order_weight(ranked))
 
     def _results(
         self,
         candidates: Candidates,
         scored: ScoredList,
+        prior: Scores,
         top_n: int | None,
         score_threshold: float | None,
-        ranked: bool,
     ) -> list[RerankResult]:
-        scores = self._in_order(scored, ranked)
+        scores = scored.scores + prior
         probabilities = None
         if self._calibration is not None:
             probabilities = self._calibration.probabilities(scored.scores)
@@ -344,6 +390,19 @@ def _check_request(request: tuple[str, Sequence[str]]) -> Candidates:
                 f"document {index} must be a string, got {type(document).__name__}"
             )
     return Candidates(query, tuple(documents))
+
+
+def _check_scores(scores: Sequence[float], count: int) -> Scores:
+    try:
+        given = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError):
+        given = np.array(np.nan)
+    if given.shape != (count,) or not np.isfinite(given).all():
+        raise InvalidInputError(
+            f"first_stage_scores must be one number for each of the {count} documents, "
+            f"got {scores!r}"
+        )
+    return given
 
 
 def _check_count(name: str, count: int | None) -> None:

@@ -50,17 +50,30 @@ def document_scores(
     return np.stack([tokens.sum(axis=-1) for tokens in documents], axis=-1)
 
 
-def with_first_stage(scores: Scores, weight: float) -> Scores:
-    """Add what the first stage's order says: ``score - weight * ln(rank)``.
+def prior_of_order(count: int, weight: float) -> Scores:
+    """What a first stage's order adds to the scores of its ``count`` documents, best first.
 
-    In a softmax over the candidates this is a prior by which the relevant one stands at a rank
-    with a probability proportional to ``rank ** -weight``.
+    ``-weight * ln(rank)``: in a softmax over the candidates, a prior by which the relevant one
+    stands at a rank with a probability proportional to ``rank ** -weight``.
+    """
+    prior: Scores = -weight * np.log(np.arange(1, count + 1))
+    return prior
+
+
+def prior_of_scores(first_stage: npt.ArrayLike, weight: float) -> Scores:
+    """What a first stage's own scores add: ``weight`` times how far each is from their mean.
+
+    Measured in their standard deviation, so that it does not matter what they are scores of;
+    scores that are all the same add nothing.
 
     Args:
-        scores: In the order of the first stage, its best first; shape [..., documents].
-        weight: How much the order counts; 0 leaves the scores as they are.
+        first_stage: Higher is better; shape [documents].
+        weight: How much they count.
     """
-    return scores - weight * np.log(np.arange(1, scores.shape[-1] + 1))
+    given = np.asarray(first_stage, dtype=np.float64)
+    distance = given - given.mean()
+    deviation = given.std()
+    return weight * distance / deviation if deviation else np.zeros(len(given))
 
 
 def best_places(scores: Scores, count: int) -> list[int]:

@@ -152,6 +152,8 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert not fitted.drop_outliers
     assert any(head.weight != 1 for head in fitted.heads)
     assert fitted.provenance["lists"] == 6
+    assert fitted.first_stage_score_weight is not None
+    assert fitted.first_stage_weights == {}
 
     assert not fitted.reverse
     run(*fit(folder, "reversed", "--l1", "0.05", "--reverse", "--window", "2"))
@@ -189,7 +191,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:unordered], got 'nowhere'"),
+        (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'nowhere'"),
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1 must not be negative"),
         (("--prune", "1.5", "--max-heads", "1"), "not both"),
@@ -213,6 +215,7 @@ def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None
         (("--methods", "core,core"), "methods named twice: core"),
         (("--methods", "nonsense"), "'nonsense' is neither"),
         (("--methods", "core@many"), "a number of heads after @"),
+        (("--methods", "core+colbert"), "'core+colbert' is neither"),
         (("--methods", "core-mistral-7b-instruct-v0.3"), "was found on mistralai"),
         (("--methods", "icr", "--curve", "icr"), "needs a head set with a ranking"),
         (("--run", "nowhere.trec"), "cannot read the run"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,15 +13,17 @@ from core_rerank_integrations.fitting import (
     Weights,
     _Listwise,
     calibrate,
+    choose_first_stage,
     choose_weights,
     fit_weights,
     teaching,
 )
+from core_rerank_integrations.heads import Ranked
 
 USEFUL, HARMFUL, HEADS = 3, 7, 12
 
 
-def judged(count: int, seed: int, ordered: bool = True) -> list[JudgedList]:
+def judged(count: int, seed: int, ranked: Ranked = True) -> list[JudgedList]:
     """Lists in which two heads know the relevant document, one of them by avoiding it."""
     draw = np.random.default_rng(seed)
     lists = []
@@ -31,7 +35,8 @@ def judged(count: int, seed: int, ordered: bool = True) -> list[JudgedList]:
         features[relevant, USEFUL] += 0.04
         features[relevant, HARMFUL] -= 0.04
         documents = tuple(f"{number}-{place}" for place in range(6))
-        lists.append(JudgedList(str(number), documents, features, grades, ordered))
+        first_stage = -np.arange(6.0)
+        lists.append(JudgedList(str(number), documents, features, grades, ranked, first_stage))
     return lists
 
 
@@ -48,17 +53,16 @@ def test_finds_the_heads_that_know_with_their_signs() -> None:
     weights = fit_weights(judged(200, seed=0), l1=0.05)
     assert set(np.flatnonzero(weights.heads)) == {USEFUL, HARMFUL}
     assert weights.heads[USEFUL] > 0 > weights.heads[HARMFUL]
-    assert weights.first_stage > 0
 
 
 def test_questions_whose_candidates_differ_in_nothing_teach_nothing() -> None:
     lists = judged(4, seed=0)
     collection = collection_of(lists)
-    run = {item.query: list(item.documents) for item in lists}
+    run = {item.query: [(name, 0.0) for name in item.documents] for item in lists}
     relevant = {query: next(iter(grades)) for query, grades in collection.qrels.items()}
-    run["1"] = [name for name in run["1"] if name != relevant["1"]]
-    run["2"] = [relevant["2"]]
-    run["3"] = [*(name for name in run["3"] if name != relevant["3"]), relevant["3"]]
+    run["1"] = [item for item in run["1"] if item[0] != relevant["1"]]
+    run["2"] = [(relevant["2"], 0.0)]
+    run["3"] = [*(item for item in run["3"] if item[0] != relevant["3"]), (relevant["3"], 0.0)]
     assert teaching(collection, run, ["0", "1", "2", "3"], 6) == ["0", "3"]
     assert teaching(collection, run, ["3"], 5) == []
 
@@ -72,9 +76,51 @@ def test_more_penalty_leaves_fewer_heads() -> None:
     assert counts[-1] == 0
 
 
-def test_an_order_that_means_nothing_gets_no_weight() -> None:
-    assert fit_weights(judged(60, seed=1, ordered=False), 0.02).first_stage == 0
-    assert fit_weights(judged(60, seed=1), 0.02, fuse=False).first_stage == 0
+def dev_of(relevant: dict[int, int], ranked: Ranked, trusted: float) -> tuple[Any, list[Any]]:
+    """Lists whose heads prefer the second of three by ``trusted``.
+
+    Args:
+        relevant: How many lists have their relevant document at which place.
+        ranked: As of a `JudgedList`.
+        trusted: Score of the second; the others have 0.
+    """
+    features = np.array([[0.0], [trusted], [0.0]])
+    lists = []
+    for place, count in relevant.items():
+        for _ in range(count):
+            name = f"{ranked}-{len(lists)}"
+            documents = tuple(f"{name}-{i}" for i in range(3))
+            grades = np.eye(3)[place]
+            given = np.array([1.0, 0.0, 0.0])
+            lists.append(JudgedList(name, documents, features, grades, ranked, given))
+    return collection_of(lists), lists
+
+
+def test_a_first_stage_counts_as_much_as_it_must_and_no_more() -> None:
+    heads = Weights(np.ones(1), 0.0)
+    # ln 2 times the weight has to pass the heads' 1: from 1.5 on it does.
+    right = {"vectors": dev_of({0: 3}, "vectors", 1.0)}
+    chosen = choose_first_stage(heads, right)
+    assert chosen.first_stage_weight == 1.5
+    assert chosen.first_stage_weights == {"vectors": 1.5}
+    # The first stands 3 / sqrt(2) standard deviations above the second.
+    assert chosen.first_stage_score_weight == 0.5
+    wrong = {"bm25": dev_of({1: 3}, "bm25", 1.0)}
+    assert choose_first_stage(heads, wrong) == (0.0, {"bm25": 0.0}, 0.0)
+
+
+def test_one_weight_for_all_loses_least_where_it_loses_most() -> None:
+    heads = Weights(np.ones(1), 0.0)
+    dev = {
+        "better": dev_of({0: 9, 1: 1}, "vectors", 1.0),
+        "worse": dev_of({0: 2, 1: 8}, "bm25", 1.0),
+        "in no order": dev_of({2: 5}, False, 1.0),
+    }
+    chosen = choose_first_stage(heads, dev)
+    # Trusting the order gives the first collection 8 lists of 10 more, and costs the other 6.
+    assert chosen.first_stage_weight == 1.5
+    assert chosen.first_stage_weights == {"vectors": 1.5, "bm25": 0.0}
+    assert choose_first_stage(heads, {"in no order": dev["in no order"]}) == (0.0, {}, None)
 
 
 def test_a_layer_cap_is_a_choice_of_columns() -> None:
@@ -86,11 +132,11 @@ def test_a_layer_cap_is_a_choice_of_columns() -> None:
 
 def test_gradient_of_the_loss() -> None:
     draw = np.random.default_rng(5)
-    problem = _Listwise.of(judged(4, seed=2), np.ones(HEADS, dtype=bool), np.ones(HEADS + 1))
-    weights = draw.normal(size=HEADS + 1)
+    problem = _Listwise.of(judged(4, seed=2), np.ones(HEADS, dtype=bool), np.ones(HEADS))
+    weights = draw.normal(size=HEADS)
     _, gradient = problem.loss(weights)
-    for place in range(HEADS + 1):
-        step = np.zeros(HEADS + 1)
+    for place in range(HEADS):
+        step = np.zeros(HEADS)
         step[place] = 1e-6
         slope = (problem.loss(weights + step)[0] - problem.loss(weights - step)[0]) / 2e-6
         assert gradient[place] == pytest.approx(slope, abs=1e-6)
@@ -126,13 +172,12 @@ def test_lists_that_teach_nothing() -> None:
 
 
 def test_head_set_of_weights() -> None:
-    weights = Weights(np.array([0.0, -2.5, 0.123456789, 0.0]), 0.5, 0.01)
+    weights = Weights(np.array([0.0, -2.5, 0.123456789, 0.0]), 0.01)
     head_set = weights.head_set([(0, 0), (0, 1), (1, 0), (1, 1)], name="fit-x", window=5)
     assert [(head.layer, head.head, head.weight) for head in head_set.heads] == [
         (0, 1, -2.5),
         (1, 0, 0.123457),
     ]
-    assert head_set.first_stage_weight == 0.5
     assert not head_set.drop_outliers
     assert (head_set.method, head_set.name, head_set.window) == ("fit", "fit-x", 5)
 

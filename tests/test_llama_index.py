@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import HEADS
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.instrumentation import get_dispatcher
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from core_rerank_integrations import CoReNodePostprocessor, CoReReranker
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.models import LocalModel
 
 QUERY = "Who patented the telephone?"
 
@@ -129,6 +131,31 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
     by_hand = calibrated.rerank(QUERY, [nodes()[1].node.get_content(MetadataMode.EMBED)])[0]
     assert alone.score == pytest.approx(by_hand.score, abs=1e-5)
     assert ranked["n1"].score == pytest.approx(by_hand.probability, abs=1e-5)
+
+
+def test_a_retrievers_scores_count_where_the_order_does(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    trusting = HEADS.model_copy(
+        update={"first_stage_weight": 0.0, "first_stage_score_weight": 100.0}
+    )
+    shared = CoReReranker(smollm2.path, heads=trusting, reader=reranker.reader)
+    postprocessor = CoReNodePostprocessor(reranker=shared)
+    given = ["n0", "n1", "n2", "n3"]
+    assert ids(postprocessor.postprocess_nodes(nodes(), query_str=QUERY)) == given
+    asynchronous = asyncio.run(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY))
+    assert ids(asynchronous) == given
+    # Where they are not what the list is ordered by, or not all there, they mean nothing here.
+    rising = [NodeWithScore(node=n.node, score=place) for place, n in enumerate(nodes())]
+    some = [NodeWithScore(node=n.node, score=None if not place else n.score)
+            for place, n in enumerate(nodes())]  # fmt: skip
+    unranked = CoReNodePostprocessor(reranker=shared, ranked=False)
+    for ranked in (
+        postprocessor.postprocess_nodes(rising, query_str=QUERY),
+        postprocessor.postprocess_nodes(some, query_str=QUERY),
+        unranked.postprocess_nodes(nodes(), query_str=QUERY),
+    ):
+        assert ids(ranked)[0] == "n1"
 
 
 def test_async_gives_the_same(postprocessor: CoReNodePostprocessor) -> None:

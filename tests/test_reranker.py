@@ -481,3 +481,55 @@ def test_the_first_stages_order_counts_as_the_head_set_says(
     assert [result.score for result in results] == sorted(ordered, reverse=True)
     asked = asyncio.run(ranking.arerank(QUERY, DOCUMENTS, ranked=True))
     assert indices(asked) == indices(results)
+
+
+def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
+    reranker: CoReReranker, smollm2: LocalModel
+) -> None:
+    weighted = HEADS.model_copy(
+        update={
+            "first_stage_weight": 0.5,
+            "first_stage_weights": {"vectors": 2.0},
+            "first_stage_score_weight": 0.25,
+        }
+    )
+    ranking = with_backend(smollm2, reranker.reader.backend, weighted)
+    plain = np.array(reranker.score(QUERY, DOCUMENTS))
+    logarithms = np.log([1, 2, 3, 4, 5])
+    for ranked, weight in (("vectors", 2.0), ("bm25", 0.5), (True, 0.5)):
+        scores = ranking.score(QUERY, DOCUMENTS, ranked=ranked)
+        np.testing.assert_allclose(scores, plain - weight * logarithms, rtol=0, atol=1e-6)
+    given = [0.9, 0.5, 0.5, 0.3, 0.1]
+
+    def scored(ranker: CoReReranker, **first_stage: Any) -> np.ndarray:
+        results = ranker.rerank(QUERY, DOCUMENTS, first_stage_scores=given, **first_stage)
+        return np.array([r.score for r in sorted(results, key=lambda r: r.index)])
+
+    distances = (np.array(given) - np.mean(given)) / np.std(given)
+    np.testing.assert_allclose(scored(ranking), plain + 0.25 * distances, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        scored(ranking, ranked="vectors"), plain - 2 * logarithms, rtol=0, atol=1e-6
+    )
+    ranks_alone = weighted.model_copy(update={"first_stage_score_weight": None})
+    ranking = with_backend(smollm2, reranker.reader.backend, ranks_alone)
+    np.testing.assert_allclose(
+        scored(ranking, ranked=True), plain - 0.5 * logarithms, rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(scored(ranking), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("first_stage", "message"),
+    [
+        ({"ranked": "colbert"}, "ranked must be True, False, 'bm25' or 'vectors', got 'colbert'"),
+        ({"first_stage_scores": [1.0]}, r"for each of the 5 documents, got \[1.0\]"),
+        ({"first_stage_scores": [1.0, 2, 3, 4, float("nan")]}, "one number for each"),
+        ({"first_stage_scores": ["a"] * 5}, "one number for each"),
+    ],
+)
+def test_a_meaningless_first_stage_is_refused(
+    first_stage: dict[str, Any], message: str, smollm2: LocalModel, recording: RecordingBackend
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        with_backend(smollm2, recording).rerank(QUERY, DOCUMENTS, **first_stage)
+    assert recording.calls == []

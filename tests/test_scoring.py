@@ -7,7 +7,8 @@ from core_rerank_integrations.prompt import Span
 from core_rerank_integrations.scoring import (
     best_places,
     document_scores,
-    with_first_stage,
+    prior_of_order,
+    prior_of_scores,
 )
 
 
@@ -40,12 +41,17 @@ def test_baseline_may_be_shorter_than_the_prompt() -> None:
     assert document_scores(query, np.zeros(3, np.float32), [Span(1, 3)]) == [3.0]
 
 
-def test_first_stage_order_favours_the_earlier_of_equals() -> None:
-    scores = with_first_stage(np.array([[0.5, 0.5, 0.5], [0.0, 0.0, 9.0]]), weight=2.0)
-    assert scores[0] == pytest.approx([0.5, 0.5 - 2 * np.log(2), 0.5 - 2 * np.log(3)])
-    assert scores[0].argmax() == 0
-    assert scores[1].argmax() == 2
-    assert with_first_stage(scores, weight=0.0).tolist() == scores.tolist()
+def test_an_order_favours_the_earlier_of_equals() -> None:
+    assert prior_of_order(3, 2.0) == pytest.approx([0, -2 * np.log(2), -2 * np.log(3)])
+    assert prior_of_order(2, 0.0).tolist() == [0, 0]
+    assert prior_of_order(0, 2.0).tolist() == []
+
+
+def test_a_first_stages_scores_count_by_their_distance_whatever_their_unit() -> None:
+    prior = prior_of_scores([3.0, 1.0, 2.0], 2.0)
+    assert prior == pytest.approx([2 * 1.5**0.5, -2 * 1.5**0.5, 0])
+    assert prior_of_scores([300.0, 100.0, 200.0], 2.0) == pytest.approx(prior)
+    assert prior_of_scores([0.7, 0.7], 2.0).tolist() == [0, 0]
 
 
 def test_best_places_keep_the_order_of_equals() -> None:

@@ -10,6 +10,7 @@ import typer
 
 from core_rerank_integrations.cli.common import clear_errors, tracked
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from core_rerank_integrations.models import LocalModel
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FUSED = "+first-stage"
+RANKED: dict[str, Ranked] = {"first-stage": True, "bm25": "bm25", "vectors": "vectors"}
 
 
 def evaluate(
@@ -30,7 +31,8 @@ def evaluate(
         typer.Option(
             help="Comma-separated: first-stage, icr (all heads), a kind of shipped head set "
             "(core, fit, qr, ...), its name or a file. NAME@8 takes the best 8 of its ranking, "
-            "NAME+first-stage lets the first stage's order count."
+            "NAME+first-stage lets the first stage's order count, NAME+bm25 and NAME+vectors as "
+            "that of such a one."
         ),
     ] = "first-stage,core,fit+first-stage",
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
@@ -120,8 +122,10 @@ def _method(text: str, model: LocalModel) -> Method:
 
     if text == FIRST_STAGE:
         return Method(text)
-    fused = text.endswith(FUSED)
-    name, _, count = text.removesuffix(FUSED).partition("@")
+    _, plus, kind = text.rpartition("+")
+    ranked = RANKED.get(kind, False) if plus else False
+    suffix = f"+{kind}" if ranked else ""
+    name, _, count = text.removesuffix(suffix).partition("@")
     shape = model_shape(model.config())
     kinds = {
         head_set.kind: head_set
@@ -137,12 +141,12 @@ def _method(text: str, model: LocalModel) -> Method:
         heads = named_head_set(name)
         name = heads.name  # A file's path would be no name for a run.
     heads.check(model.model_id, shape)
-    label = f"{name}{f'@{count}' if count else ''}{FUSED if fused else ''}"
+    label = f"{name}{f'@{count}' if count else ''}{suffix}"
     if count:
         if not count.isdigit():
             raise InvalidInputError(f"expected a number of heads after @, got {text!r}")
         heads = heads.top(int(count))
-    return Method(label, heads, fused)
+    return Method(label, heads, ranked)
 
 
 def _curve(name: str | None, model: LocalModel) -> list[Method]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from core_rerank_integrations import __version__
 from core_rerank_integrations.cli.common import clear_errors, tracked
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, shipped_head_sets
+from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, Ranked, shipped_head_sets
 from core_rerank_integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ def fit(
     train: Annotated[
         list[str],
         typer.Option(
-            help="FOLDER:SPLIT:RUN[:N][:unordered] to fit on; RUN is a TREC run, or its name in "
-            "the folder's runs/. N: draw so many questions. unordered: the run is no ranking. "
-            "Repeatable."
+            help="FOLDER:SPLIT:RUN[:N][:KIND] to fit on; RUN is a TREC run, or its name in the "
+            "folder's runs/. N: draw so many questions. KIND: what the run is, bm25, vectors or, "
+            "if it is no ranking, unordered. Repeatable."
         ),
     ],
     dev: Annotated[
@@ -197,7 +197,6 @@ def fit(
         list[float] | None, typer.Option(help="Strength of the penalty; repeat for several.")
     ] = None,
     max_heads: Annotated[int | None, typer.Option(min=1, help="Most heads.")] = None,
-    fuse: Annotated[bool, typer.Option(help="Fit the weight of the first stage's order.")] = True,
     max_layer: MaxLayerOption = None,
     prune: PruneOption = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
@@ -215,6 +214,7 @@ def fit(
     from core_rerank_integrations.fitting import (
         DEFAULT_STRENGTHS,
         calibrate,
+        choose_first_stage,
         choose_weights,
         judged_lists,
         teaching,
@@ -243,7 +243,7 @@ def fit(
                     queries,
                     window,
                     depth,
-                    source.ordered,
+                    source.ranked,
                     reverse,
                     _progress(source.folder.name),
                 )
@@ -262,14 +262,13 @@ def fit(
                 taught,
                 judging,
                 l1 or DEFAULT_STRENGTHS,
-                fuse=fuse,
                 max_heads=max_heads,
                 progress=_show_trial,
             )
         calibration = None
         if window == 1:
             calibration = calibrate(
-                [(best.weights.head_scores(item), item.grades) for item in group]
+                [(best.weights.scores(item), item.grades) for item in group]
                 for _, group in judging.values()
             )
         described = _described(reader, name or output.stem, window)
@@ -278,6 +277,7 @@ def fit(
             places,
             **described.model_dump(include=SHARED_FIELDS),
             reverse=reverse,
+            **choose_first_stage(best.weights, judging)._asdict(),
             calibration=calibration,
             provenance={
                 "source": "core-rerank heads fit",
@@ -303,8 +303,7 @@ def _progress(what: str) -> Callable[[list[Batch]], Iterator[Batch]]:
 
 def _show_trial(trial: Any) -> None:
     print(
-        f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev {trial.score:.4f}, "
-        f"first stage {trial.weights.first_stage:.3g}",
+        f"l1 {trial.weights.l1:g}: {trial.num_heads} heads, nDCG@10 on dev {trial.score:.4f}",
         flush=True,
     )
 
@@ -316,26 +315,27 @@ class _Source(NamedTuple):
     split: str
     run: Path
     questions: int | None
-    ordered: bool
+    ranked: Ranked
 
     @classmethod
     def parse(cls, text: str) -> _Source:
         match = re.fullmatch(
             r"(?P<folder>[^:]+):(?P<split>[^:]+):(?P<run>[^:]+)(:(?P<count>[1-9]\d*))?"
-            r"(?P<unordered>:unordered)?",
+            r"(:(?P<kind>unordered|bm25|vectors))?",
             text,
         )
         if match is None:
-            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:N][:unordered], got {text!r}")
+            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:N][:KIND], got {text!r}")
         folder, split, run = Path(match["folder"]), match["split"], Path(match["run"])
         named = folder / "runs" / f"{split}.{run}.trec"
         count = int(match["count"]) if match["count"] else None
         run = named if named.exists() else run
-        return cls(folder, split, run, count, not match["unordered"])
+        ranked = False if match["kind"] == "unordered" else match["kind"] or True
+        return cls(folder, split, run, count, cast(Ranked, ranked))
 
     def label(self, questions: int) -> str:
         """What goes into a head set's provenance."""
-        order = "" if self.ordered else ", unordered"
+        order = "" if self.ranked is True else f", {self.ranked or 'unordered'}"
         return f"{self.folder.name}, {self.split}, {self.run.name}, {questions} questions{order}"
 
 
@@ -348,10 +348,10 @@ class _Draw:
 
     def load(self, source: _Source) -> tuple[Any, Any, list[str]]:
         """Collection, run, and the questions drawn from it."""
-        from core_rerank_integrations.collection import Collection, load_run
+        from core_rerank_integrations.collection import Collection, load_scored_run
 
         collection = Collection.load(source.folder, source.split)
-        run = load_run(source.run, collection)
+        run = load_scored_run(source.run, collection)
         shuffled = sorted(run)
         random.Random(self._seed).shuffle(shuffled)
         folder = source.folder.resolve()

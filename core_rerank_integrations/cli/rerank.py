@@ -14,6 +14,7 @@ from rich.table import Table
 
 from core_rerank_integrations.cli.common import clear_errors
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.results import RerankResult
 
@@ -24,6 +25,22 @@ class Format(StrEnum):
     TEXT = "text"
     JSON = "json"
     TREC = "trec"
+
+
+class FirstStageName(StrEnum):
+    """What may have ranked the documents that are handed over."""
+
+    BM25 = "bm25"
+    VECTORS = "vectors"
+    OTHER = "other"
+
+
+RANKED: dict[FirstStageName | None, Ranked] = {
+    None: False,
+    FirstStageName.OTHER: True,
+    FirstStageName.BM25: "bm25",
+    FirstStageName.VECTORS: "vectors",
+}
 
 
 def rerank(
@@ -43,9 +60,10 @@ def rerank(
     backend: Annotated[str, typer.Option(help="auto, transformers, vllm or vllm-shared.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     window: Annotated[int | None, typer.Option(min=1, help="Most documents a prompt.")] = None,
-    ranked: Annotated[
-        bool, typer.Option("--ranked", help="The documents come best first: let it count.")
-    ] = False,
+    first_stage: Annotated[
+        FirstStageName | None,
+        typer.Option(help="What ranked the documents, best first; default: nothing did."),
+    ] = None,
     query_id: Annotated[str, typer.Option(help="Query id in TREC output.")] = "1",
     output: Annotated[Format, typer.Option(help="text, json or trec.")] = Format.TEXT,
 ) -> None:
@@ -57,7 +75,7 @@ def rerank(
         with CoReReranker(
             model, heads=heads, backend=backend, dtype=dtype, window=window
         ) as reranker:
-            results = reranker.rerank(query, texts, top_n=top_n, ranked=ranked)
+            results = reranker.rerank(query, texts, top_n=top_n, ranked=RANKED[first_stage])
     _print_results(results, ids, query_id, output)
 
 
