@@ -1,11 +1,12 @@
 """Judged lists of short, long and mixed documents, made from questions that come with answers.
 
 From a folder in the layout of BEIR whose ``queries.jsonl`` holds ``answers`` (Natural Questions),
-it writes four folders of the same layout, over the same questions and splits, with candidates in
-no order (``runs/<split>.given.trec``):
+it writes five folders of the same layout, with candidates in no order
+(``runs/<split>.given.trec``):
 
+    passages    the best ten of both first stages, without those that hold an answer unjudged
     sentences   the sentence with the answer among others of its passage and of other candidates
-    joined      three passages in one document
+    joined      three passages in one document, over the same questions
     mixed       sentences, passages and joined passages in one list; each third question has its
                 relevant document in another of these forms
     lengths     what `benchmarks/ranking.py` reads: per question four lists, of a short or a long
@@ -26,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from core_rerank_integrations.collection import Collection, load_run, save_run
+from core_rerank_integrations.collection import Collection, Run, load_run, save_run
 
 SPLITS = ("train", "dev")
 OTHERS = 9
@@ -83,13 +84,34 @@ class Lists:
             self.texts[name] = "\n\n".join(self.texts[member] for member in members)
             self._joined_in |= dict.fromkeys(members, name)
 
+    def passages(self, split: str, count: int) -> dict[str, tuple[str, list[str]]]:
+        """Query text and candidates of ``count`` questions, the judged one first."""
+        collection, runs = self._split(split)
+        names = sorted(collection.queries)
+        random.Random(7).shuffle(names)
+        lists = {}
+        for name in names[:count]:
+            best = dict.fromkeys(document for run in runs for document in run.get(name, [])[:10])
+            relevant = [
+                document for document in best if collection.qrels[name].get(document, 0) > 0
+            ]
+            others = [
+                document
+                for document in best
+                if document not in relevant and not self._answers_it(name, document)
+            ]
+            if relevant and others:
+                lists[name] = (collection.queries[name], [*relevant[:1], *others])
+        return lists
+
+    def _split(self, split: str) -> tuple[Collection, list[Run]]:
+        collection = Collection.load(self._folder, split)
+        paths = [self._folder / "runs" / f"{split}.{name}.trec" for name in self._run_names]
+        return collection, [load_run(path, collection) for path in paths]
+
     def questions(self, split: str, count: int) -> list[Question]:
         """``count`` questions at most, of those that a single sentence answers."""
-        collection = Collection.load(self._folder, split)
-        runs = [
-            load_run(self._folder / "runs" / f"{split}.{name}.trec", collection)
-            for name in self._run_names
-        ]
+        collection, runs = self._split(split)
         names = sorted(collection.queries)
         self._random.shuffle(names)
         found = (self._question(collection, name, runs) for name in names)
@@ -214,13 +236,19 @@ def _write_lines(path: Path, records) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def print_counts(folder: Path, splits: Mapping[str, Mapping[str, object]]) -> None:
+    counts = ", ".join(f"{len(items)} {split}" for split, items in splits.items())
+    print(f"{folder}: {counts} lists")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="collection with answers")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the four folders")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the five folders")
     parser.add_argument("--runs", nargs="+", default=["bm25", "minilm"])
-    parser.add_argument("--train", type=int, default=600, help="questions at most")
-    parser.add_argument("--dev", type=int, default=200, help="questions at most")
+    parser.add_argument("--train", type=int, default=450, help="questions at most")
+    parser.add_argument("--dev", type=int, default=150, help="questions at most")
+    parser.add_argument("--passages", type=int, default=1200, help="questions at most")
     arguments = parser.parse_args()
     lists = Lists(arguments.data, arguments.runs)
     draw = random.Random(0)
@@ -234,6 +262,12 @@ def main() -> None:
             for name, documents in of_two_lengths(question).items()
         },
     }
+    folder = arguments.output / "passages"
+    splits = {split: lists.passages(split, arguments.passages) for split in SPLITS}
+    write_folder(folder, lists.texts, splits, draw)
+    print(
+        f"{folder}: {', '.join(f'{len(items)} {split}' for split, items in splits.items())} lists"
+    )
     for folder, documents_of in made.items():
         splits = {
             split: {
@@ -244,8 +278,7 @@ def main() -> None:
             for split, asked in questions.items()
         }
         write_folder(arguments.output / folder, lists.texts, splits, draw)
-        counts = ", ".join(f"{len(items)} {split}" for split, items in splits.items())
-        print(f"{arguments.output / folder}: {counts} lists")
+        print_counts(arguments.output / folder, splits)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     with CoReReranker(MODEL, heads=heads, dtype=dtype) as reranker:
         work = requests(rounds + 1, 20)
-        prompts = [reranker._encoder.encode(*request) for request in work]
+        prompts = [reranker.reader.encoder.encode(*request) for request in work]
         tokens = [
             torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
             for prompt in prompts

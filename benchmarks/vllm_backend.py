@@ -52,7 +52,7 @@ def against_generation(reranker: CoReReranker, rounds: int, dtype: str) -> None:
         disable_log_stats=True,
     )
     work = requests(rounds + 1, 20, label="g")
-    prompts = [tokens(reranker._encoder.encode(*request)) for request in work]
+    prompts = [tokens(reranker.reader.encoder.encode(*request)) for request in work]
     one = SamplingParams(max_tokens=1, temperature=0)
 
     def generate(number: int) -> None:

@@ -88,7 +88,8 @@ def langchain_pipeline(collection: Collection, reranker: CoReReranker, candidate
         k=candidates,
     )
     reranked = ContextualCompressionRetriever(
-        base_compressor=CoReDocumentCompressor(reranker=reranker), base_retriever=retriever
+        base_compressor=CoReDocumentCompressor(reranker=reranker, ranked="bm25"),
+        base_retriever=retriever,
     )
 
     def ids(documents: Sequence[Document]) -> list[str]:

@@ -29,6 +29,9 @@ with requires_extra("eval"):
 Array = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 1000
+LEAST_DEVIATION = 0.1
+"""A feature counts as deviating at least by this share of the median feature's deviation."""
+TINY = 1e-12
 FIRST_STAGE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 
@@ -156,7 +159,8 @@ def fit_weights(lists: Sequence[JudgedList], l1: float, columns: Array | None = 
     The loss of a list is the cross-entropy between its grades, normalised to 1, and the softmax
     of its scores; lists without a relevant or without an irrelevant candidate teach nothing and
     are left out. Features are scaled to unit deviation, so that the penalty treats all heads
-    alike. A first stage's order is no part of it: the heads are to rank lists in any order.
+    alike; but a head that hardly looks at documents is not made to shout (`LEAST_DEVIATION`):
+    its weight would be of thousands, and magnify what precisions differ by. A first stage's order is no part of it: the heads are to rank lists in any order.
 
     Args:
         lists: Judged candidates with features.
@@ -177,7 +181,7 @@ def fit_weights(lists: Sequence[JudgedList], l1: float, columns: Array | None = 
     count = taught[0].features.shape[1]
     used = np.ones(count, dtype=bool) if columns is None else columns.astype(bool)
     deviation = np.concatenate([item.features for item in taught])[:, used].std(axis=0)
-    scale = np.where(deviation > 0, deviation, 1.0)
+    scale = np.maximum(deviation, LEAST_DEVIATION * float(np.median(deviation))) + TINY
     problem = _Listwise.of(taught, used, scale)
 
     def objective(parts: Array) -> tuple[float, Array]:

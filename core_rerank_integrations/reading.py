@@ -89,10 +89,10 @@ class Reader:
         Raises:
             InvalidInputError: A query leaves no room for a document.
         """
-        return [
-            self._planner.windows(candidates.query, candidates.documents, layout)
-            for candidates in lists
-        ]
+        planned = []
+        for candidates in lists:  # A comprehension would be one more frame to warn across.
+            planned.append(self._planner.windows(candidates.query, candidates.documents, layout))
+        return planned
 
     def read(self, windows: Sequence[Window], by_head: bool = False) -> list[WindowReading]:
         """Run the model over ``windows``, all together.

@@ -34,7 +34,7 @@ store = QdrantVectorStore.from_documents(
 )
 retriever = ContextualCompressionRetriever(
     base_retriever=store.as_retriever(search_kwargs={"k": 20}),
-    base_compressor=CoReDocumentCompressor(model=arguments.model, top_n=3),
+    base_compressor=CoReDocumentCompressor(model=arguments.model, ranked="vectors", top_n=3),
 )
 prompt = ChatPromptTemplate.from_template(
     "Answer from these passages alone:\n\n{context}\n\nQuestion: {question}"

@@ -51,7 +51,7 @@ retriever = QdrantVectorStore.from_documents(
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
     location=":memory:",
 ).as_retriever(search_kwargs={"k": 20})
-compressor = CoReDocumentCompressor(model=arguments.model, top_n=3)
+compressor = CoReDocumentCompressor(model=arguments.model, ranked="vectors", top_n=3)
 llm = chat_model(arguments.llm_url, arguments.llm)
 history: list[BaseMessage] = []
 

@@ -36,7 +36,7 @@ def test_telephone_or_light_bulb() -> None:
 def test_langchain_retriever() -> None:
     output = run("langchain_retriever.py", "--question", "Until when is a day ticket valid?")
     scores = [float(line.split()[0]) for line in output.splitlines()[:3]]
-    assert scores == sorted(scores, reverse=True)
+    assert all(0 < score < 1 for score in scores)
     assert "Question: Until when is a day ticket valid?" in output
 
 

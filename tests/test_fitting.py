@@ -130,6 +130,16 @@ def test_a_layer_cap_is_a_choice_of_columns() -> None:
     assert not weights[HARMFUL:].any()
 
 
+def test_a_head_that_hardly_looks_at_documents_is_not_magnified() -> None:
+    lists = judged(200, seed=0)
+    faint = [item._replace(features=item.features.copy()) for item in lists]
+    for item in faint:
+        item.features[:, USEFUL] *= 1e-4
+    loud, quiet = (np.abs(fit_weights(group, 0.05).heads) for group in (lists, faint))
+    assert loud[USEFUL] > 0
+    assert quiet[USEFUL] < 10 * loud.max()
+
+
 def test_gradient_of_the_loss() -> None:
     draw = np.random.default_rng(5)
     problem = _Listwise.of(judged(4, seed=2), np.ones(HEADS, dtype=bool), np.ones(HEADS))

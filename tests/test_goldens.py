@@ -33,7 +33,7 @@ def test_authors_scores(choice: str, shared: Callable[[str], Any], smollm2: Loca
             results = reranker.rerank(case["query"], case["documents"])
             assert [result.index for result in results] == expected["ranking"], case["name"]
 
-            prompt = reranker._encoder.encode(case["query"], case["documents"])
+            prompt = reranker.reader.encoder.encode(case["query"], case["documents"])
             spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
             assert spans == expected["doc_spans"], case["name"]
             assert [len(prompt.prefix), len(prompt) - 1] == expected["query_span"], case["name"]
@@ -43,7 +43,7 @@ def test_own_golden(reranker: CoReReranker) -> None:
     golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
     scores = reranker.score(golden["query"], golden["documents"])
     np.testing.assert_allclose(scores, golden["scores"], rtol=0, atol=TOLERANCE)
-    prompt = reranker._encoder.encode(golden["query"], golden["documents"])
+    prompt = reranker.reader.encoder.encode(golden["query"], golden["documents"])
     spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
     assert spans == golden["document_spans"]
     assert [len(prompt.prefix), len(prompt) - 1] == golden["query_span"]

@@ -268,8 +268,9 @@ def test_a_long_document_is_cut_with_a_warning(
     long = "telephone " * 50
     with pytest.warns(
         DocumentTruncatedWarning, match=r"document 1 was cut to 20 tokens; its last 3\d tokens"
-    ):
+    ) as warned:
         results = short.rerank(QUERY, ["a", long, "b"])
+    assert warned[0].filename == __file__, "it points at the caller"
     assert sorted(indices(results)) == [0, 1, 2]
     assert next(r.document for r in results if r.index == 1) == long, "the result is whole"
     span = recording.calls[0][0].document_spans[1]

@@ -57,7 +57,7 @@ def vllm_reranker(request: pytest.FixtureRequest, smollm2: LocalModel) -> Iterat
 
 def forget(reranker: CoReReranker) -> None:
     """Drop what the caller's side keeps; vLLM's prefix cache stays warm."""
-    reranker._baselines.clear()
+    reranker.reader.forget()
     reranker.reader.backend._masses.clear()
 
 
@@ -105,7 +105,7 @@ def test_the_twin_reuses_the_prefix(
 
     monkeypatch.setattr(backend._engine, call, noting)
     vllm_reranker.score("gulls", documents)
-    prompt = vllm_reranker._encoder.encode("gulls", documents)
+    prompt = vllm_reranker.reader.encoder.encode("gulls", documents)
     assert len(cached) == 2, "nothing had to be asked again"
     assert max(cached) > 0.9 * len(prompt.prefix)
     assert max(cached) <= len(prompt.prefix)
@@ -149,7 +149,7 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
 def test_heads_by_themselves_sum_to_the_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    prompt = vllm_reranker._encoder.encode("gulls", ["grey gulls over the pier", "a bowl of soup"])
+    prompt = vllm_reranker.reader.encoder.encode("gulls", ["grey gulls over the pier", "a bowl of soup"])
     (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
     (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
     np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)

@@ -87,7 +87,7 @@ def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, bac
     with reranker:
         documents = LONG_DOCUMENTS[:2]
         expected = reranker.score("gulls", documents)
-        prompts = [reranker._encoder.encode(f"soup {n}", documents) for n in range(50)]
+        prompts = [reranker.reader.encoder.encode(f"soup {n}", documents) for n in range(50)]
 
         async def abort_half_way() -> None:
             tasks = [asyncio.ensure_future(engine._complete(p, per_head=False)) for p in prompts]
@@ -98,7 +98,7 @@ def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, bac
             assert sum(task.cancelled() for task in tasks) > 25
 
         engine._run(abort_half_way())
-        reranker._baselines.clear()
+        reranker.reader.forget()
         engine._masses.clear()
         scores = reranker.score("gulls", documents)
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)

@@ -26,6 +26,8 @@ with requires_extra("vllm"):
 TOKENS_PER_DOCUMENT = 512
 """Room planned for a document of the head set's window, where no ``max_model_len`` is given."""
 DEFAULT_WINDOW = 32
+LEAST_CONTEXT = 2048
+"""However small the window: questions may be long."""
 
 
 class VLLMBackend(EngineClient):
@@ -90,7 +92,7 @@ def _arguments(
         "architectures": [ARCHITECTURE_PREFIX + config.architectures[0]],
         HEADS_KEY: [[head.layer, head.head, head.weight] for head in head_set.heads],
     }
-    room = (head_set.window or DEFAULT_WINDOW) * TOKENS_PER_DOCUMENT
+    room = max((head_set.window or DEFAULT_WINDOW) * TOKENS_PER_DOCUMENT, LEAST_CONTEXT)
     return engine_arguments(
         given,
         own={
