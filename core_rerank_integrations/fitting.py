@@ -159,8 +159,9 @@ def fit_weights(lists: Sequence[JudgedList], l1: float, columns: Array | None = 
     The loss of a list is the cross-entropy between its grades, normalised to 1, and the softmax
     of its scores; lists without a relevant or without an irrelevant candidate teach nothing and
     are left out. Features are scaled to unit deviation, so that the penalty treats all heads
-    alike; but a head that hardly looks at documents is not made to shout (`LEAST_DEVIATION`):
-    its weight would be of thousands, and magnify what precisions differ by. A first stage's order is no part of it: the heads are to rank lists in any order.
+    alike, but a head that hardly looks at documents is not made to shout (`LEAST_DEVIATION`): a
+    weight of thousands would magnify what precisions differ by. A first stage's order is no part
+    of it: the heads are to rank lists in any order.
 
     Args:
         lists: Judged candidates with features.

