@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -56,6 +56,10 @@ bench: $(VENV)/.installed
 
 bench-heads: $(VENV)/.installed
 	$(BIN)/python benchmarks/finding_heads.py
+
+# Everyday questions need nothing else; what RANKING adds wants judged lists (see its --help).
+bench-ranking: $(VENV)/.installed
+	$(BIN)/python benchmarks/ranking.py $(RANKING)
 
 # In the environment at hand, which has CUDA and vLLM; nothing is installed.
 bench-gpu:

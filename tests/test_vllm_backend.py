@@ -120,7 +120,7 @@ def test_the_default_ranks_as_on_transformers(smollm2: LocalModel) -> None:
         "The ferry leaves the harbour every hour from six in the morning.",
         "A bowl of soup costs four crowns.",
         "Crossings are called off in a gale, and the fare is given back.",
-        f"{'Nothing happened in the harbour. ' * 60}The ferry takes eighteen minutes.",
+        f"{'Nothing happened in the harbour. ' * 90}The ferry takes eighteen minutes.",
     ]
     query = "How long does the ferry take?"
     ranked = []
@@ -132,7 +132,7 @@ def test_the_default_ranks_as_on_transformers(smollm2: LocalModel) -> None:
     ours, theirs = ranked
     assert [r.index for r in ours] == [r.index for r in theirs]
     assert [r.passage for r in ours] == [r.passage for r in theirs]
-    assert ours[0].passage is not None
+    assert [r.index for r in ours if r.passage is not None] == [len(documents) - 1]
     np.testing.assert_allclose(
         [r.probability for r in ours], [r.probability for r in theirs], rtol=0, atol=TOLERANCE
     )
