@@ -122,7 +122,7 @@ class WindowPlanner:
                         DocumentTruncatedWarning,
                         stacklevel=7,
                     )
-            if layout.size == 1:
+            if layout.size == 1 and (layout.passage_tokens or not layout.max_document_tokens):
                 text = document[: whole.stop]
                 pieces += ((index, span) for span in self._encoder.passages(text, passage_tokens))
             else:

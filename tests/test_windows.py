@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_rerank_integrations.windows import plan_windows
+from core_rerank_integrations.errors import DocumentTruncatedWarning
+from core_rerank_integrations.loading import load_encoder
+from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.windows import Layout, WindowPlanner, plan_windows
 
 
 def test_one_window_when_all_fits() -> None:
@@ -22,6 +26,19 @@ def test_one_long_document_does_not_split_the_others() -> None:
 
 def test_no_documents() -> None:
     assert plan_windows([], budget=10) == []
+
+
+def test_alone_a_document_is_cut_or_read_by_passages(smollm2: LocalModel) -> None:
+    planner = WindowPlanner(load_encoder(smollm2, "chatml"), max_context=120)
+    long = "word " * 300
+    pieces = planner.windows("q", [long], Layout(1))
+    assert len(pieces) > 3
+    assert {index for piece in pieces for index in piece.indices} == {0}
+    assert max(len(piece.prompt) for piece in pieces) <= 120
+    # Features are of documents: cut to the context, such a one stays one piece.
+    with pytest.warns(DocumentTruncatedWarning, match="document 0 was cut"):
+        (piece,) = planner.windows("q", [long], Layout(1, max_document_tokens=120))
+    assert len(piece.prompt) <= 120
 
 
 def test_each_by_itself() -> None:
