@@ -7,12 +7,12 @@ what becomes of nDCG@10. Each precision is a pass over all lists, so minutes to 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from common import MODEL, machine
-from rich.console import Console
-from rich.progress import track
 
+from core_rerank_integrations.cli.common import tracked
 from core_rerank_integrations.collection import Collection, load_run
 from core_rerank_integrations.evaluation import JointReranker, Method, mean_measures, rank_all
 from core_rerank_integrations.heads import named_head_set
@@ -43,9 +43,8 @@ def main() -> None:
     rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
     for dtype in DTYPES:
         reranker = JointReranker(resolve(MODEL), METHODS, arguments.backend, dtype)
-        console = Console(stderr=True)
         ranked = rank_all(
-            collection, run, reranker.scores, track(queries, description=dtype, console=console)
+            collection, run, partial(reranker.scores, tracked=partial(tracked, what=dtype)), queries
         )
         reranker.close()
         rankings[dtype] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +22,13 @@ from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reading import (
     Candidates,
-    WindowReading,
+    Tracked,
     collected,
     layout_of,
+    untracked,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.scoring import Mass, prior_of_order
+from core_rerank_integrations.scoring import Mass, Scores, best_places, prior_of_order
 from core_rerank_integrations.windows import Layout
 
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10", "AP", "RR", "R@5", "R@10")
@@ -75,12 +77,8 @@ class Method:
     """Whether the first stage's order counts beside the heads, and what it is; see `Ranked`."""
 
     def in_windows_of(self, size: int) -> Method:
-        """The same heads in other prompts than they want; what they mean there is not known."""
-        if self.heads is None or self.heads.window == size:
-            return self
-        return replace(
-            self, heads=self.heads.model_copy(update={"window": size, "calibration": None})
-        )
+        """The same heads in prompts of ``size`` documents; see `HeadSet.in_windows_of`."""
+        return self if self.heads is None else replace(self, heads=self.heads.in_windows_of(size))
 
 
 class ReliabilityBin(NamedTuple):
@@ -181,31 +179,59 @@ class JointReranker:
             backend, model, HeadSet.from_pairs(places), dtype, device, template
         )
 
-    def scores(self, query: str, documents: Sequence[str]) -> dict[str, list[float]]:
-        """By method, one score a document; the first stage's are falling numbers."""
-        candidates = Candidates(query, tuple(documents))
-        read: dict[Layout, list[WindowReading]] = {}
-        scores = {}
+    def scores(
+        self, lists: Sequence[Candidates], tracked: Tracked = untracked
+    ) -> list[dict[str, Scores]]:
+        """Of each list by method, one score a document; the first stage's are falling numbers.
+
+        Args:
+            lists: Queries and their candidates.
+            tracked: Wraps the prompts as they are read, with their number; a progress bar, say.
+        """
+        scores: list[dict[str, Scores]] = [{} for _ in lists]
+        by_layout: dict[Layout | None, list[Method]] = {}
         for method in self._methods:
-            heads = method.heads
-            if heads is None:
-                scores[method.name] = [-float(place) for place in range(len(documents))]
-                continue
-            layout = layout_of(heads)
-            if layout not in read:
-                (windows,) = self._reader.plan([candidates], layout)
-                read[layout] = self._reader.read(windows, by_head=True)
-            weights = self._weights(heads)
-            weighed = [reading.weighed(weights) for reading in read[layout]]
-            scored = collected(weighed, len(documents), heads.drop_outliers)
-            weight = heads.order_weight(method.ranked)
-            prior = prior_of_order(len(documents), weight)
-            scores[method.name] = (scored.scores + prior).tolist()
+            layout = None if method.heads is None else layout_of(method.heads)
+            by_layout.setdefault(layout, []).append(method)
+        for layout, methods in by_layout.items():
+            if layout is None:
+                for of_list, (_, documents) in zip(scores, lists, strict=True):
+                    order = -np.arange(len(documents), dtype=np.float64)
+                    of_list.update((method.name, order) for method in methods)
+            else:
+                self._score(lists, layout, methods, scores, tracked)
         return scores
 
     def close(self) -> None:
         """Free the model."""
         self._reader.close()
+
+    def _score(
+        self,
+        lists: Sequence[Candidates],
+        layout: Layout,
+        methods: Sequence[Method],
+        scores: Sequence[dict[str, Scores]],
+        tracked: Tracked,
+    ) -> None:
+        """Add what ``methods``, which want their prompts alike, make of each list."""
+        planned = self._reader.plan(lists, layout)
+        prompts = [window for windows in planned for window in windows]
+        sets = {method.name: cast(HeadSet, method.heads) for method in methods}
+        weights = {name: self._weights(heads) for name, heads in sets.items()}
+        of_prompts: dict[str, dict[int, Scores]] = {name: {} for name in sets}
+        for place, reading in tracked(self._reader.stream(prompts, by_head=True), len(prompts)):
+            for name, heads in sets.items():
+                weighed = reading.weighed(weights[name])
+                of_prompts[name][place] = weighed.scores(heads.drop_outliers)
+        places = iter(range(len(prompts)))
+        for of_list, (_, documents), windows in zip(scores, lists, planned, strict=True):
+            own = list(islice(places, len(windows)))
+            for method in methods:
+                values = [of_prompts[method.name][place] for place in own]
+                weight = sets[method.name].order_weight(method.ranked)
+                prior = prior_of_order(len(documents), weight)
+                of_list[method.name] = collected(windows, values, len(documents)).scores + prior
 
     def _weights(self, heads: HeadSet) -> Mass:
         weights = np.zeros(len(self._columns), dtype=np.float32)
@@ -217,23 +243,29 @@ class JointReranker:
 def rank_all(
     collection: Collection,
     run: Run,
-    scores: Callable[[str, Sequence[str]], Mapping[str, Sequence[float]]],
-    queries: Iterable[str],
+    scores: Callable[[Sequence[Candidates]], Sequence[Mapping[str, Sequence[float] | Scores]]],
+    queries: Sequence[str],
 ) -> dict[str, dict[str, list[tuple[str, float]]]]:
     """Rankings by method and query id.
 
     Args:
         collection: Texts.
         run: The candidates, best first; a query that it lacks has none.
-        scores: By method, one score per document of a query's list.
+        scores: Of each list by method, one score per document.
         queries: Query ids.
     """
+    lists = [
+        Candidates(
+            collection.queries[query],
+            tuple(collection.passages[document].content for document in run.get(query, [])),
+        )
+        for query in queries
+    ]
     rankings: dict[str, dict[str, list[tuple[str, float]]]] = {}
-    for query in queries:
+    for query, of_list in zip(queries, scores(lists), strict=True):
         candidates = run.get(query, [])
-        texts = [collection.passages[document].content for document in candidates]
-        for name, values in scores(collection.queries[query], texts).items():
-            order = sorted(range(len(values)), key=lambda place: -values[place])
+        for name, values in of_list.items():
+            order = best_places(np.asarray(values), len(candidates))
             rankings.setdefault(name, {})[query] = [
                 (candidates[place], float(values[place])) for place in order
             ]

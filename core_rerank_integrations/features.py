@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -19,17 +19,12 @@ from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel, cache_folder, model_shape, resolve
 from core_rerank_integrations.prompt import PromptTemplate
-from core_rerank_integrations.reading import Candidates
+from core_rerank_integrations.reading import Candidates, Tracked, WindowReading, untracked
 from core_rerank_integrations.windows import Layout, Window
 
 Features = npt.NDArray[np.float32]
 
 FINGERPRINT_BYTES = 1 << 20
-BATCH_PROMPTS = 128
-"""Prompts that are read, and kept in memory head by head, at once."""
-
-Batch = list[tuple[Path, Window]]
-"""Prompts, and where their features are stored."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ class HeadReader:
         lists: Sequence[Candidates],
         window: int | None = None,
         reverse: bool = False,
-        tracked: Callable[[list[Batch]], Iterable[Batch]] = iter,
+        tracked: Tracked = untracked,
     ) -> list[HeadFeatures]:
         """Features of each list's documents, ranked in prompts of at most ``window``.
 
@@ -116,7 +111,7 @@ class HeadReader:
             lists: Queries and their documents.
             window: Most documents in one prompt; ``None`` for as many as fit.
             reverse: Whether a prompt shows its documents last first.
-            tracked: Wraps the batches of prompts that are to be computed, say in a progress bar.
+            tracked: Wraps the prompts that are not yet stored, as they are read.
 
         Raises:
             StorageError: What was read cannot be written or read back.
@@ -127,19 +122,12 @@ class HeadReader:
         planned = self._reader.plan(lists, layout)
         wanted = {self._path(window): window for windows in planned for window in windows}
         parts = {path: _load(path) for path in wanted}
-        missing = sorted(
-            ((path, window) for path, window in wanted.items() if parts[path] is None),
-            key=lambda item: item[1].key,
-        )
-        batches = [
-            missing[start : start + BATCH_PROMPTS]
-            for start in range(0, len(missing), BATCH_PROMPTS)
-        ]
-        for batch in tracked(batches):
-            computed = self._compute([window for _, window in batch])
-            for (path, _), part in zip(batch, computed, strict=True):
-                _store(path, part)
-                parts[path] = part
+        missing = [path for path, part in parts.items() if part is None]
+        readings = self._reader.stream([wanted[path] for path in missing], by_head=True)
+        for place, reading in tracked(readings, len(missing)):
+            part = _features(reading)
+            _store(missing[place], part)
+            parts[missing[place]] = part
         found = cast(dict[Path, HeadFeatures], parts)
         return [
             _assembled([(window, found[self._path(window)]) for window in windows])
@@ -156,27 +144,25 @@ class HeadReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compute(self, windows: Sequence[Window]) -> list[HeadFeatures]:
-        features = []
-        for reading in self._reader.read(windows, by_head=True):
-            attention = [
-                reading.mass[:, span.start : span.stop - 1].sum(axis=1)
-                for span in reading.window.prompt.document_spans
-            ]
-            parts = (
-                np.stack(attention),
-                reading.scores(drop_outliers=False).T,
-                reading.scores(drop_outliers=True).T,
-            )
-            features.append(HeadFeatures(*(part.astype(np.float32) for part in parts)))
-        return features
-
     def _path(self, window: Window) -> Path:
         digest = hashlib.sha256(self._identity)
         for part in (window.prompt.prefix, window.prompt.suffix):
             digest.update(len(part).to_bytes(8) + part.tobytes())
         name = digest.hexdigest()
         return self._cache / name[:2] / f"{name}.npz"
+
+
+def _features(reading: WindowReading) -> HeadFeatures:
+    attention = [
+        reading.mass[:, span.start : span.stop - 1].sum(axis=1)
+        for span in reading.window.prompt.document_spans
+    ]
+    parts = (
+        np.stack(attention),
+        reading.scores(drop_outliers=False).T,
+        reading.scores(drop_outliers=True).T,
+    )
+    return HeadFeatures(*(part.astype(np.float32) for part in parts))
 
 
 def _assembled(parts: Sequence[tuple[Window, HeadFeatures]]) -> HeadFeatures:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from core_rerank_integrations.collection import Collection, ScoredRun
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evaluation import mean_measures
-from core_rerank_integrations.features import Batch, HeadReader
+from core_rerank_integrations.features import HeadReader
 from core_rerank_integrations.heads import Calibration, FirstStage, Head, HeadSet, Ranked
-from core_rerank_integrations.reading import Candidates
+from core_rerank_integrations.reading import Candidates, Tracked, untracked
 from core_rerank_integrations.scoring import best_places, prior_of_order, prior_of_scores
 
 with requires_extra("eval"):
@@ -82,7 +82,7 @@ def judged_lists(
     candidates: int = 20,
     ranked: Ranked = True,
     reverse: bool = False,
-    tracked: Callable[[list[Batch]], Iterable[Batch]] = iter,
+    tracked: Tracked = untracked,
 ) -> list[JudgedList]:
     """Read the features of each query's first ``candidates``; see `HeadReader.read_lists`."""
     documents = {

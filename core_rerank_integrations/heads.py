@@ -233,6 +233,15 @@ class HeadSet(BaseModel):
         ]
         return cls._validated({"heads": heads, **fields}, "heads")
 
+    def in_windows_of(self, size: int) -> HeadSet:
+        """The same heads in prompts of ``size`` documents.
+
+        What a score means as a probability is known for the size it was fitted for alone.
+        """
+        if size == self.window:
+            return self
+        return self.model_copy(update={"window": size, "calibration": None})
+
     def order_weight(self, ranked: Ranked) -> float:
         """How much the order of documents counts that come ``ranked``."""
         if isinstance(ranked, bool):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from core_rerank_integrations.windows import Layout, Window, WindowPlanner
 
 BASELINE_CACHE_VALUES = 4_000_000
 """Values of ``N/A`` attention mass that are kept, at four bytes each."""
+BATCH_PROMPTS = 128
+"""Prompts of a stream that are read, and held in memory, at once."""
 
 
 class Candidates(NamedTuple):
@@ -51,6 +53,18 @@ class WindowReading(NamedTuple):
     def weighed(self, weights: Mass) -> WindowReading:
         """A reading by heads, summed: ``weights`` has shape [heads]."""
         return WindowReading(self.window, weights @ self.mass, weights @ self.baseline)
+
+
+Readings = Iterable[tuple[int, WindowReading]]
+"""Prompts by their places, as they are read; see `Reader.stream`."""
+
+Tracked = Callable[[Readings, int], Readings]
+"""Wraps readings as they come, told how many there will be; a progress bar, say."""
+
+
+def untracked(readings: Readings, _: int) -> Readings:
+    """Readings without progress."""
+    return readings
 
 
 class ScoredList(NamedTuple):
@@ -122,6 +136,27 @@ class Reader:
             for window, mass in zip(windows, masses, strict=False)
         ]
 
+    def stream(
+        self, windows: Sequence[Window], by_head: bool = False
+    ) -> Iterator[tuple[int, WindowReading]]:
+        """Read many prompts, those of the same documents together, whichever lists they are of.
+
+        What stands before the query is then computed once for all of them, and memory holds the
+        readings of one batch.
+
+        Args:
+            windows: The prompts.
+            by_head: As for `read`.
+
+        Yields:
+            A prompt's place in ``windows``, and its reading; in an order of its own.
+        """
+        order = sorted(range(len(windows)), key=lambda place: windows[place].key)
+        for start in range(0, len(order), BATCH_PROMPTS):
+            places = order[start : start + BATCH_PROMPTS]
+            readings = self.read([windows[place] for place in places], by_head)
+            yield from zip(places, readings, strict=True)
+
     def score(
         self, lists: Sequence[Candidates], heads: HeadSet, layout: Layout
     ) -> list[ScoredList]:
@@ -130,7 +165,9 @@ class Reader:
         readings = iter(self.read([window for windows in planned for window in windows]))
         return [
             collected(
-                [next(readings) for _ in windows], len(candidates.documents), heads.drop_outliers
+                windows,
+                [next(readings).scores(heads.drop_outliers) for _ in windows],
+                len(candidates.documents),
             )
             for candidates, windows in zip(lists, planned, strict=True)
         ]
@@ -159,24 +196,27 @@ class Reader:
                     self._baselines[key, by_head] = mass
 
 
-def layout_of(
-    heads: HeadSet, window: int | None = None, max_document_tokens: int | None = None
-) -> Layout:
-    """How ``heads`` want a list to be read; ``window`` overrules them."""
-    return Layout(window or heads.window, heads.reverse, heads.passage_tokens, max_document_tokens)
+def layout_of(heads: HeadSet, max_document_tokens: int | None = None) -> Layout:
+    """How ``heads`` want a list to be read."""
+    return Layout(heads.window, heads.reverse, heads.passage_tokens, max_document_tokens)
 
 
-def collected(readings: Sequence[WindowReading], documents: int, drop_outliers: bool) -> ScoredList:
-    """The scores of one list from its prompts; of a document's passages the best one counts."""
-    scores = np.full(documents, -np.inf)
+def collected(windows: Sequence[Window], scores: Sequence[Scores], documents: int) -> ScoredList:
+    """The scores of one list from those of its prompts; of a document's passages the best counts.
+
+    Args:
+        windows: The list's prompts.
+        scores: Of each prompt's documents.
+        documents: How many the list has.
+    """
+    collected_scores = np.full(documents, -np.inf)
     passages: list[Span | None] = [None] * documents
-    pieces = Counter(index for reading in readings for index in reading.window.indices)
-    for reading in readings:
-        window = reading.window
+    pieces = Counter(index for window in windows for index in window.indices)
+    for window, window_scores in zip(windows, scores, strict=True):
         for index, passage, score in zip(
-            window.indices, window.passages, reading.scores(drop_outliers), strict=True
+            window.indices, window.passages, window_scores, strict=True
         ):
-            if score > scores[index]:
-                scores[index] = score
+            if score > collected_scores[index]:
+                collected_scores[index] = score
                 passages[index] = passage if pieces[index] > 1 else None
-    return ScoredList(scores, passages)
+    return ScoredList(collected_scores, passages)

@@ -135,9 +135,9 @@ class CoReReranker:
         self.model = str(model)
         self.heads = _head_set(heads, local_model)
         self.heads.check(local_model.model_id, model_shape(local_model.config()))
-        self._layout = layout_of(self.heads, window, max_document_tokens)
-        # Scores of prompts of another size mean something else.
-        self._calibration = self.heads.calibration if self._layout.size == 1 else None
+        if window is not None:
+            self.heads = self.heads.in_windows_of(window)
+        self._layout = layout_of(self.heads, max_document_tokens)
         self._load = partial(
             load_reader,
             backend,
@@ -308,7 +308,7 @@ class CoReReranker:
         is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not is_number or math.isnan(threshold):
             raise InvalidInputError(f"score_threshold must be a number or None, got {threshold!r}")
-        if self._calibration is not None and not 0 <= threshold <= 1:
+        if self.heads.calibration is not None and not 0 <= threshold <= 1:
             raise InvalidInputError(
                 f"score_threshold is a probability between 0 and 1, got {threshold!r}"
             )
@@ -341,8 +341,8 @@ class CoReReranker:
     ) -> list[RerankResult]:
         scores = scored.scores + prior
         probabilities = None
-        if self._calibration is not None:
-            probabilities = self._calibration.probabilities(scored.scores)
+        if self.heads.calibration is not None:
+            probabilities = self.heads.calibration.probabilities(scored.scores)
         results = [
             RerankResult(
                 place,

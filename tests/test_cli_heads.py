@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import failed, run
 
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.collection import Collection, save_run
+from core_rerank_integrations.reading import Reader, WindowReading
 from core_rerank_integrations.resources import resource_folder
 
 HANDBOOK = resource_folder("examples/data")
@@ -71,10 +73,7 @@ def test_a_second_run_writes_the_same_heads_without_the_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(*find(folder, "first"))
-    monkeypatch.setattr(
-        "core_rerank_integrations.features.HeadReader._compute",
-        lambda *_: pytest.fail("computed again"),
-    )
+    monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("computed again"))
     run(*find(folder, "second"))
     first, second = (HeadSet.load(folder / f"{name}.json") for name in ("first", "second"))
     assert first.heads == second.heads
@@ -112,19 +111,17 @@ def test_bad_input_to_find(folder: Path, options: tuple[str, ...], message: str)
 
 
 def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from core_rerank_integrations.features import HeadReader
-
-    compute = HeadReader._compute
+    read = Reader.read
     done: list[int] = []
 
-    def interrupted(self: HeadReader, *arguments: object) -> object:
+    def interrupted(self: Reader, *arguments: Any) -> list[WindowReading]:
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(1)
-        return compute(self, *arguments)
+        return read(self, *arguments)
 
     cache = ("--cache", str(folder / "interrupted"))
-    monkeypatch.setattr(HeadReader, "_compute", interrupted)
+    monkeypatch.setattr(Reader, "read", interrupted)
     with pytest.raises((AssertionError, KeyboardInterrupt)):
         run(*find(folder, "interrupted", *cache))
     assert not (folder / "interrupted.json").exists()

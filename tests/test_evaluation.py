@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from math import exp, log2
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from core_rerank_integrations.evaluation import (
 )
 from core_rerank_integrations.heads import Calibration
 from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.reading import Candidates
 from core_rerank_integrations.resources import resource_folder
 
 LOW = HeadSet.from_pairs(
@@ -56,15 +58,18 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
         Method("alone", LOW.model_copy(update={"window": 1}), ranked=True),
     ]
     joint = JointReranker(smollm2, methods, dtype="float32")
-    scores = joint.scores(query, documents)
+    lists = [Candidates(query, tuple(documents)), Candidates("Who bakes?", tuple(documents[1:]))]
+    scores, others = joint.scores(lists)
     joint.close()
-    assert scores["first-stage"] == [0, -1, -2, -3]
+    assert scores["first-stage"].tolist() == [0, -1, -2, -3]
+    assert others["first-stage"].tolist() == [0, -1, -2]
     for method in methods[1:]:
         with CoReReranker(smollm2.path, heads=method.heads) as reranker:
-            expected = reranker.score(query, documents, ranked=method.ranked)
-        assert scores[method.name] == pytest.approx(expected, abs=1e-6)
-    assert scores["low+first-stage"] != scores["alone"]
-    assert scores["low+first-stage"] != scores["low"] != scores["reversed"]
+            for (asked, texts), found in zip(lists, (scores, others), strict=True):
+                expected = reranker.score(asked, texts, ranked=method.ranked)
+                assert found[method.name] == pytest.approx(expected, abs=1e-6)
+    distinct = {tuple(scores[method.name].round(4)) for method in methods}
+    assert len(distinct) == len(methods), "each is a method of its own"
 
 
 def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:
@@ -85,10 +90,13 @@ def test_comparison_and_report(tmp_path: Path) -> None:
         for document in collection.qrels[query]
     }
 
-    def scores(_: str, texts: list[str]) -> dict[str, list[float]]:
-        order = [-float(place) for place in range(len(texts))]
-        perfect = [float(text in relevant) for text in texts]
-        return {"first-stage": order, "oracle": perfect, "same": order}
+    def scores(lists: Sequence[Candidates]) -> list[dict[str, list[float]]]:
+        scored = []
+        for _, texts in lists:
+            order = [-float(place) for place in range(len(texts))]
+            perfect = [float(text in relevant) for text in texts]
+            scored.append({"first-stage": order, "oracle": perfect, "same": order})
+        return scored
 
     methods = [Method("first-stage"), Method("oracle", LOW), Method("same", HIGH)]
     results = compare(collection.qrels, methods, rank_all(collection, run, scores, queries))
@@ -134,7 +142,3 @@ def test_calibrated_methods_are_judged_by_their_probabilities() -> None:
         (pytest.approx(sure), 1.0, 1),
     ]
     assert ranked.reliability == []
-    assert methods[0].in_windows_of(1) is methods[0]
-    together = methods[0].in_windows_of(5).heads
-    assert together is not None
-    assert (together.window, together.calibration) == (5, None)

@@ -173,3 +173,10 @@ def test_a_calibration_is_of_documents_by_themselves() -> None:
         HeadSet.from_pairs([(1, 1)], window=5, calibration=calibration)
     with pytest.raises(HeadSetError, match=r"calibration\.slope"):
         HeadSet.from_pairs([(1, 1)], window=1, calibration={**calibration, "slope": -1.0})
+
+
+def test_probabilities_belong_to_a_window() -> None:
+    alone = HeadSet.from_pairs([(1, 1)], window=1, calibration={"slope": 2.0, "intercept": -1.0})
+    assert alone.in_windows_of(1) == alone
+    together = alone.in_windows_of(5)
+    assert (together.window, together.calibration) == (5, None)

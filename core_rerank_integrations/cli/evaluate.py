@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,9 +85,8 @@ def evaluate(
             raise InvalidInputError("name at least one method beside the first stage")
         joint = JointReranker(local_model, chosen, backend, dtype)
         try:
-            rankings = rank_all(
-                collection, ranked, joint.scores, tracked(asked, len(asked), "Ranking")
-            )
+            scores = partial(joint.scores, tracked=partial(tracked, what="Reading"))
+            rankings = rank_all(collection, ranked, scores, asked)
         finally:
             joint.close()
         results = compare(collection.qrels, chosen, rankings)

@@ -6,10 +6,10 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import typer
 from rich.console import Console
@@ -20,9 +20,6 @@ from core_rerank_integrations.cli.common import clear_errors, tracked
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, Ranked, shipped_head_sets
 from core_rerank_integrations.models import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from core_rerank_integrations.features import Batch
 
 app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
 
@@ -245,7 +242,7 @@ def fit(
                     depth,
                     source.ranked,
                     reverse,
-                    _progress(source.folder.name),
+                    partial(tracked, what=source.folder.name),
                 )
                 for (source, collection, ranked, queries), depth in zip(
                     useful + judging_by, depths, strict=True
@@ -295,10 +292,6 @@ def fit(
         fitted.save(output)
     _print_heads(fitted)
     print(f"Wrote {output}")
-
-
-def _progress(what: str) -> Callable[[list[Batch]], Iterator[Batch]]:
-    return lambda batches: tracked(batches, len(batches), what)
 
 
 def _show_trial(trial: Any) -> None:
