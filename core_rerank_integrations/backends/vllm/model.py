@@ -12,7 +12,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
 from core_rerank_integrations.backends.vllm.pooler import CoRePooler
-from core_rerank_integrations.backends.vllm.probe import install_probes
+from core_rerank_integrations.backends.vllm.probe import Probes
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY
 
 
@@ -24,7 +24,7 @@ def as_core_model(original: type) -> type:
             self._last_layer = vllm_config.model_config.hf_text_config.num_hidden_layers - 1
             self._drop_last_mlp()
             heads = getattr(vllm_config.model_config.hf_config, HEADS_KEY)
-            probes = install_probes(vllm_config, heads, stop_after_last=True)
+            probes = Probes(vllm_config, heads, stop_after_last=True)
             return CoRePooler(probes, len(heads))
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from vllm.distributed import (
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.tasks import PoolingTask
 
-from core_rerank_integrations.backends.vllm.attention_sum import AttentionSum
-from core_rerank_integrations.backends.vllm.probe import Probe
+from core_rerank_integrations.backends.vllm.attention_sum import AttentionSum, StepPart, add_step
+from core_rerank_integrations.backends.vllm.probe import Probes
 from core_rerank_integrations.backends.vllm.request import rerank_options
 
 TASK: PoolingTask = "token_classify"
@@ -28,7 +28,7 @@ class CoRePooler(Pooler):  # type: ignore[misc]
     A request yields what `AttentionSum.vector` describes, for the caller's side to check.
     """
 
-    def __init__(self, probes: Sequence[Probe], heads: int) -> None:
+    def __init__(self, probes: Probes, heads: int) -> None:
         super().__init__()
         self._probes = probes
         self._heads = heads
@@ -41,9 +41,11 @@ class CoRePooler(Pooler):  # type: ignore[misc]
         """Called after every step, with all requests of its batch."""
         cursor = pooling_metadata.get_pooling_cursor()
         device = hidden_states.device
-        outputs = []
+        parts: list[StepPart] = []
+        nothing = torch.zeros(1, device=device)
+        outputs = [nothing] * len(pooling_metadata.pooling_params)
         first_token = 0
-        for request, (parameters, state, scheduled, end, prompt_length) in enumerate(
+        for request, (parameters, state, scheduled, end, length) in enumerate(
             zip(
                 pooling_metadata.pooling_params,
                 pooling_metadata.pooling_states,
@@ -54,22 +56,23 @@ class CoRePooler(Pooler):  # type: ignore[misc]
             )
         ):
             options = rerank_options(parameters)
-            if options is None:  # vLLM's own dummy requests.
-                outputs.append(torch.zeros(1, device=device))
-            else:
+            if options is not None:  # Else one of vLLM's own dummy requests.
                 if not hasattr(state, "core_rerank"):
-                    state.core_rerank = AttentionSum(options, self._heads, device)
-                attention: AttentionSum = state.core_rerank
-                attention.add(self._probes, request, first_token, end - scheduled, end)
-                outputs.append(_reduced(attention.vector(), finished=end == prompt_length))
+                    state.core_rerank = AttentionSum(options, self._heads, length, device)
+                parts.append(
+                    StepPart(request, first_token, end - scheduled, end, state.core_rerank)
+                )
             first_token += scheduled
-        for probe in self._probes:
-            probe.forget()
+        add_step(self._probes, parts)
+        self._probes.forget()
+        for part in parts:
+            if part.end == part.sum.length:  # Nobody reads the others'.
+                outputs[part.request] = _reduced(part.sum.vector())
         return outputs
 
 
-def _reduced(vector: Tensor, finished: bool) -> Tensor:
-    if finished and get_tensor_model_parallel_world_size() > 1:
+def _reduced(vector: Tensor) -> Tensor:
+    if get_tensor_model_parallel_world_size() > 1:
         rows = vector[-1].clone()
         vector = tensor_model_parallel_all_reduce(vector)
         vector[-1] = rows

@@ -20,6 +20,13 @@ SELF_TEST_KEY = "core_rerank_self_test"
 RESULT_KEY = "core_rerank_result"
 """With a request of a generating engine: under which name its attention is fetched."""
 
+TRAILING_TOKENS = 1
+"""After the prompt of a generating engine, and no part of it.
+
+A last chunk of a single token may run in a graph that no probe sees into; a token that nobody
+asks about takes that place, and what comes before it is the same with it and without.
+"""
+
 
 def rerank_options(parameters: Any) -> Mapping[str, Any] | None:
     """What this package sent along with a request; ``None`` if the request is not ours.

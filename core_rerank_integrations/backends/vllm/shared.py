@@ -8,12 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from core_rerank_integrations.backends.vllm.client import (
-    EngineClient,
-    engine_arguments,
-    running_on,
-)
-from core_rerank_integrations.backends.vllm.request import RESULT_KEY
+from core_rerank_integrations.backends.vllm.client import EngineClient, running_on
+from core_rerank_integrations.backends.vllm.request import RESULT_KEY, TRAILING_TOKENS
 from core_rerank_integrations.errors import (
     HeadSetError,
     InvalidInputError,
@@ -29,6 +25,13 @@ with requires_extra("vllm"):
     from vllm.inputs import TextPrompt, TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from core_rerank_integrations.backends.vllm.arguments import (
+        REFUSED_PARALLELISM,
+        cuda_arguments,
+        engine_arguments,
+        refuse_parallelism,
+        weights_of,
+    )
     from core_rerank_integrations.backends.vllm.compat import check_version
 
 WORKER_EXTENSION = "core_rerank_integrations.backends.vllm.worker.CoReWorkerExtension"
@@ -67,9 +70,12 @@ class SharedVLLMBackend(EngineClient):
     ) -> None:
         check_version()
         if engine is None:
+            given = engine_args or {}
+            config = model.config()
+            loaded = weights_of(model.path)
             arguments = engine_arguments(
-                engine_args or {},
-                own={"dtype": dtype},
+                given,
+                own={"dtype": dtype, **cuda_arguments(config, dtype, given, loaded)},
                 fixed={"model": str(model.path), "worker_extension_cls": WORKER_EXTENSION},
             )
             super().__init__(len(head_set.heads))
@@ -80,7 +86,7 @@ class SharedVLLMBackend(EngineClient):
             self._engine = engine
         assert self._engine is not None
         # One token is generated, which must have room after the prompt.
-        self.max_context = self._engine.model_config.max_model_len - 1
+        self.max_context = self._engine.model_config.max_model_len - 1 - TRAILING_TOKENS
         self._installed = asyncio.run_coroutine_threadsafe(self._install(head_set), self._loop)
         if running_on(self._loop):
             return  # Waiting here would block the engine's loop: the first call waits instead.
@@ -124,6 +130,8 @@ class SharedVLLMBackend(EngineClient):
         self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
     ) -> np.ndarray[Any, Any]:
         name = self._next_id()
+        ids = tokens["prompt_token_ids"]
+        tokens = TokensPrompt(prompt_token_ids=ids + ids[-1:] * TRAILING_TOKENS)
         parameters = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -175,6 +183,8 @@ def _check_engine(engine: AsyncLLM, model: LocalModel, head_set: HeadSet) -> Non
             f"the vLLM engine was made with worker_extension_cls={extension!r}; to share it with "
             f"a reranker, make it with {WORKER_EXTENSION!r}"
         )
+    for name in REFUSED_PARALLELISM:
+        refuse_parallelism(name, getattr(engine.vllm_config.parallel_config, name, 1))
     running = model_shape(engine.model_config.hf_text_config)
     if running != model_shape(model.config()):
         raise HeadSetError(

@@ -7,10 +7,14 @@ from typing import Any
 
 from cachetools import LRUCache
 
-from core_rerank_integrations.backends.vllm.attention_sum import AttentionSum
+from core_rerank_integrations.backends.vllm.attention_sum import AttentionSum, StepPart, add_step
 from core_rerank_integrations.backends.vllm.compat import check_version, step_requests
-from core_rerank_integrations.backends.vllm.probe import install_probes
-from core_rerank_integrations.backends.vllm.request import RESULT_KEY, rerank_options
+from core_rerank_integrations.backends.vllm.probe import Probes
+from core_rerank_integrations.backends.vllm.request import (
+    RESULT_KEY,
+    TRAILING_TOKENS,
+    rerank_options,
+)
 from core_rerank_integrations.errors import CoReError
 
 UNFETCHED_RESULTS = 1024
@@ -54,11 +58,11 @@ class _ProbedSteps:
     """Sums attention after each step of a model runner."""
 
     def __init__(self, runner: Any, heads: Sequence[tuple[int, int, float]]) -> None:
-        self.sums: dict[str, tuple[str, int, AttentionSum]] = {}
+        self.sums: dict[str, tuple[str, AttentionSum]] = {}
         self.results: LRUCache[str, bytes] = LRUCache(UNFETCHED_RESULTS)
         self._heads = len(heads)
         self._runner = runner
-        self._probes = install_probes(runner.vllm_config, heads)
+        self._probes = Probes(runner.vllm_config, heads)
         execute = runner.execute_model
 
         def execute_model(scheduler_output: Any, *arguments: Any, **kwargs: Any) -> Any:
@@ -72,28 +76,29 @@ class _ProbedSteps:
 
     def remove(self) -> None:
         del self._runner.execute_model
-        for probe in self._probes:
-            probe.remove()
+        self._probes.remove()
 
     def _after(self, scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
             options = rerank_options(new.sampling_params)
             if options is not None and new.req_id not in self.sums:
-                attention = AttentionSum(options, self._heads, self._runner.device)
-                length = len(new.prompt_token_ids)
-                self.sums[new.req_id] = (options[RESULT_KEY], length, attention)
+                length = len(new.prompt_token_ids) - TRAILING_TOKENS
+                attention = AttentionSum(options, self._heads, length, self._runner.device)
+                self.sums[new.req_id] = (options[RESULT_KEY], attention)
         if self.sums:
+            parts = []
             first_token = 0
             for place, (request, begin, scheduled) in enumerate(
                 step_requests(self._runner, scheduler_output)
             ):
                 if request in self.sums:
-                    key, length, attention = self.sums[request]
-                    end = min(begin + scheduled, length)
-                    attention.add(self._probes, place, first_token, begin, end)
-                    if end == length:
-                        self.results[key] = attention.vector().cpu().numpy().tobytes()
-                        del self.sums[request]
+                    attention = self.sums[request][1]
+                    end = min(begin + scheduled, attention.length)
+                    parts.append((request, StepPart(place, first_token, begin, end, attention)))
                 first_token += scheduled
-        for probe in self._probes:
-            probe.forget()
+            add_step(self._probes, [part for _, part in parts])
+            for request, part in parts:
+                if part.end == part.sum.length:
+                    key, attention = self.sums.pop(request)
+                    self.results[key] = attention.vector().cpu().numpy().tobytes()
+        self._probes.forget()
