@@ -13,6 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
+from core_rerank_integrations.backends.vllm.process import (
+    check_main_guard,
+    close_at_exit,
+    owned_engine,
+)
 from core_rerank_integrations.backends.vllm.request import (
     PER_HEAD_KEY,
     QUERY_START_KEY,
@@ -40,6 +45,8 @@ with requires_extra("vllm"):
 LIVENESS_SECONDS = 1.0
 """How often a waiting call looks whether the engine still lives."""
 CANCEL_SECONDS = 5.0
+SHUTDOWN_SECONDS = 30.0
+"""How long an engine may take to end before it is killed; a busy machine needs a few."""
 SELF_TEST_TOKENS = 43
 """More than a block of the cache, and no whole number of blocks."""
 SELF_TESTS = 20
@@ -115,7 +122,10 @@ class EngineClient(ABC):
         """Start an engine on the loop of this client's own."""
         say(f"Starting vLLM with {arguments['model']} ...")
         try:
-            self._engine = self._run(_started(arguments))
+            check_main_guard()
+            with owned_engine():
+                self._engine = self._run(_started(arguments))
+            close_at_exit(self)
         except BaseException:
             self._closed = True
             self._stop_loop()
@@ -192,7 +202,7 @@ class EngineClient(ABC):
         # What listens to it first: it would report the engine's end as a failure.
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         if self._engine is not None:
-            self._engine.shutdown()
+            self._engine.shutdown(timeout=SHUTDOWN_SECONDS)
 
     def _stop_loop(self) -> None:
         if self._thread is not None:

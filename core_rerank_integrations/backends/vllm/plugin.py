@@ -6,6 +6,7 @@ from core_rerank_integrations.backends.vllm.compat import (
     is_supported_version,
     key_query_blocks_by_request,
 )
+from core_rerank_integrations.backends.vllm.process import end_with_owner
 
 ARCHITECTURE_PREFIX = "CoRe"
 MODELS = "core_rerank_integrations.backends.vllm.model"
@@ -29,3 +30,4 @@ def register() -> None:
             twin = ARCHITECTURE_PREFIX + architecture
             ModelRegistry.register_model(twin, f"{MODELS}:{twin}")
     key_query_blocks_by_request()
+    end_with_owner()
