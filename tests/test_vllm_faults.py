@@ -80,6 +80,7 @@ def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: 
         engine.attention_mass([])
 
 
+@pytest.mark.vllm_v2
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])
 def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, backend: str) -> None:
     reranker, _ = started(smollm2, backend, max_num_batched_tokens=256)

@@ -72,6 +72,7 @@ async def scores(reranker: CoReReranker, queries: Sequence[str]) -> list[list[fl
     return await asyncio.gather(*map(by_index, queries))
 
 
+@pytest.mark.vllm_v2
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 async def test_chat_is_the_same_with_probes_and_reranks(
     smollm2: LocalModel, reranker: CoReReranker, eager: bool
@@ -143,6 +144,7 @@ def test_an_engine_of_its_own_answers_too(smollm2: LocalModel) -> None:
         assert len(reranker.score("gulls", DOCUMENTS)) == 3
 
 
+@pytest.mark.vllm_v2
 def test_a_last_chunk_of_one_token_that_no_probe_sees(
     smollm2: LocalModel, reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

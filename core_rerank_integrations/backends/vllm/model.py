@@ -15,14 +15,17 @@ from core_rerank_integrations.backends.vllm.pooler import CoRePooler
 from core_rerank_integrations.backends.vllm.probe import Probes
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY
 
+FEED_FORWARD = ("mlp", "block_sparse_moe", "feed_forward")
+"""Names of what follows the attention in a layer, the experts of a mixture among it."""
+
 
 def as_core_model(original: type) -> type:
-    """A pooling model around a decoder: probes on its attention, no LM head, no last MLP."""
+    """A pooling model around a decoder: probes on its attention, and nothing after the last."""
 
     class CoReModel(as_embedding_model(original)):  # type: ignore[misc]
         def _init_pooler(self, vllm_config: Any, prefix: str = "") -> CoRePooler:  # noqa: ARG002
             self._last_layer = vllm_config.model_config.hf_text_config.num_hidden_layers - 1
-            self._drop_last_mlp()
+            self._drop_last_feed_forward()
             heads = getattr(vllm_config.model_config.hf_config, HEADS_KEY)
             probes = Probes(vllm_config, heads, stop_after_last=True)
             return CoRePooler(probes, len(heads))
@@ -32,17 +35,19 @@ def as_core_model(original: type) -> type:
                 (name, tensor) for name, tensor in weights if self._is_kept(name)
             )
 
-        def _drop_last_mlp(self) -> None:
+        def _drop_last_feed_forward(self) -> None:
             for name, module in self.named_modules():
-                if name.endswith(f"layers.{self._last_layer}") and hasattr(module, "mlp"):
-                    module.mlp = nn.Identity()
+                if name.endswith(f"layers.{self._last_layer}"):
+                    for part in FEED_FORWARD:
+                        if hasattr(module, part):
+                            setattr(module, part, nn.Identity())
 
         def _is_kept(self, name: str) -> bool:
-            layer = re.search(r"\blayers\.(\d+)\.(mlp\.)?", name)
+            layer = re.search(r"\blayers\.(\d+)\.(\w+)", name)
             if layer is None:
                 return not name.startswith("lm_head")
-            number, in_mlp = int(layer[1]), layer[2] is not None
-            return bool(number < self._last_layer or (number == self._last_layer and not in_mlp))
+            number, dropped = int(layer[1]), layer[2] in FEED_FORWARD
+            return bool(number < self._last_layer or (number == self._last_layer and not dropped))
 
     return CoReModel
 

@@ -18,10 +18,11 @@ def register() -> None:
     Every vLLM on the machine calls this, also where nobody reranks: one of a version that is
     not supported is left alone.
     """
-    from vllm import ModelRegistry
-
     if not is_supported_version():
         return
+
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     for architecture in list(ModelRegistry.get_supported_archs()):
         if architecture.endswith("ForCausalLM") and not architecture.startswith(
@@ -29,5 +30,7 @@ def register() -> None:
         ):
             twin = ARCHITECTURE_PREFIX + architecture
             ModelRegistry.register_model(twin, f"{MODELS}:{twin}")
+            if architecture in MODELS_CONFIG_MAP:  # What vLLM settles by a model's name.
+                MODELS_CONFIG_MAP.setdefault(twin, MODELS_CONFIG_MAP[architecture])
     key_query_blocks_by_request()
     end_with_owner()
