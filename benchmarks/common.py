@@ -28,6 +28,8 @@ HEADS = HeadSet.from_pairs(
 """Always the same, so that figures of different days stand side by side."""
 WORDS = 78
 """Words of a document: about 110 tokens."""
+LONG_WORDS = 290
+"""Words of a document of about 400 tokens."""
 
 
 def machine(*packages: str) -> str:

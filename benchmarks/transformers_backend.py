@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import HEADS, MODEL, alternate, machine, requests, tracked
+from common import HEADS, LONG_WORDS, MODEL, WORDS, alternate, machine, requests, tracked
 from transformers import AutoModelForCausalLM
 
 from core_rerank_integrations import CoReReranker, HeadSet
@@ -50,6 +50,34 @@ def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int
         f"{statistics.median(plain):.2f} | **{statistics.median(ratios):.2f}** "
         f"({min(ratios):.2f} to {max(ratios):.2f}) | {layers[0]}/{layers[1]} = "
         f"{layers[0] / layers[1]:.2f} |"
+    )
+
+
+def known_documents(words: int, rounds: int) -> str:
+    """A rerank of 20 documents that were asked about before, over a plain prefill of them."""
+    full = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
+    with CoReReranker(MODEL, dtype="float32") as reranker:
+        queries = [query for query, _ in requests(rounds + 1, 1)]
+        ((first, documents),) = requests(1, 20, words)
+        prompt = reranker.reader.encoder.encode(first, documents)
+        tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+        start = time.perf_counter()
+        reranker.score("What was asked before?", documents)
+        new = time.perf_counter() - start
+
+        def prefill(_: int) -> None:
+            with torch.inference_mode():
+                full(tokens, use_cache=False, logits_to_keep=1)
+
+        known, plain = alternate(
+            lambda number: reranker.score(queries[number], documents), prefill, rounds
+        )
+        held = reranker.reader.backend._known.currsize / len(documents) / 2**20
+    ratios = [a / b for a, b in zip(known, plain, strict=True)]
+    return (
+        f"| {words} | {tokens.shape[1]} | {new:.2f} | {statistics.median(known):.3f} | "
+        f"{statistics.median(plain):.2f} | **{statistics.median(ratios):.3f}** "
+        f"({min(ratios):.3f} to {max(ratios):.3f}) | {held:.1f} |"
     )
 
 
@@ -117,6 +145,13 @@ def main() -> None:
     for kind in SHIPPED:
         heads = named_head_set(f"{kind}-{MODEL}-instruct")
         print(compare_with_full_prefill(kind, heads, "bfloat16", arguments.rounds), flush=True)
+    print(
+        "\n| words a document | prompt tokens | new s | known s | plain prefill s | ratio "
+        "(range) | MiB a document |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for words in (WORDS, LONG_WORDS):
+        print(known_documents(words, arguments.rounds), flush=True)
     print("\n| window | documents | rerank s | ms a document | against 20 |")
     print("| --- | --- | --- | --- | --- |")
     for window in (None, 1):

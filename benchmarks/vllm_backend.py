@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import torch
-from common import HEADS, MODEL, alternate, machine, requests
+from common import HEADS, LONG_WORDS, MODEL, alternate, machine, requests
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
@@ -26,8 +26,6 @@ from core_rerank_integrations.prompt import Prompt
 CONTEXT = 8192
 CONCURRENT = 16
 LIST_LENGTHS = (5, 10, 20, 40, 100)
-LONG_WORDS = 290
-"""Words of a document of about 400 tokens."""
 
 
 def row(name: str, ours: Sequence[float], other: Sequence[float], goal: str) -> None:

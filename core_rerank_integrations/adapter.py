@@ -47,6 +47,11 @@ class RerankerFields(BaseModel):
     max_document_tokens: int | None = Field(
         default=None, ge=1, description="Longer documents are cut to this, with a warning."
     )
+    document_cache_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Memory for what is kept of documents that were read; None: a gibibyte.",
+    )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; None: the head set's."
     )
@@ -128,6 +133,7 @@ class RerankerFields(BaseModel):
                     device=self.device,
                     window=self.window,
                     max_document_tokens=self.max_document_tokens,
+                    document_cache_bytes=self.document_cache_bytes,
                     template=self.template,
                     engine_args=self.engine_args,
                 )

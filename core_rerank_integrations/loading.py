@@ -24,10 +24,14 @@ def load_reader(
     template: str | PromptTemplate | None = None,
     engine_args: Mapping[str, Any] | None = None,
     engine: Any = None,
+    document_cache_bytes: int | None = None,
 ) -> Reader:
     """Whatever reads lists with ``model``; see `load_backend` and `load_encoder`."""
     encoder = load_encoder(model, template or heads.template)
-    return Reader(encoder, load_backend(backend, model, heads, dtype, device, engine_args, engine))
+    loaded = load_backend(
+        backend, model, heads, dtype, device, engine_args, engine, document_cache_bytes
+    )
+    return Reader(encoder, loaded)
 
 
 def load_backend(
@@ -38,6 +42,7 @@ def load_backend(
     device: str | None = None,
     engine_args: Mapping[str, Any] | None = None,
     engine: Any = None,
+    document_cache_bytes: int | None = None,
 ) -> AttentionBackend:
     """Load a model as far as ``heads`` need it; ``auto`` is the Transformers backend."""
     if name == "vllm-shared":
@@ -50,7 +55,9 @@ def load_backend(
         return VLLMBackend(model, heads, dtype=dtype, engine_args=engine_args)
     from core_rerank_integrations.backends.transformers import TransformersBackend
 
-    return TransformersBackend(model, heads, dtype=dtype, device=device)
+    return TransformersBackend(
+        model, heads, dtype=dtype, device=device, document_cache_bytes=document_cache_bytes
+    )
 
 
 def load_encoder(model: LocalModel, template: str | PromptTemplate | None = None) -> PromptEncoder:

@@ -105,11 +105,14 @@ class Prompt:
             query, and the token that follows it.
         document_spans: The tokens of each document and the one token after them. The last
             span may end with the first token of the suffix (see `PromptEncoder.encode`).
+        instruction: How many tokens of the suffix come before the query. They and the prefix are
+            the same whatever is asked.
     """
 
     prefix: TokenIds
     suffix: TokenIds
     document_spans: tuple[Span, ...]
+    instruction: int = 0
 
     def __len__(self) -> int:
         return len(self.prefix) + len(self.suffix)
@@ -177,7 +180,14 @@ class PromptEncoder:
             Span(int(np.searchsorted(starts, start)), int(np.searchsorted(starts, end)) + 1)
             for start, end in bounds
         )
-        return Prompt(ids[:first_query_token], ids[first_query_token:stop], spans)
+        # The space before the query goes with its first token, or is one of its own.
+        instruction_stop = int(np.searchsorted(starts, query_start - 1))
+        return Prompt(
+            ids[:first_query_token],
+            ids[first_query_token:stop],
+            spans,
+            max(instruction_stop - first_query_token, 0),
+        )
 
     def document_lengths(self, documents: Sequence[str]) -> list[int]:
         """Tokens each document adds to a prompt, its marker and closing newlines included.

@@ -173,9 +173,10 @@ class Reader:
         ]
 
     def forget(self) -> None:
-        """Drop the kept baselines."""
+        """Drop what is kept of documents that were read."""
         with self._lock:
             self._baselines.clear()
+        self.backend.forget()
 
     def close(self) -> None:
         """Free the model."""

@@ -66,6 +66,9 @@ class CoReReranker:
         max_document_tokens: Longer documents are cut to this; ``None`` cuts only what does not
             fit the model's context by itself, and nothing with ``window=1``. A cut gives a
             `DocumentTruncatedWarning`.
+        document_cache_bytes: Memory for what the Transformers backend keeps of documents that it
+            has read, so that the next question about them costs its own tokens alone; ``None``
+            for a gibibyte, 0 keeps nothing. vLLM keeps documents in a cache of its own.
         template: Name of a prompt template or a `PromptTemplate`; ``None`` takes the head
             set's, else that of the head set shipped for the model, else the model's chat
             template.
@@ -90,6 +93,7 @@ class CoReReranker:
         device: str | None = None,
         window: int | None = None,
         max_document_tokens: int | None = None,
+        document_cache_bytes: int | None = None,
         template: str | PromptTemplate | None = None,
         engine_args: Mapping[str, Any] | None = None,
         engine: Any = None,
@@ -97,9 +101,15 @@ class CoReReranker:
     ) -> None:
         _check_count("window", window)
         _check_count("max_document_tokens", max_document_tokens)
+        _check_count("document_cache_bytes", document_cache_bytes, least=0)
         if backend not in BACKENDS:
             raise InvalidInputError(
                 f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
+        if document_cache_bytes is not None and backend in ("vllm", "vllm-shared"):
+            raise InvalidInputError(
+                f"document_cache_bytes is not for {backend!r}, which keeps documents in vLLM's own "
+                "cache: set engine_args gpu_memory_utilization or kv_cache_memory_bytes"
             )
         if engine_args and backend not in ("vllm", "vllm-shared"):
             raise InvalidInputError(f"engine_args are for the vLLM backends, not {backend!r}")
@@ -108,15 +118,11 @@ class CoReReranker:
                 "an engine of your own is for backend='vllm-shared', and without engine_args: "
                 "it has its arguments already"
             )
-        if reader is not None and (backend, dtype, device, template) != (
-            "auto",
-            "auto",
-            None,
-            None,
-        ):
+        given = (backend, dtype, device, document_cache_bytes, template)
+        if reader is not None and given != ("auto", "auto", None, None, None):
             raise InvalidInputError(
-                "a reader of your own has its backend, dtype, device and template already; leave "
-                "them out"
+                "a reader of your own has its backend, dtype, device, document cache and template "
+                "already; leave them out"
             )
         self._arguments = {
             "model": model,
@@ -126,6 +132,7 @@ class CoReReranker:
             "device": device,
             "window": window,
             "max_document_tokens": max_document_tokens,
+            "document_cache_bytes": document_cache_bytes,
             "template": template,
             "engine_args": engine_args,
             "engine": engine,
@@ -148,6 +155,7 @@ class CoReReranker:
             template,
             engine_args,
             engine,
+            document_cache_bytes,
         )
         self._reader: Reader | None = reader or self._load()
         self._executor = ThreadPoolExecutor(CONCURRENT_CALLS, "core-rerank")
@@ -405,6 +413,7 @@ def _check_scores(scores: Sequence[float], count: int) -> Scores:
     return given
 
 
-def _check_count(name: str, count: int | None) -> None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise InvalidInputError(f"{name} must be at least 1, or None, got {count!r}")
+def _check_count(name: str, count: int | None, least: int = 1) -> None:
+    is_whole = isinstance(count, int) and not isinstance(count, bool)
+    if count is not None and not (is_whole and count >= least):
+        raise InvalidInputError(f"{name} must be at least {least}, or None, got {count!r}")

@@ -150,6 +150,12 @@ def test_meaningless_input_is_refused_before_the_model_runs(
     [
         ({"window": 0}, "window must be at least 1"),
         ({"max_document_tokens": -1}, "max_document_tokens must be at least 1"),
+        ({"document_cache_bytes": -1}, "document_cache_bytes must be at least 0, or None, got -1"),
+        ({"document_cache_bytes": 1e9}, "must be at least 0, or None, got 1000000000.0"),
+        (
+            {"document_cache_bytes": 1 << 20, "backend": "vllm"},
+            "document_cache_bytes is not for 'vllm'",
+        ),
         ({"backend": "tensorflow"}, "backend must be one of auto, transformers"),
         ({"template": "nope"}, "there is no prompt template 'nope'"),
     ],
@@ -534,3 +540,22 @@ def test_a_meaningless_first_stage_is_refused(
     with pytest.raises(InvalidInputError, match=message):
         with_backend(smollm2, recording).rerank(QUERY, DOCUMENTS, **first_stage)
     assert recording.calls == []
+
+
+def test_known_documents_get_the_same_scores(smollm2: LocalModel) -> None:
+    """Whatever was asked about them before, in whatever lists, and by several threads at once."""
+    documents = [
+        *DOCUMENTS,
+        "Eighteen minutes by ferry.",
+        "Crossings are called off in a gale. " * 40,
+    ]
+    queries = [QUERY, "How long does the ferry take?", '"Gale"?', "?"]
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache_bytes=0) as forgetful:
+        expected = [forgetful.score(query, documents) for query in queries]
+        assert len(forgetful.reader.backend._known) == 0
+    with CoReReranker(smollm2.path, heads=CALIBRATED) as reranker, ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            scores = list(pool.map(lambda query: reranker.score(query, documents), queries))
+            np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+        (one,) = reranker.score(queries[1], documents[-1:])
+        assert one == pytest.approx(expected[1][-1], abs=1e-5)

@@ -119,7 +119,10 @@ def tiny(folder: Path, family: str) -> LocalModel:
 
 
 def prompts() -> list[Prompt]:
-    """Two suffixes over one prefix, one alone over another, one asked twice, a long one."""
+    """Two suffixes over one prefix, one alone over another, one asked twice, a long one.
+
+    The first two begin alike, as with an instruction before the question.
+    """
     generator = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray[Any, Any]:
@@ -127,9 +130,14 @@ def prompts() -> list[Prompt]:
 
     shared, alone, long = tokens(40), tokens(17), tokens(90)
     suffixes = [tokens(9), tokens(5), tokens(14), tokens(7)]
+    suffixes[1][:3] = suffixes[0][:3]
     pairs = [(shared, suffixes[0]), (alone, suffixes[2]), (shared, suffixes[1])]
     pairs += [(long, suffixes[3]), (shared, suffixes[0])]
-    return [Prompt(prefix, suffix, (Span(0, 1),)) for prefix, suffix in pairs]
+    instructions = (3, 0, 3, 6, 3)
+    return [
+        Prompt(prefix, suffix, (Span(0, 1),), instruction)
+        for (prefix, suffix), instruction in zip(pairs, instructions, strict=True)
+    ]
 
 
 def expected(model: LocalModel, prompt: Prompt) -> np.ndarray[Any, Any]:
@@ -150,9 +158,47 @@ def expected(model: LocalModel, prompt: Prompt) -> np.ndarray[Any, Any]:
 def test_attention_mass(family: str, max_batch_tokens: int, tmp_path: Path) -> None:
     model = tiny(tmp_path, family)
     backend = TransformersBackend(model, HEADS, max_batch_tokens=max_batch_tokens)
-    for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-        assert mass.dtype == np.float32
-        np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=2e-6)
+    for _ in ("new documents", "known documents"):
+        for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
+            assert mass.dtype == np.float32
+            np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=2e-6)
+
+
+def test_of_known_documents_the_question_runs_alone(tmp_path: Path) -> None:
+    backend = TransformersBackend(tiny(tmp_path, "llama"), HEADS)
+    ran: list[int] = []
+    backend._model.layers[0].register_forward_hook(
+        lambda _, arguments, __: ran.append(arguments[0].shape[1])
+    )
+    first, alone, second, *_ = prompts()
+    (expected_mass,) = backend.attention_mass([second])
+    backend.attention_mass([first])
+    backend.attention_mass([alone, second])
+    assert ran == [40 + 5, 9 - 3, 17 + 14 + 5 - 3]
+    (again,) = backend.attention_mass([second])
+    np.testing.assert_allclose(again, expected_mass, rtol=0, atol=1e-6)
+    backend.forget()
+    backend.attention_mass([second])
+    assert ran[-1] == 40 + 5, "read anew"
+
+
+def test_the_memory_of_known_documents_is_bounded(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "llama")
+    expected_masses = TransformersBackend(model, HEADS).attention_mass(prompts())
+    sizes = []
+    for limit in (0, 40_000, 1 << 30):
+        backend = TransformersBackend(model, HEADS, document_cache_bytes=limit)
+        for _ in range(2):
+            masses = backend.attention_mass(prompts())
+            for mass, other in zip(masses, expected_masses, strict=True):
+                np.testing.assert_allclose(mass, other, rtol=0, atol=1e-6)
+        sizes.append((len(backend._known), backend._known.currsize))
+    assert sizes[0] == (0, 0)
+    assert sizes[1][0] in (1, 2)
+    assert sizes[1][1] <= 40_000
+    tokens = (40 + 3) + 17 + (90 + 6)
+    keys_and_values = (4 + 3) * 2 * 8 * 4  # Layers, key heads, head size, bytes.
+    assert sizes[2] == (3, tokens * (keys_and_values + len(HEADS.heads) * 4))
 
 
 def test_layers_above_the_highest_head_are_not_built(tmp_path: Path) -> None:

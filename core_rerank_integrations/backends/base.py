@@ -38,6 +38,10 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Drop what is kept of prompts that were read, so that the next ones are read anew."""
+        ...
+
     def close(self) -> None:
         """Free the model. No call may follow."""
         ...

@@ -1,10 +1,13 @@
 """The Transformers backend: CPU or GPU, any machine.
 
-All prompts of a call are packed into one sequence, a shared prefix followed by each of its
-suffixes, and go through the model in one forward pass without padding and without a cache.
-Which token sees which is decided in the attention function alone, so that no mask of
-Transformers' own making is involved. Layers above the highest selected head are not built, and
-the forward pass ends at that head's layer as soon as its queries and keys are known.
+All prompts of a call are packed into one sequence, what they share followed by each of its
+questions, and go through the model in one forward pass without padding. What is the same whatever
+is asked, documents and late instruction, is read once: its keys and values are kept, and the next
+question about the same documents runs its own few tokens alone.
+
+Which token sees which is decided in the attention function, so that no mask of Transformers' own
+making is involved. Layers above the highest selected head are not built, and the forward pass ends
+at that head's layer as soon as its queries and keys are known.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from cachetools import LRUCache
 
 from core_rerank_integrations.errors import (
     ClosedError,
@@ -42,6 +46,7 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE whose frequencies depend on the longest position of the whole forward pass."""
 PROBED_ROWS = 128
 """Query rows whose attention over the prompt is held in memory at once, per head."""
+DOCUMENT_CACHE_BYTES = 1 << 30
 
 
 class TransformersBackend:
@@ -55,6 +60,9 @@ class TransformersBackend:
         device: A torch device, or ``None`` for CUDA where there is one, else CPU.
         max_batch_tokens: Tokens packed into one forward pass; a longer prompt runs alone.
             ``None``: 2,048 on CPU, where longer passes gain nothing, else 16,384.
+        document_cache_bytes: Memory for the keys and values of documents that were read before,
+            on the device; ``None`` for a gibibyte, 0 keeps none. What was not asked about for
+            longest goes first.
 
     Raises:
         UnsupportedModelError: The model computes attention in a way that this backend cannot
@@ -70,6 +78,7 @@ class TransformersBackend:
         dtype: str = "auto",
         device: str | None = None,
         max_batch_tokens: int | None = None,
+        document_cache_bytes: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _dtype(dtype, self.device)
@@ -80,6 +89,11 @@ class TransformersBackend:
         config = model.config()
         self.max_context: int = config.max_position_embeddings
         self._packs_prompts = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
+        if document_cache_bytes is None:
+            document_cache_bytes = DOCUMENT_CACHE_BYTES
+        self._known: LRUCache[bytes, _Known] = LRUCache(
+            document_cache_bytes if self._packs_prompts else 0, getsizeof=_Known.size
+        )
         _check_layer_types(config, head_set.highest_layer + 1)
         for name, value in first_layers(config, head_set.highest_layer + 1).items():
             setattr(config, name, value)
@@ -87,6 +101,7 @@ class TransformersBackend:
         self._heads = _LayerHeads.by_layer(head_set, self.device)
         self._weights = np.array([head.weight for head in head_set.heads], dtype=np.float32)
         self._verify(model)
+        self._known.clear()
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.attention_mass`."""
@@ -95,22 +110,30 @@ class TransformersBackend:
     def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.head_mass`."""
         masses: list[Mass | None] = [None] * len(prompts)
-        for batch in self._batches(prompts):
+        groups = _PromptGroup.collect(prompts)
+        while groups:
             with self._lock:
                 if self._closed:
                     raise ClosedError("the model was closed while a call was waiting for it")
-                computed = self._forward([(group.prefix, group.suffixes) for group in batch])
+                batch = self._next_batch(groups)
+                computed = self._forward(batch)
             for group, group_masses in zip(batch, computed, strict=True):
                 for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
                     for index in indices:
-                        masses[index] = mass[:, : len(group.prefix) + 1]
+                        masses[index] = mass[:, : len(prompts[index].prefix) + 1]
         return cast(list[Mass], masses)
+
+    def forget(self) -> None:
+        """See `AttentionBackend.forget`."""
+        with self._lock:
+            self._known.clear()
 
     def close(self) -> None:
         """Free the model's memory."""
         with self._lock:
             self._closed = True
             del self._model
+            self._known.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -143,11 +166,12 @@ class TransformersBackend:
         """Compare a tiny prompt with the model's own eager attention, or refuse the model."""
         vocabulary = self._model.config.vocab_size
         tokens = (np.arange(1, 44) * 7919) % vocabulary
-        prefix, suffixes = tokens[:24], [tokens[24:36], tokens[36:]]
-        (probed,) = self._forward([(prefix, suffixes)])
+        opening, questions, rows = tokens[:24], [tokens[24:36], tokens[36:]], 5
+        group = _PromptGroup(opening, rows, questions)
+        (probed,) = self._forward([group])
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        for suffix, mass in zip(suffixes, probed, strict=True):
-            expected = self._eager_mass(np.concatenate((prefix, suffix)), len(suffix))
+        for question, mass in zip(questions, probed, strict=True):
+            expected = self._eager_mass(np.concatenate((opening, question)), rows + len(question))
             difference = float(np.abs(mass - expected).max())
             if not difference <= tolerance:
                 raise UnsupportedModelError(
@@ -173,34 +197,38 @@ class TransformersBackend:
             mass[heads.places] = attention.mean(dim=1)
         return mass.cpu().numpy()
 
-    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[_PromptGroup]]:
+    def _next_batch(self, groups: list[_PromptGroup]) -> list[_PromptGroup]:
+        """Take as many of ``groups`` as one pass holds, at least one."""
         batch: list[_PromptGroup] = []
         used = 0
-        for group in _PromptGroup.collect(prompts):
+        while groups:
+            group = groups[0]
+            group.known = self._known.get(group.key)
             fits = self._packs_prompts and used + group.tokens <= self._max_batch_tokens
             if batch and not fits:
-                yield batch
-                batch, used = [], 0
-            batch.append(group)
+                break
+            batch.append(groups.pop(0))
             used += group.tokens
-        if batch:
-            yield batch
+        return batch
 
-    def _forward(
-        self, groups: Sequence[tuple[np.ndarray[Any, Any], Sequence[np.ndarray[Any, Any]]]]
-    ) -> list[list[Mass]]:
-        """One pass over (prefix, suffixes) groups; per group, head mass of each suffix's prompt."""
-        sequences: list[_Sequence] = []
+    def _forward(self, groups: Sequence[_PromptGroup]) -> list[list[Mass]]:
+        """One pass over groups; per group, head mass of the prompt of each question."""
+        stretches: list[_Stretch] = []
         tokens: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
         start = 0
-        for prefix, suffixes in groups:
-            sequences.append(_Sequence(start, len(prefix), tuple(map(len, suffixes))))
-            tokens += (prefix, *suffixes)
-            positions.append(np.arange(len(prefix)))
-            positions += (np.arange(len(prefix), len(prefix) + len(s)) for s in suffixes)
-            start = sequences[-1].stop
-        probe = _Probe(sequences, self._heads, self.device)
+        for group in groups:
+            remember = group.known is None and self._known.maxsize > 0
+            stretch = _Stretch(start, group, self._heads, remember, self.device)
+            stretches.append(stretch)
+            border = len(group.opening)
+            if group.known is None:
+                tokens.append(group.opening)
+                positions.append(np.arange(border))
+            tokens += group.questions
+            positions += (np.arange(border, border + len(asked)) for asked in group.questions)
+            start = stretch.stop
+        probe = _Probe(stretches, self._heads)
         with torch.inference_mode():
             try:
                 self._model(
@@ -212,7 +240,10 @@ class TransformersBackend:
                     core_probe=probe,
                 )
             except _LastHeadReached:
-                return [[mass.cpu().numpy() for mass in masses] for masses in probe.masses]
+                for group, stretch in zip(groups, stretches, strict=True):
+                    if stretch.remember and stretch.known.size() <= self._known.maxsize:
+                        self._known[group.key] = stretch.known
+                return [stretch.masses() for stretch in stretches]
         raise UnsupportedModelError(
             f"{type(self._model).__name__} never called attention in layer {max(self._heads)}"
         )
@@ -237,42 +268,97 @@ class _LayerHeads(NamedTuple):
 
 @dataclass
 class _PromptGroup:
-    """Prompts of one call that share a prefix, each distinct suffix once."""
+    """Prompts of one call that are the same up to their questions, each distinct one once."""
 
-    prefix: np.ndarray[Any, Any]
-    suffixes: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    opening: np.ndarray[Any, Any]
+    """What they share: the prefix, and the instruction that opens the query span."""
+    rows: int
+    """How many of its tokens belong to the query span."""
+    questions: list[np.ndarray[Any, Any]] = field(default_factory=list)
     prompt_indices: list[list[int]] = field(default_factory=list)
+    known: _Known | None = None
+    """What was kept of the opening, if it was read before."""
+
+    @property
+    def key(self) -> bytes:
+        return self.rows.to_bytes(4) + self.opening.tobytes()
 
     @property
     def tokens(self) -> int:
-        return len(self.prefix) + sum(map(len, self.suffixes))
+        """Tokens that have to run."""
+        return sum(map(len, self.questions)) + (0 if self.known else len(self.opening))
 
     @classmethod
     def collect(cls, prompts: Sequence[Prompt]) -> list[_PromptGroup]:
         groups: dict[bytes, _PromptGroup] = {}
         places: dict[tuple[bytes, bytes], list[int]] = {}
         for index, prompt in enumerate(prompts):
-            key = prompt.prefix.tobytes()
-            group = groups.setdefault(key, cls(prompt.prefix))
-            suffix_key = (key, prompt.suffix.tobytes())
-            if suffix_key not in places:
-                places[suffix_key] = []
-                group.suffixes.append(prompt.suffix)
-                group.prompt_indices.append(places[suffix_key])
-            places[suffix_key].append(index)
+            instruction, question = np.split(prompt.suffix, [prompt.instruction])
+            group = cls(np.concatenate((prompt.prefix, instruction)), prompt.instruction)
+            group = groups.setdefault(group.key, group)
+            asked = (group.key, question.tobytes())
+            if asked not in places:
+                places[asked] = []
+                group.questions.append(question)
+                group.prompt_indices.append(places[asked])
+            places[asked].append(index)
         return list(groups.values())
 
 
-class _Sequence(NamedTuple):
-    """Where a prefix and its suffixes lie in the packed sequence."""
+@dataclass
+class _Known:
+    """What a later question needs of an opening."""
 
-    start: int
-    prefix: int
-    suffixes: tuple[int, ...]
+    mass: Tensor
+    """Attention of its rows of the query span, summed over these; [heads, opening tokens]."""
+    keys: list[Tensor] = field(default_factory=list)
+    """Per layer, [key heads, opening tokens, head size]; rotary embedding applied."""
+    values: list[Tensor] = field(default_factory=list)
+    """The same, but for the last layer, whose output nobody needs."""
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.prefix + sum(self.suffixes)
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for tensor in (self.mass, *self.keys, *self.values))
+
+
+class _Stretch:
+    """Where a group lies in the packed sequence, and what is found out about it."""
+
+    def __init__(
+        self,
+        start: int,
+        group: _PromptGroup,
+        heads: dict[int, _LayerHeads],
+        remember: bool,
+        device: torch.device,
+    ) -> None:
+        count = sum(len(layer.indices) for layer in heads.values())
+        length = len(group.opening)
+        self.is_new = group.known is None
+        self.remember = remember
+        self.rows = group.rows
+        self.known = group.known or _Known(torch.zeros(count, length, device=device))
+        self.start = start
+        self.border = start + (length if self.is_new else 0)
+        self.questions: list[tuple[int, int]] = []
+        self._sums: list[Tensor] = []
+        self.stop = self.border
+        for question in group.questions:
+            self.questions.append((self.stop, self.stop + len(question)))
+            self._sums.append(torch.zeros(count, length + len(question), device=device))
+            self.stop += len(question)
+
+    def add(self, question: int, places: Tensor, sums: Tensor) -> None:
+        """Keep the attention of one question's rows, summed over them, of some heads."""
+        self._sums[question][places] = sums
+
+    def masses(self) -> list[Mass]:
+        """Mean attention of the whole query span, per question."""
+        masses = []
+        for (begin, stop), sums in zip(self.questions, self._sums, strict=True):
+            sums[:, : self.known.mass.shape[1]] += self.known.mass
+            masses.append((sums / (self.rows + stop - begin)).cpu().numpy())
+        return masses
 
 
 class _LastHeadReached(Exception):  # noqa: N818  It is no error.
@@ -282,18 +368,8 @@ class _LastHeadReached(Exception):  # noqa: N818  It is no error.
 class _Probe:
     """Collects attention mass while one forward pass goes by."""
 
-    def __init__(
-        self, sequences: Sequence[_Sequence], heads: dict[int, _LayerHeads], device: torch.device
-    ) -> None:
-        self.sequences = sequences
-        count = sum(len(layer.indices) for layer in heads.values())
-        self.masses = [
-            [
-                torch.zeros(count, sequence.prefix + length, device=device)
-                for length in sequence.suffixes
-            ]
-            for sequence in sequences
-        ]
+    def __init__(self, stretches: Sequence[_Stretch], heads: dict[int, _LayerHeads]) -> None:
+        self._stretches = stretches
         self._heads = heads
         self._last_layer = max(heads)
 
@@ -319,26 +395,39 @@ class _Probe:
         heads = self._heads.get(layer)
         last = layer == self._last_layer
         output = None if last else query.new_empty(*query.shape[:2], value.shape[-1])
-        for sequence, masses in zip(self.sequences, self.masses, strict=True):
-            start = sequence.start
-            border = stop = start + sequence.prefix
-            for position, length in enumerate(sequence.suffixes):
-                begin, stop = stop, stop + length
-                if position == 0:
-                    # The first suffix follows its prefix, so both are one causal stretch.
-                    keys, values, first_row = key[:, start:stop], value[:, start:stop], start
-                else:
-                    keys = torch.cat((key[:, start:border], key[:, begin:stop]), dim=1)
-                    values = torch.cat((value[:, start:border], value[:, begin:stop]), dim=1)
-                    first_row = begin
-                if heads is not None:
-                    masses[position][heads.places] = _mass(
-                        query[:, begin:stop], keys, heads, scale=scale, window=window
+        for stretch in self._stretches:
+            start, border, known = stretch.start, stretch.border, stretch.known
+            if stretch.is_new:
+                keys, values = key[:, start:border], value[:, start:border]
+                asking = query[:, start:border]
+                if heads is not None and stretch.rows:
+                    known.mass[heads.places] = _mass(
+                        asking[:, -stretch.rows :], keys, heads, scale=scale, window=window
                     )
                 if output is not None:
-                    output[:, first_row:stop] = _causal_attention(
-                        query[:, first_row:stop], keys, values, scale=scale, window=window
+                    output[:, start:border] = _causal_attention(
+                        asking, keys, values, scale=scale, window=window
                     )
+                if stretch.remember:  # Copies: the pass's own tensors hold all stretches.
+                    known.keys.append(keys.clone())
+                    if not last:
+                        known.values.append(values.clone())
+            else:
+                keys = known.keys[layer]
+                values = value if last else known.values[layer]
+            for question, (begin, stop) in enumerate(stretch.questions):
+                outputs, sums = _continued_attention(
+                    query[:, begin:stop],
+                    (keys, key[:, begin:stop]),
+                    None if last else (values, value[:, begin:stop]),
+                    heads,
+                    scale=scale,
+                    window=window,
+                )
+                if output is not None and outputs is not None:
+                    output[:, begin:stop] = outputs
+                if heads is not None and sums is not None:
+                    stretch.add(question, heads.places, sums)
         if output is None:
             raise _LastHeadReached
         return output
@@ -415,6 +504,53 @@ def _causal_attention(
     return torch.cat(outputs, dim=1)
 
 
+def _continued_attention(
+    query: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor] | None,
+    heads: _LayerHeads | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Attention of a question's tokens over an opening and over themselves.
+
+    Written out, since a question has few rows, and neither the keys nor the values of the opening
+    have to be copied for it.
+
+    Args:
+        query: Shape [heads, question tokens, head size].
+        keys: Of the opening and of the question, each [key heads, tokens, head size].
+        values: The same of values; ``None`` where no output is needed.
+        heads: The selected heads of the layer, if any.
+        scale: Factor of the attention logits.
+        window: Tokens a token sees, itself included; ``None`` for all before it.
+
+    Returns:
+        The output, [heads, question tokens, value size]; and the attention of the selected heads,
+        float32, summed over the question, [selected heads, all tokens].
+    """
+    old, new = (part.float().transpose(1, 2)[:, None] for part in keys)
+    key_heads, opening, asked = len(old), old.shape[-1], query.shape[1]
+    tokens = opening + asked
+    grouped = query.float().view(key_heads, -1, asked, query.shape[2])
+    visible = _visible(asked, 0, tokens, window, query.device)
+    outputs: list[Tensor] = []
+    sums = None if heads is None else query.new_zeros(len(heads.indices), tokens).float()
+    for row in range(0, asked, PROBED_ROWS):
+        rows = grouped[:, :, row : row + PROBED_ROWS]
+        logits = torch.cat((rows @ old, rows @ new), dim=-1) * scale
+        hidden = ~visible[row : row + PROBED_ROWS]
+        attention = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        if heads is not None and sums is not None:
+            sums += attention.flatten(0, 1)[heads.indices].sum(dim=1)
+        if values is not None:
+            before, own = (part.float()[:, None] for part in values)
+            output = attention[..., :opening] @ before + attention[..., opening:] @ own
+            outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs, dim=1).to(query.dtype) if outputs else None, sums
+
+
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -447,7 +583,7 @@ def _visible(
 def _mass(
     query: Tensor, key: Tensor, heads: _LayerHeads, *, scale: float, window: int | None
 ) -> Tensor:
-    """Attention mass of the selected heads, float32, shape [heads, tokens of ``key``]."""
+    """Attention of the selected heads, summed over rows: float32, [heads, tokens of ``key``]."""
     rows, tokens = query.shape[1], key.shape[1]
     groups = query.shape[0] // key.shape[0]
     keys = key[heads.indices // groups].float().transpose(1, 2)
@@ -459,7 +595,7 @@ def _mass(
         visible = _visible(chunk.shape[1], 0, last_key, window, query.device)
         attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
         mass[:, :last_key] += attention.sum(dim=1)
-    return mass / rows
+    return mass
 
 
 def _check_layer_types(config: PretrainedConfig, num_layers: int) -> None:

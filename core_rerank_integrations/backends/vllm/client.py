@@ -95,6 +95,10 @@ class EngineClient(ABC):
         """See `AttentionBackend.head_mass`."""
         return self._run(self._all(self._complete(prompt, per_head=True) for prompt in prompts))
 
+    def forget(self) -> None:
+        """See `AttentionBackend.forget`; the engine's own prefix cache stays."""
+        self._run(self._forget())
+
     def close(self) -> None:
         """Stop what was started. Waiting calls end with an error."""
         if not self._closed:
@@ -189,6 +193,9 @@ class EngineClient(ABC):
             return await work
         finally:
             self._calls.discard(task)
+
+    async def _forget(self) -> None:
+        self._masses.clear()
 
     async def _end_calls(self) -> None:
         """Cancel what waits, while the engine can still be told that nobody does."""
