@@ -72,8 +72,13 @@ async def scores(reranker: CoReReranker, queries: Sequence[str]) -> list[list[fl
     return await asyncio.gather(*map(by_index, queries))
 
 
-@pytest.mark.vllm_v2
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "eager",
+    [
+        pytest.param(True, id="eager", marks=pytest.mark.vllm_v2),
+        pytest.param(False, id="compiled"),  # Interpreted, its many small steps take very long.
+    ],
+)
 async def test_chat_is_the_same_with_probes_and_reranks(
     smollm2: LocalModel, reranker: CoReReranker, eager: bool
 ) -> None:
