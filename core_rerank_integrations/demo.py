@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -196,18 +198,25 @@ def _measured(
     """Add a row to the summary; return the sentence that says who won."""
     before: dict[str, list[str]] = {}
     after: dict[str, list[str]] = {}
+    seconds = []
     for query, question in track(asked.items(), description=pipeline.name):
         before[query] = pipeline.first_stage(question)
+        start = time.perf_counter()
         after[query] = pipeline.reranked(question)
+        seconds.append(time.perf_counter() - start)
     qrels = {query: collection.qrels[query] for query in asked}
     old, new = mean_measures(qrels, before), mean_measures(qrels, after)
     summary.add_row(
         pipeline.name,
         *(f"{values[metric]:.3f}" for metric in ("nDCG@10", "RR") for values in (old, new)),
     )
+    times = (
+        f" A question took {1000 * statistics.median(seconds):,.0f} ms in the median, and "
+        f"{1000 * max(seconds):,.0f} ms at most, while passages were new."
+    )
     if new["nDCG@10"] > old["nDCG@10"]:
-        return f"{pipeline.name}: reranking improved nDCG@10."
+        return f"{pipeline.name}: reranking improved nDCG@10.{times}"
     return (
         f"{pipeline.name}: reranking did [bold]not[/] beat the first stage here. A model of this "
-        "size may lose to a good first stage; a larger --model ranks better."
+        f"size may lose to a good first stage; a larger --model ranks better.{times}"
     )
