@@ -129,8 +129,11 @@ class HeadReader:
             _store(missing[place], part)
             parts[missing[place]] = part
         found = cast(dict[Path, HeadFeatures], parts)
+        nothing = np.zeros((0, len(self.heads.heads)), dtype=np.float32)
         return [
             _assembled([(window, found[self._path(window)]) for window in windows])
+            if windows
+            else HeadFeatures(nothing, nothing, nothing)
             for windows in planned
         ]
 

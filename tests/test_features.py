@@ -41,6 +41,7 @@ def test_what_was_read_is_not_computed_again(
             np.testing.assert_array_equal(reader.read(QUERY, DOCUMENTS).sums, first.sums)
     with HeadReader(smollm2.path, 1, "chatml", cache=tmp_path) as other:
         assert other.read(QUERY, DOCUMENTS).sums.shape == (3, 18), "other heads, other files"
+        assert other.read(QUERY, []).sums.shape == (0, 18)
 
 
 def test_damaged_and_unwritable_files_are_named(smollm2: LocalModel, tmp_path: Path) -> None:
