@@ -368,7 +368,7 @@ def test_the_threshold_is_a_probability_where_there_is_one(
 
 
 def test_a_reader_of_ones_own_says_how_it_runs(reranker: CoReReranker, smollm2: LocalModel) -> None:
-    with pytest.raises(InvalidInputError, match="has its backend, dtype, device and template"):
+    with pytest.raises(InvalidInputError, match="has its backend, dtype, device, document cache"):
         with_backend(smollm2, reranker.reader.backend, dtype="bfloat16")
     own = with_backend(smollm2, reranker.reader.backend)
     with pytest.raises(InvalidInputError, match="a reader or an engine of your own"):
