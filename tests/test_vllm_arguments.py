@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import HEADS
+from safetensors.torch import save_file
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import InvalidInputError, UnsupportedModelError
@@ -29,7 +31,7 @@ GIB = 1024**3
     [
         ((9, 0), "bfloat16", 128, "FLASH_ATTN"),
         ((10, 0), "auto", 64, "FLASH_ATTN"),
-        ((8, 0), "torch.float16", 256, "FLASH_ATTN"),
+        ((8, 0), "float16", 256, "FLASH_ATTN"),
         ((7, 5), "float16", 128, "TRITON_ATTN"),
         ((9, 0), "float32", 128, "TRITON_ATTN"),
         ((9, 0), "bfloat16", 512, "TRITON_ATTN"),
@@ -53,30 +55,46 @@ def test_memory_grows_with_the_weights() -> None:
 
 def test_weights_are_counted_from_the_files(smollm2: LocalModel) -> None:
     size = sum(path.stat().st_size for path in smollm2.path.glob("*.safetensors"))
-    whole = arguments.weights_of(smollm2.path)
+    whole = arguments.weights_of(smollm2.path, "auto")
     assert whole == pytest.approx(size, rel=1e-3)
-    half = arguments.weights_of(smollm2.path, 15)
-    embeddings = arguments.weights_of(smollm2.path, 0)
+    half = arguments.weights_of(smollm2.path, "auto", 15)
+    embeddings = arguments.weights_of(smollm2.path, "auto", 0)
     assert half == pytest.approx((whole + embeddings) / 2, rel=1e-3)
+    assert arguments.weights_of(smollm2.path, "float32") == 2 * whole
+
+
+def test_weights_count_as_they_are_loaded(tmp_path: Path) -> None:
+    weights = {
+        "model.layers.0.a": torch.zeros(10, 10),
+        "model.layers.0.b": torch.zeros(10, 10, dtype=torch.float8_e4m3fn),
+        "model.layers.0.c": torch.zeros(10, 10, dtype=torch.int32),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    assert arguments.weights_of(tmp_path, "bfloat16") == 100 * (2 + 1 + 4)
+    assert arguments.weights_of(tmp_path, "float32") == 100 * (4 + 1 + 4)
+    assert arguments.weights_of(tmp_path / "elsewhere", "auto") is None
 
 
 def test_defaults_on_cuda(smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = smollm2.config()
-    assert arguments.cuda_arguments(config, "auto", {}, GIB) == {}, "there is no CUDA here"
+    assert arguments.cuda_arguments(smollm2, "auto", {}) == {}, "there is no CUDA here"
     blackwell = SimpleNamespace(
         is_cuda=lambda: True,
         get_device_capability=lambda: (10, 0),
         get_device_total_memory=lambda: 8 * GIB,
     )
     monkeypatch.setattr(arguments, "current_platform", blackwell)
-    assert arguments.cuda_arguments(config, "auto", {}, GIB) == {
+    monkeypatch.setattr(arguments, "weights_of", lambda _, __, layers: (layers or 2) * GIB)
+    assert arguments.cuda_arguments(smollm2, "auto", {}, 1) == {
         "attention_backend": "FLASH_ATTN",
         "gpu_memory_utilization": 0.625,
     }
+    assert arguments.cuda_arguments(smollm2, "auto", {})["gpu_memory_utilization"] == 0.75
     given = {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.9}
-    assert arguments.cuda_arguments(config, "auto", given, GIB) == {}, "the caller's come first"
-    ours = arguments.cuda_arguments(config, "auto", {"dtype": "float32"}, None)
-    assert ours == {"attention_backend": "TRITON_ATTN"}
+    assert arguments.cuda_arguments(smollm2, "auto", given) == {}, "the caller's come first"
+    quantised = arguments.cuda_arguments(smollm2, "auto", {"quantization": "fp8"}, 100)
+    assert quantised == {"attention_backend": "FLASH_ATTN"}, "how much that takes is not known"
+    ours = arguments.cuda_arguments(smollm2, "auto", {"dtype": "torch.float32"}, 1)
+    assert ours["attention_backend"] == "TRITON_ATTN"
 
 
 def test_rounding_decides_how_far_probes_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,34 @@ def test_no_engine_outlives_its_program(
     assert not any(map(lives, engines))
 
 
+def test_what_no_process_imports_again_needs_no_guard(tmp_path: Path) -> None:
+    """`python -m package`, whose `__main__` multiprocessing leaves alone."""
+    call = "from core_rerank_integrations.backends.vllm.process import check_main_guard\n"
+    (tmp_path / "package").mkdir()
+    for path in (tmp_path / "package/__main__.py", tmp_path / "module.py"):
+        path.write_text(call + "check_main_guard()\n")
+    codes = [
+        subprocess.run([sys.executable, "-m", name], cwd=tmp_path, capture_output=True).returncode
+        for name in ("package", "module")
+    ]
+    assert codes == [0, 1]
+
+
+def test_a_fork_of_the_program_leaves_its_engines_alone() -> None:
+    class Engine:
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    engine = Engine()
+    process.close_at_exit(engine)
+    process._close_all(os.getpid() + 1)
+    assert engine.closed == 0
+    process._close_all(os.getpid())
+    assert engine.closed == 1
+
+
 @pytest.mark.parametrize(
     ("text", "guarded"),
     [

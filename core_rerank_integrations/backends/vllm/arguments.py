@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations.models import LocalModel
 
 with requires_extra("vllm"):
     from safetensors import safe_open
@@ -28,6 +29,8 @@ REFUSED_PARALLELISM = {
 
 HALF_PRECISION = ("auto", "half", "float16", "bfloat16")
 """Names of the types FlashAttention computes in; ``auto`` is never float32 in vLLM."""
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are loaded as what the model computes in; others stay as they are."""
 FLASH_ATTENTION_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs with FlashAttention, Ampere."""
 FLASH_ATTENTION_HEAD_SIZE = 256
@@ -85,31 +88,35 @@ def refuse_parallelism(name: str, size: int) -> None:
 
 
 def cuda_arguments(
-    config: Any, dtype: str, given: Mapping[str, Any], weights: int | None = None
+    model: LocalModel, dtype: str, given: Mapping[str, Any], num_layers: int | None = None
 ) -> dict[str, Any]:
     """Defaults that depend on the GPU at hand; none without CUDA.
 
     Args:
-        config: Of the model.
+        model: The model's folder.
         dtype: As the caller named it.
         given: The caller's engine arguments, which go before these.
-        weights: Bytes of the weights that will be loaded; ``None`` if that is not known.
+        num_layers: How many of its layers are loaded; ``None`` for all.
 
     Raises:
         InvalidInputError: The weights do not fit into the GPU's memory.
     """
     if not current_platform.is_cuda():
         return {}
+    dtype = str(given.get("dtype", dtype)).removeprefix("torch.")
     chosen: dict[str, Any] = {}
     if not {"attention_backend", "attention_config"} & set(given):
         capability = current_platform.get_device_capability()
         chosen["attention_backend"] = attention_backend(
-            tuple(capability or (0, 0)), str(given.get("dtype", dtype)), head_size(config)
+            tuple(capability or (0, 0)), dtype, head_size(model.config())
         )
-    if weights is not None and "gpu_memory_utilization" not in given:
-        ranks = given.get("tensor_parallel_size", 1)
-        total = current_platform.get_device_total_memory()
-        chosen["gpu_memory_utilization"] = memory_share(weights, ranks, total)
+    # What these make of the weights is vLLM's to know.
+    if not {"gpu_memory_utilization", "quantization", "cpu_offload_gb"} & set(given):
+        weights = weights_of(model.path, dtype, num_layers)
+        if weights is not None:
+            ranks = given.get("tensor_parallel_size", 1)
+            total = current_platform.get_device_total_memory()
+            chosen["gpu_memory_utilization"] = memory_share(weights, ranks, total)
     return chosen
 
 
@@ -125,7 +132,7 @@ def attention_backend(capability: tuple[int, ...], dtype: str, head_size: int) -
     """
     flash = (
         capability >= FLASH_ATTENTION_CAPABILITY
-        and dtype.removeprefix("torch.") in HALF_PRECISION
+        and dtype in HALF_PRECISION
         and head_size <= FLASH_ATTENTION_HEAD_SIZE
         and head_size % 8 == 0
     )
@@ -163,13 +170,15 @@ def memory_share(weights: int, ranks: int, total: int) -> float:
     return max(GPU_MEMORY_SHARE, round(needed / total, 3))
 
 
-def weights_of(folder: Path, num_layers: int | None = None) -> int | None:
-    """Bytes of a model's weights, from the headers of its files; ``None`` if it has none.
+def weights_of(folder: Path, dtype: str, num_layers: int | None = None) -> int | None:
+    """Bytes of a model's weights once loaded, from its files' headers; ``None`` if it has none.
 
     Args:
         folder: The model's.
+        dtype: What it is loaded in, as vLLM names it.
         num_layers: How many of its layers are loaded; ``None`` for all.
     """
+    loaded = 2 if dtype in HALF_PRECISION else 4
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -177,11 +186,12 @@ def weights_of(folder: Path, num_layers: int | None = None) -> int | None:
                 layer = re.search(r"\blayers\.(\d+)\.", name)
                 if layer is None or num_layers is None or int(layer[1]) < num_layers:
                     values = file.get_slice(name)
-                    total += _bytes(values.get_shape(), values.get_dtype())
+                    stored = values.get_dtype()
+                    width = loaded if stored in PLAIN_TYPES else _stored_bytes(stored)
+                    total += prod(values.get_shape()) * width
     return total or None
 
 
-def _bytes(shape: list[int], dtype: str) -> int:
+def _stored_bytes(dtype: str) -> int:
     bits = re.search(r"\d+", dtype)
-    width: int = int(bits[0]) // 8 if bits else 1
-    return prod(shape) * width
+    return int(bits[0]) // 8 if bits else 1

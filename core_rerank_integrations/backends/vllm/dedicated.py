@@ -22,7 +22,6 @@ with requires_extra("vllm"):
     from core_rerank_integrations.backends.vllm.arguments import (
         cuda_arguments,
         engine_arguments,
-        weights_of,
     )
     from core_rerank_integrations.backends.vllm.compat import check_version
     from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
@@ -116,7 +115,7 @@ def _arguments(
         given,
         own={
             "dtype": dtype,
-            **cuda_arguments(config, dtype, given, weights_of(model.path, num_layers)),
+            **cuda_arguments(model, dtype, given, num_layers),
             "max_model_len": min(config.max_position_embeddings, room),
         },
         fixed={

@@ -43,6 +43,9 @@ def check_main_guard() -> None:
 
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
+    package = getattr(main, "__spec__", None)
+    if package is not None and package.name.endswith(".__main__"):
+        return  # Of `python -m package`: multiprocessing does not run that again.
     # On CPU, vLLM decides to spawn only once it starts.
     spawns = current_platform.is_cpu() or get_mp_context().get_start_method() == "spawn"
     if path is None or not spawns:
@@ -71,11 +74,10 @@ def owned_engine() -> Iterator[None]:
 
 def close_at_exit(engine: _Closable) -> None:
     """Close an engine at the end of the program, if nobody has before."""
-    if not _open:
-        # Again for each first one: what was registered last is called first, and vLLM's own
-        # shutdown must find nothing left to end.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+    # Anew each time: what was registered last is called first, and vLLM's own shutdown must find
+    # nothing left to end.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all, os.getpid())
     _open.add(engine)
 
 
@@ -94,7 +96,9 @@ def end_with_owner() -> None:
     threading.Thread(target=end, name="core-rerank-owner", daemon=True).start()
 
 
-def _close_all() -> None:
+def _close_all(owner: int) -> None:
+    if os.getpid() != owner:
+        return  # A fork of the program: the engines are not its own, nor do their threads run here.
     for engine in list(_open):
         engine.close()
 

@@ -30,7 +30,6 @@ with requires_extra("vllm"):
         cuda_arguments,
         engine_arguments,
         refuse_parallelism,
-        weights_of,
     )
     from core_rerank_integrations.backends.vllm.compat import check_version
 
@@ -71,11 +70,9 @@ class SharedVLLMBackend(EngineClient):
         check_version()
         if engine is None:
             given = engine_args or {}
-            config = model.config()
-            loaded = weights_of(model.path)
             arguments = engine_arguments(
                 given,
-                own={"dtype": dtype, **cuda_arguments(config, dtype, given, loaded)},
+                own={"dtype": dtype, **cuda_arguments(model, dtype, given)},
                 fixed={"model": str(model.path), "worker_extension_cls": WORKER_EXTENSION},
             )
             super().__init__(len(head_set.heads))
