@@ -12,11 +12,11 @@ from pathlib import Path
 
 from common import MODEL, machine
 
-from core_rerank_integrations.cli.common import tracked
 from core_rerank_integrations.collection import Collection, load_run
 from core_rerank_integrations.evaluation import JointReranker, Method, mean_measures, rank_all
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
+from core_rerank_integrations.progress import tracked
 
 CORE, FIT = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("core", "fit"))
 METHODS = [Method("core", CORE), Method("fit", FIT), Method("fit+first-stage", FIT, True)]

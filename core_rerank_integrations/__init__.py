@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from core_rerank_integrations.heads import Head, HeadSet
-    from core_rerank_integrations.langchain import CoReDocumentCompressor
-    from core_rerank_integrations.llama_index import CoReNodePostprocessor
+    from core_rerank_integrations.langchain import CoReDocumentCompressor, CoReDocumentIndexer
+    from core_rerank_integrations.llama_index import CoReNodeIndexer, CoReNodePostprocessor
     from core_rerank_integrations.prompt import PromptTemplate
     from core_rerank_integrations.reranker import CoReReranker
     from core_rerank_integrations.results import RerankResult
+    from core_rerank_integrations.store import DocumentCache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CoReDocumentCompressor",
+    "CoReDocumentIndexer",
+    "CoReNodeIndexer",
     "CoReNodePostprocessor",
     "CoReReranker",
+    "DocumentCache",
     "Head",
     "HeadSet",
     "PromptTemplate",
@@ -27,8 +31,11 @@ __all__ = [
 
 _MODULES = {
     "CoReDocumentCompressor": "langchain",
+    "CoReDocumentIndexer": "langchain",
     "CoReNodePostprocessor": "llama_index",
+    "CoReNodeIndexer": "llama_index",
     "CoReReranker": "reranker",
+    "DocumentCache": "store",
     "Head": "heads",
     "HeadSet": "heads",
     "PromptTemplate": "prompt",

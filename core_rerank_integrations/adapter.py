@@ -7,20 +7,29 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_validator,
+)
 
 from core_rerank_integrations.heads import HeadSet, Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.store import DocumentCache
 
 # Not a field: a lock could be neither pickled nor copied, and building is rare.
 _building = threading.Lock()
 
 
-class RerankerFields(BaseModel):
-    """The settings of a `CoReReranker`, which is built when it is first needed.
+class ModelFields(BaseModel):
+    """Which model reads documents, and how: a `CoReReranker`, built when it is first needed.
 
     A ready one may be given as ``reranker`` instead, to share it between adapters; the other
     fields then take its settings.
@@ -47,34 +56,15 @@ class RerankerFields(BaseModel):
     max_document_tokens: int | None = Field(
         default=None, ge=1, description="Longer documents are cut to this, with a warning."
     )
-    document_cache_bytes: int | None = Field(
+    document_cache: DocumentCache | None = Field(
         default=None,
-        ge=0,
-        description="Memory for what is kept of documents that were read; None: a gibibyte.",
+        description="How much is kept of documents that were read, in memory and on disk.",
     )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; None: the head set's."
     )
     engine_args: dict[str, Any] | None = Field(
         default=None, description="Further arguments for vLLM's engine."
-    )
-    ranked: Ranked = Field(
-        default=True,
-        description="Whether documents come best first, as retrievers return them: True, or what "
-        "ranked them, 'bm25' or 'vectors'. That then counts as the head set says.",
-    )
-    top_n: int | None = Field(
-        default=None, ge=1, description="Most documents to return; None: all."
-    )
-    score_threshold: float | None = Field(
-        default=None,
-        allow_inf_nan=False,
-        description="Documents of a lower probability are left out; "
-        "of a lower score, where the heads are not calibrated.",
-    )
-    raw_scores: bool = Field(
-        default=False,
-        description="Hand out the scores that the list is sorted by instead of probabilities.",
     )
     reranker: CoReReranker | None = Field(
         default=None, exclude=True, repr=False, description="A ready reranker to share."
@@ -96,10 +86,57 @@ class RerankerFields(BaseModel):
                 )
         return {**fields, **settings}
 
+    @field_serializer("model", "heads", mode="wrap")
+    def _without_paths(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
+        """LlamaIndex writes fields as JSON, which knows no paths."""
+        return str(value) if isinstance(value, Path) else serialize(value)
+
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         state["__pydantic_private__"] = {"_built": None}
         return state
+
+    def _ready_reranker(self) -> CoReReranker:
+        if self.reranker is not None:
+            return self.reranker
+        with _building:
+            if self._built is None:
+                self._built = CoReReranker(
+                    self.model,
+                    heads=self.heads,
+                    backend=self.backend,
+                    dtype=self.dtype,
+                    device=self.device,
+                    window=self.window,
+                    max_document_tokens=self.max_document_tokens,
+                    document_cache=self.document_cache,
+                    template=self.template,
+                    engine_args=self.engine_args,
+                )
+            return self._built
+
+
+class RerankerFields(ModelFields):
+    """The same, and what is to be done with a list."""
+
+    ranked: Ranked = Field(
+        default=True,
+        description="Whether documents come best first, as retrievers return them: True, or what "
+        "ranked them, 'bm25' or 'vectors'. That then counts as the head set says.",
+    )
+    top_n: int | None = Field(
+        default=None, ge=1, description="Most documents to return; None: all."
+    )
+    score_threshold: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Documents of a lower probability are left out; "
+        "of a lower score, where the heads are not calibrated.",
+    )
+    raw_scores: bool = Field(
+        default=False,
+        description="Hand out the scores that the list is sorted by instead of probabilities.",
+    )
 
     def _rerank(
         self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
@@ -119,22 +156,3 @@ class RerankerFields(BaseModel):
     def _score_of(self, result: RerankResult) -> float:
         """What frameworks get to see as the score."""
         return result.score if self.raw_scores else result.relevance
-
-    def _ready_reranker(self) -> CoReReranker:
-        if self.reranker is not None:
-            return self.reranker
-        with _building:
-            if self._built is None:
-                self._built = CoReReranker(
-                    self.model,
-                    heads=self.heads,
-                    backend=self.backend,
-                    dtype=self.dtype,
-                    device=self.device,
-                    window=self.window,
-                    max_document_tokens=self.max_document_tokens,
-                    document_cache_bytes=self.document_cache_bytes,
-                    template=self.template,
-                    engine_args=self.engine_args,
-                )
-            return self._built

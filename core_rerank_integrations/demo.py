@@ -22,6 +22,7 @@ from core_rerank_integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.store import DocumentCache
 
 with requires_extra("examples"):
     import bm25s
@@ -156,8 +157,11 @@ def run_demo(
         f"handbook, {len(asked)} questions.\nThe {candidates} best of each first stage are "
         f"reranked by [bold]{model}[/]. Loading it ..."
     )
-    with CoReReranker(model) as reranker:
-        console.print(f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read.\n")
+    with CoReReranker(model, document_cache=DocumentCache(disk_bytes=0)) as reranker:
+        console.print(f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read.")
+        if reranker.heads.window == 1:
+            _remember(console, collection, reranker)
+        console.print()
         pipelines = [
             langchain_pipeline(collection, reranker, candidates),
             llama_index_pipeline(collection, reranker, candidates),
@@ -172,6 +176,15 @@ def run_demo(
     console.print(summary)
     for verdict in verdicts:
         console.print(verdict)
+
+
+def _remember(console: Console, collection: Collection, reranker: CoReReranker) -> None:
+    """What a knowledge base does when it is built; here in memory alone."""
+    passages = [passage.content for passage in collection.passages.values()]
+    start = time.perf_counter()
+    reranker.remember(passages, show_progress=True)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(passages)
+    console.print(f"Every passage was read once, {milliseconds:,.0f} ms each, and is known now.")
 
 
 def _side_by_side(collection: Collection, pipeline: Pipeline, query: str) -> Table:
@@ -211,8 +224,8 @@ def _measured(
         *(f"{values[metric]:.3f}" for metric in ("nDCG@10", "RR") for values in (old, new)),
     )
     times = (
-        f" A question took {1000 * statistics.median(seconds):,.0f} ms in the median, and "
-        f"{1000 * max(seconds):,.0f} ms at most, while passages were new."
+        f" A question took {1000 * statistics.median(seconds):,.0f} ms in the median, "
+        f"retrieval included, and {1000 * max(seconds):,.0f} ms at most."
     )
     if new["nDCG@10"] > old["nDCG@10"]:
         return f"{pipeline.name}: reranking improved nDCG@10.{times}"

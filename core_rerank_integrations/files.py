@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from core_rerank_integrations.errors import StorageError
@@ -14,7 +15,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         StorageError: It cannot be written, say because the disk is full; nothing is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    partial = path.with_name(f".{path.name}.{writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

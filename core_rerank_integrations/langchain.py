@@ -1,17 +1,18 @@
-"""LangChain: a document compressor."""
+"""LangChain: a document compressor, and a transformer that reads documents ahead."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from core_rerank_integrations.adapter import RerankerFields
+from core_rerank_integrations.adapter import ModelFields, RerankerFields
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.results import RerankResult
 
 with requires_extra("langchain"):
     from langchain_core.callbacks import Callbacks
-    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
     from langchain_core.runnables import RunnableLambda
 
 
@@ -71,6 +72,31 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
                 metadata["best_passage"] = list(result.passage)
             copies.append(document.model_copy(update={"metadata": metadata}))
         return copies
+
+
+class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
+    """Reads documents when a store is built, so that reranking them costs the question alone.
+
+    Documents pass through unchanged; see `CoReReranker.remember` for what is kept and the errors.
+    The compressor must have the same model and heads, best by sharing one ``reranker``.
+
+    >>> store.add_documents(CoReDocumentIndexer().transform_documents(chunks))
+    """
+
+    def transform_documents(
+        self,
+        documents: Sequence[Document],
+        **kwargs: Any,  # noqa: ARG002  Part of the interface.
+    ) -> Sequence[Document]:
+        """Read ``documents``, and hand them on."""
+        self._ready_reranker().remember(_texts(documents))
+        return documents
+
+    async def atransform_documents(
+        self, documents: Sequence[Document], **kwargs: Any
+    ) -> Sequence[Document]:
+        """`transform_documents` without blocking the event loop."""
+        return await asyncio.to_thread(self.transform_documents, documents, **kwargs)
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:

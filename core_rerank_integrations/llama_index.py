@@ -1,4 +1,4 @@
-"""LlamaIndex: a node postprocessor."""
+"""LlamaIndex: a node postprocessor, and an ingestion step that reads nodes ahead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from core_rerank_integrations.adapter import RerankerFields
+from core_rerank_integrations.adapter import ModelFields, RerankerFields
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.results import RerankResult
 
@@ -19,7 +19,13 @@ with requires_extra("llama-index"):
     from llama_index.core.callbacks import CBEventType, EventPayload
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import (
+        BaseNode,
+        MetadataMode,
+        NodeWithScore,
+        QueryBundle,
+        TransformComponent,
+    )
 
 _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defined]
 
@@ -116,6 +122,33 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         return scored
 
 
+class CoReNodeIndexer(ModelFields, TransformComponent):
+    """Reads nodes when an index is built, so that reranking them costs the question alone.
+
+    The last step before the embeddings: what is read is the text that the postprocessor will
+    see, metadata included. Nodes pass through unchanged; see `CoReReranker.remember` for what is
+    kept and the errors. The postprocessor must have the same model and heads.
+
+    >>> IngestionPipeline(transformations=[SentenceSplitter(), CoReNodeIndexer(), embedding])
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex serializes this class."""
+        return "CoReNodeIndexer"
+
+    def __call__(
+        self,
+        nodes: Sequence[BaseNode],
+        **kwargs: Any,  # noqa: ARG002  Part of the interface.
+    ) -> Sequence[BaseNode]:
+        """Read ``nodes``, and hand them on."""
+        self._ready_reranker().remember([_text(node) for node in nodes])
+        return nodes
+
+
 def _query(query_bundle: QueryBundle | None) -> str:
     if query_bundle is None:
         raise InvalidInputError(
@@ -125,7 +158,11 @@ def _query(query_bundle: QueryBundle | None) -> str:
 
 
 def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
-    return [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    return [_text(node.node) for node in nodes]
+
+
+def _text(node: BaseNode) -> str:
+    return node.get_content(metadata_mode=MetadataMode.EMBED)
 
 
 def _copy(node: BaseNode, added: dict[str, Any]) -> BaseNode:

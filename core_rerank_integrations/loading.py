@@ -11,6 +11,7 @@ from core_rerank_integrations.heads import HeadSet, default_head_set
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder, PromptTemplate
 from core_rerank_integrations.reading import Reader
+from core_rerank_integrations.store import DocumentCache
 
 BACKENDS = ("auto", "transformers", "vllm", "vllm-shared")
 
@@ -24,13 +25,11 @@ def load_reader(
     template: str | PromptTemplate | None = None,
     engine_args: Mapping[str, Any] | None = None,
     engine: Any = None,
-    document_cache_bytes: int | None = None,
+    document_cache: DocumentCache | None = None,
 ) -> Reader:
     """Whatever reads lists with ``model``; see `load_backend` and `load_encoder`."""
     encoder = load_encoder(model, template or heads.template)
-    loaded = load_backend(
-        backend, model, heads, dtype, device, engine_args, engine, document_cache_bytes
-    )
+    loaded = load_backend(backend, model, heads, dtype, device, engine_args, engine, document_cache)
     return Reader(encoder, loaded)
 
 
@@ -42,7 +41,7 @@ def load_backend(
     device: str | None = None,
     engine_args: Mapping[str, Any] | None = None,
     engine: Any = None,
-    document_cache_bytes: int | None = None,
+    document_cache: DocumentCache | None = None,
 ) -> AttentionBackend:
     """Load a model as far as ``heads`` need it; ``auto`` is the Transformers backend."""
     if name == "vllm-shared":
@@ -56,7 +55,7 @@ def load_backend(
     from core_rerank_integrations.backends.transformers import TransformersBackend
 
     return TransformersBackend(
-        model, heads, dtype=dtype, device=device, document_cache_bytes=document_cache_bytes
+        model, heads, dtype=dtype, device=device, document_cache=document_cache
     )
 
 

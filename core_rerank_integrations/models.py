@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 DEFAULT_MODEL = "smollm2-135m"
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 Source = Literal["auto", "hub", "pypi"]
@@ -100,6 +101,16 @@ class LocalModel:
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read the configuration in {self.path}: {error}") from error
         return config.get_text_config()
+
+    def fingerprint(self) -> str:
+        """Other files, another fingerprint: of the configuration's content and of the weights'
+        names, sizes and times, since hashing gigabytes would take longer than loading them."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for path in sorted(self.path.iterdir()):
+            if path.suffix in WEIGHT_SUFFIXES:
+                status = path.stat()
+                digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's fast tokenizer.

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from core_rerank_integrations.backends.base import AttentionBackend
 from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.prompt import PromptEncoder, Span
+from core_rerank_integrations.prompt import BASELINE_QUERY, PromptEncoder, Span
 from core_rerank_integrations.scoring import Mass, Scores, document_scores
 from core_rerank_integrations.windows import Layout, Window, WindowPlanner
 
@@ -172,8 +172,24 @@ class Reader:
             for candidates, windows in zip(lists, planned, strict=True)
         ]
 
+    def remember(self, documents: Sequence[str], layout: Layout) -> Iterator[int]:
+        """Read documents before anything is asked about them.
+
+        Args:
+            documents: Their texts.
+            layout: How lists of them will be read; one document a prompt.
+
+        Yields:
+            Bytes written to disk, once a document, as they are read.
+        """
+        for start in range(0, len(documents), BATCH_PROMPTS):
+            batch = tuple(documents[start : start + BATCH_PROMPTS])
+            (windows,) = self.plan([Candidates(BASELINE_QUERY, batch)], layout)
+            yield self.backend.remember([window.prompt for window in windows])
+            yield from [0] * (len(batch) - 1)
+
     def forget(self) -> None:
-        """Drop what is kept of documents that were read."""
+        """Drop what memory keeps of documents that were read."""
         with self._lock:
             self._baselines.clear()
         self.backend.forget()

@@ -23,6 +23,7 @@ from core_rerank_integrations.heads import (
 )
 from core_rerank_integrations.loading import BACKENDS, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
+from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Reader, ScoredList, layout_of
 from core_rerank_integrations.results import RerankResult
@@ -32,6 +33,7 @@ from core_rerank_integrations.scoring import (
     prior_of_order,
     prior_of_scores,
 )
+from core_rerank_integrations.store import DocumentCache
 
 CONCURRENT_CALLS = 32
 """Calls of `arerank` that are under way at once; more wait their turn."""
@@ -66,9 +68,10 @@ class CoReReranker:
         max_document_tokens: Longer documents are cut to this; ``None`` cuts only what does not
             fit the model's context by itself, and nothing with ``window=1``. A cut gives a
             `DocumentTruncatedWarning`.
-        document_cache_bytes: Memory for what the Transformers backend keeps of documents that it
-            has read, so that the next question about them costs its own tokens alone; ``None``
-            for a gibibyte, 0 keeps nothing. vLLM keeps documents in a cache of its own.
+        document_cache: How much the Transformers backend keeps of documents that it has read, in
+            memory and on disk, so that the next question about them costs its own tokens alone;
+            ``None`` for the defaults of `DocumentCache`. vLLM keeps documents in a cache of its
+            own.
         template: Name of a prompt template or a `PromptTemplate`; ``None`` takes the head
             set's, else that of the head set shipped for the model, else the model's chat
             template.
@@ -93,7 +96,7 @@ class CoReReranker:
         device: str | None = None,
         window: int | None = None,
         max_document_tokens: int | None = None,
-        document_cache_bytes: int | None = None,
+        document_cache: DocumentCache | None = None,
         template: str | PromptTemplate | None = None,
         engine_args: Mapping[str, Any] | None = None,
         engine: Any = None,
@@ -101,14 +104,17 @@ class CoReReranker:
     ) -> None:
         _check_count("window", window)
         _check_count("max_document_tokens", max_document_tokens)
-        _check_count("document_cache_bytes", document_cache_bytes, least=0)
+        if not isinstance(document_cache, DocumentCache | None):
+            raise InvalidInputError(
+                f"document_cache must be a DocumentCache or None, got {document_cache!r}"
+            )
         if backend not in BACKENDS:
             raise InvalidInputError(
                 f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
-        if document_cache_bytes is not None and backend in ("vllm", "vllm-shared"):
+        if document_cache is not None and backend in ("vllm", "vllm-shared"):
             raise InvalidInputError(
-                f"document_cache_bytes is not for {backend!r}, which keeps documents in vLLM's own "
+                f"document_cache is not for {backend!r}, which keeps documents in vLLM's own "
                 "cache: set engine_args gpu_memory_utilization or kv_cache_memory_bytes"
             )
         if engine_args and backend not in ("vllm", "vllm-shared"):
@@ -118,7 +124,7 @@ class CoReReranker:
                 "an engine of your own is for backend='vllm-shared', and without engine_args: "
                 "it has its arguments already"
             )
-        given = (backend, dtype, device, document_cache_bytes, template)
+        given = (backend, dtype, device, document_cache, template)
         if reader is not None and given != ("auto", "auto", None, None, None):
             raise InvalidInputError(
                 "a reader of your own has its backend, dtype, device, document cache and template "
@@ -132,7 +138,7 @@ class CoReReranker:
             "device": device,
             "window": window,
             "max_document_tokens": max_document_tokens,
-            "document_cache_bytes": document_cache_bytes,
+            "document_cache": document_cache,
             "template": template,
             "engine_args": engine_args,
             "engine": engine,
@@ -155,7 +161,7 @@ class CoReReranker:
             template,
             engine_args,
             engine,
-            document_cache_bytes,
+            document_cache,
         )
         self._reader: Reader | None = reader or self._load()
         self._executor = ThreadPoolExecutor(CONCURRENT_CALLS, "core-rerank")
@@ -261,6 +267,36 @@ class CoReReranker:
             ranked,
             first_stage_scores,
         )
+
+    def remember(self, documents: Sequence[str], show_progress: bool = False) -> int:
+        """Read documents before anything is asked about them, and keep them on disk.
+
+        A later rerank, in this process or another one with the same model and heads, then runs
+        the question's own tokens alone. Meant for when a knowledge base is built. Documents that
+        lie there already are not read again. With vLLM, whose cache is its own, this warms that.
+
+        Args:
+            documents: Their texts, as they will be reranked.
+            show_progress: Whether a bar on standard error says how far this is.
+
+        Returns:
+            Bytes that were written.
+
+        Raises:
+            InvalidInputError: A document is not a string; or prompts hold several documents
+                (``window`` other than 1), and what is read of one depends on the others.
+            StorageError: They cannot be written.
+        """
+        texts = _check_documents(documents)
+        if self._layout.size != 1:
+            raise InvalidInputError(
+                f"documents can be remembered where each is read by itself; the heads "
+                f"{self.heads.name!r} want several in a prompt: take others, or pass window=1"
+            )
+        written = self.reader.remember(texts, self._layout)
+        if show_progress:
+            written = tracked(written, len(texts), "Reading documents")
+        return sum(written)
 
     def restart(self) -> None:
         """Load the model anew, say after vLLM's engine died. Waiting calls end with an error.
@@ -388,6 +424,10 @@ def _check_request(request: tuple[str, Sequence[str]]) -> Candidates:
         raise InvalidInputError(f"the query must be a string, got {type(query).__name__}")
     if not query.strip():
         raise InvalidInputError(f"the query is empty: {query!r}; there is nothing to rank by")
+    return Candidates(query, _check_documents(documents))
+
+
+def _check_documents(documents: Sequence[str]) -> tuple[str, ...]:
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         raise InvalidInputError(
             f"documents must be a list of strings, got {type(documents).__name__}"
@@ -397,7 +437,7 @@ def _check_request(request: tuple[str, Sequence[str]]) -> Candidates:
             raise InvalidInputError(
                 f"document {index} must be a string, got {type(document).__name__}"
             )
-    return Candidates(query, tuple(documents))
+    return tuple(documents)
 
 
 def _check_scores(scores: Sequence[float], count: int) -> Scores:
@@ -413,7 +453,7 @@ def _check_scores(scores: Sequence[float], count: int) -> Scores:
     return given
 
 
-def _check_count(name: str, count: int | None, least: int = 1) -> None:
+def _check_count(name: str, count: int | None) -> None:
     is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if count is not None and not (is_whole and count >= least):
-        raise InvalidInputError(f"{name} must be at least {least}, or None, got {count!r}")
+    if count is not None and not (is_whole and count >= 1):
+        raise InvalidInputError(f"{name} must be at least 1, or None, got {count!r}")

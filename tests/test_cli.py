@@ -49,6 +49,16 @@ def test_every_input_form(documents: Path) -> None:
     assert rows[0]["id"] in {"bell", "2"}
 
 
+def test_remember_says_what_it_wrote_and_writes_it_once(tmp_path: Path) -> None:
+    arguments = ("remember", "--documents", "-", "--folder", str(tmp_path / "known"))
+    once = run(*arguments, typed=f"{BREAD}\n{BELL}\n")
+    assert "2 documents are known" in once
+    assert str(tmp_path / "known") in once
+    assert "; 0 bytes written" in run(*arguments, typed=f"{BELL}\n")
+    message = failed(*arguments, "--heads", "core-smollm2-135m-instruct", typed=BELL)
+    assert "pass window=1" in message
+
+
 def test_text_and_trec_from_standard_input() -> None:
     arguments = ("rerank", "--query", QUERY, "--documents", "-", "--top-n", "1")
     assert BELL in run(*arguments, typed=f"{BREAD}\n{BELL}\n")

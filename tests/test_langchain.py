@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
-from conftest import HEADS
+from conftest import CALIBRATED, HEADS
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.callbacks import BaseCallbackHandler
@@ -15,7 +16,12 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
 
-from core_rerank_integrations import CoReDocumentCompressor, CoReReranker
+from core_rerank_integrations import (
+    CoReDocumentCompressor,
+    CoReDocumentIndexer,
+    CoReReranker,
+    DocumentCache,
+)
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.models import LocalModel
 
@@ -85,13 +91,13 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
     start, stop = long.metadata["best_passage"]
     assert "telephone" in LONG.page_content[start:stop]
     assert "best_passage" not in kept[0].metadata or kept[0].id == "long"
-    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=scores["bell"])
+    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=scores["bell"] - 1e-6)
     assert "bell" in [document.id for document in half.compress_documents(DOCUMENTS, QUERY)]
 
 
 def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
     best = compressor.compress_documents(DOCUMENTS, QUERY)[0].metadata["relevance_score"]
-    strict = CoReDocumentCompressor(reranker=reranker, score_threshold=best)
+    strict = CoReDocumentCompressor(reranker=reranker, score_threshold=best - 1e-6)
     assert [document.id for document in strict.compress_documents(DOCUMENTS, QUERY)] == ["bell"]
 
 
@@ -117,6 +123,21 @@ def test_in_a_retriever_and_a_pipeline(compressor: CoReDocumentCompressor) -> No
             base_compressor=base_compressor, base_retriever=FixedRetriever()
         )
         assert retriever.invoke(QUERY)[0].id == "bell"
+
+
+def test_read_ahead_documents_pass_through_and_are_known(
+    smollm2: LocalModel, tmp_path: Path
+) -> None:
+    cache = DocumentCache(folder=tmp_path)
+    indexer = CoReDocumentIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
+    assert list(indexer.transform_documents(DOCUMENTS)) == DOCUMENTS
+    assert list(asyncio.run(indexer.atransform_documents(DOCUMENTS))) == DOCUMENTS
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
+        texts = [document.page_content for document in DOCUMENTS]
+        assert ranking.remember(texts) == 0, "they lie there already"
+        shared = CoReDocumentIndexer(reranker=ranking)
+        assert list(shared.transform_documents(DOCUMENTS)) == DOCUMENTS
+        assert shared.heads == CALIBRATED
 
 
 class Recorder(BaseCallbackHandler):

@@ -4,22 +4,30 @@ import asyncio
 import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HEADS
+from conftest import CALIBRATED, HEADS
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from pydantic import ValidationError
 
-from core_rerank_integrations import CoReNodePostprocessor, CoReReranker
+from core_rerank_integrations import (
+    CoReNodeIndexer,
+    CoReNodePostprocessor,
+    CoReReranker,
+    DocumentCache,
+)
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.models import LocalModel
 
@@ -238,3 +246,18 @@ def test_meaningless_fields_are_refused() -> None:
     for fields in ({"top_n": 0}, {"top_n": -1}, {"topn": 3}):
         with pytest.raises(ValidationError):
             CoReNodePostprocessor(**fields)
+
+
+def test_an_ingestion_pipeline_reads_nodes_ahead(smollm2: LocalModel, tmp_path: Path) -> None:
+    cache = DocumentCache(folder=tmp_path)
+    indexer = CoReNodeIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
+    pipeline = IngestionPipeline(transformations=[SentenceSplitter(), indexer])
+    documents = [Document(text=node.text, metadata={"page": 3}) for node in nodes()]
+    ingested = pipeline.run(documents=documents)
+    assert [node.get_content() for node in ingested] == [node.text for node in nodes()]
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
+        seen = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in ingested]
+        assert all("page: 3" in text for text in seen)
+        assert ranking.remember(seen) == 0, "they lie there already"
+    restored = CoReNodeIndexer.from_json(indexer.to_json())
+    assert restored.document_cache == cache

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from conftest import CALIBRATED, HEADS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from core_rerank_integrations import CoReReranker, RerankResult
+from core_rerank_integrations import CoReReranker, DocumentCache, RerankResult
 from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.backends.transformers import NOTHING_KEPT
 from core_rerank_integrations.errors import (
     ClosedError,
     DocumentTruncatedWarning,
@@ -28,7 +30,7 @@ from core_rerank_integrations.errors import (
 from core_rerank_integrations.loading import load_encoder
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import Prompt
-from core_rerank_integrations.reading import Reader
+from core_rerank_integrations.reading import Candidates, Reader, layout_of
 from core_rerank_integrations.reranker import Heads
 from core_rerank_integrations.scoring import Mass
 
@@ -151,11 +153,10 @@ def test_meaningless_input_is_refused_before_the_model_runs(
     [
         ({"window": 0}, "window must be at least 1"),
         ({"max_document_tokens": -1}, "max_document_tokens must be at least 1"),
-        ({"document_cache_bytes": -1}, "document_cache_bytes must be at least 0, or None, got -1"),
-        ({"document_cache_bytes": 1e9}, "must be at least 0, or None, got 1000000000.0"),
+        ({"document_cache": 1 << 30}, "must be a DocumentCache or None, got 1073741824"),
         (
-            {"document_cache_bytes": 1 << 20, "backend": "vllm"},
-            "document_cache_bytes is not for 'vllm'",
+            {"document_cache": DocumentCache(disk_bytes=0), "backend": "vllm"},
+            "document_cache is not for 'vllm'",
         ),
         ({"backend": "tensorflow"}, "backend must be one of auto, transformers"),
         ({"template": "nope"}, "there is no prompt template 'nope'"),
@@ -553,7 +554,7 @@ def test_known_documents_get_the_same_scores(smollm2: LocalModel) -> None:
         "Crossings are called off in a gale. " * 40,
     ]
     queries = [QUERY, "How long does the ferry take?", '"Gale"?', "?"]
-    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache_bytes=0) as forgetful:
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=NOTHING_KEPT) as forgetful:
         expected = [forgetful.score(query, documents) for query in queries]
         assert len(forgetful.reader.backend._known) == 0
     with CoReReranker(smollm2.path, heads=CALIBRATED) as reranker, ThreadPoolExecutor(4) as pool:
@@ -562,3 +563,36 @@ def test_known_documents_get_the_same_scores(smollm2: LocalModel) -> None:
             np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
         (one,) = reranker.score(queries[1], documents[-1:])
         assert one == pytest.approx(expected[1][-1], abs=1e-5)
+
+
+def test_remembered_documents_are_known_to_another_process(
+    smollm2: LocalModel, tmp_path: Path
+) -> None:
+    documents = [*DOCUMENTS, "Crossings are called off in a gale. " * 40]
+    cache = DocumentCache(folder=tmp_path)
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=NOTHING_KEPT) as forgetful:
+        expected = forgetful.score(QUERY, documents)
+        with pytest.raises(InvalidInputError, match="has no room for documents"):
+            forgetful.remember(documents)
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as indexing:
+        written = indexing.remember(documents)
+        assert written > 6 * 100_000
+        assert indexing.remember(documents[::-1]) == 0, "it lies there already"
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
+        model: Any = ranking.reader.backend
+        ran: list[int] = []
+        model._model.layers[0].register_forward_hook(
+            lambda _, arguments, __: ran.append(arguments[0].shape[1])
+        )
+        np.testing.assert_allclose(ranking.score(QUERY, documents), expected, rtol=0, atol=1e-5)
+        asked = Candidates(QUERY, tuple(documents))
+        passages = len(ranking.reader.plan([asked], layout_of(CALIBRATED))[0])
+        assert passages > len(documents)
+        assert sum(ran) < 30 * passages, "the question and N/A alone"
+
+
+def test_what_cannot_be_remembered_is_refused(reranker: CoReReranker) -> None:
+    with pytest.raises(InvalidInputError, match="the heads 'four' want several in a prompt"):
+        reranker.remember(DOCUMENTS)
+    with pytest.raises(InvalidInputError, match="document 1 must be a string, got int"):
+        reranker.remember(["a", 1])  # type: ignore[list-item]

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from core_rerank_integrations import Head, HeadSet
+from core_rerank_integrations import DocumentCache, Head, HeadSet
 from core_rerank_integrations.backends.transformers import TransformersBackend
 from core_rerank_integrations.errors import (
     ClosedError,
     InvalidInputError,
     ModelError,
+    StorageError,
     UnsupportedModelError,
 )
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import Prompt, Span
+from core_rerank_integrations.scoring import Mass
 
 VOCABULARY = 97
 TINY: dict[str, Any] = {
@@ -187,18 +189,91 @@ def test_the_memory_of_known_documents_is_bounded(tmp_path: Path) -> None:
     expected_masses = TransformersBackend(model, HEADS).attention_mass(prompts())
     sizes = []
     for limit in (0, 40_000, 1 << 30):
-        backend = TransformersBackend(model, HEADS, document_cache_bytes=limit)
+        backend = TransformersBackend(
+            model, HEADS, document_cache=DocumentCache(memory_bytes=limit)
+        )
         for _ in range(2):
             masses = backend.attention_mass(prompts())
             for mass, other in zip(masses, expected_masses, strict=True):
                 np.testing.assert_allclose(mass, other, rtol=0, atol=1e-6)
-        sizes.append((len(backend._known), backend._known.currsize))
+        sizes.append((len(backend._known), backend._known.size))
     assert sizes[0] == (0, 0)
     assert sizes[1][0] in (1, 2)
     assert sizes[1][1] <= 40_000
     tokens = (40 + 3) + 17 + (90 + 6)
     keys_and_values = (4 + 3) * 2 * 8 * 4  # Layers, key heads, head size, bytes.
     assert sizes[2] == (3, tokens * (keys_and_values + len(HEADS.heads) * 4))
+
+
+def openings_run(backend: TransformersBackend, asked: list[Prompt]) -> tuple[list[Mass], int]:
+    """Masses, and how many tokens had to run for them."""
+    ran: list[int] = []
+    hook = backend._model.layers[0].register_forward_hook(
+        lambda _, arguments, __: ran.append(arguments[0].shape[1])
+    )
+    masses = backend.attention_mass(asked)
+    hook.remove()
+    return masses, sum(ran)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remembered_documents_come_from_disk(family: str, dtype: str, tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", family)
+    plain = TransformersBackend(model, HEADS, dtype=dtype).attention_mass(prompts())
+    cache = DocumentCache(folder=tmp_path / "documents")
+    assert TransformersBackend(model, HEADS, dtype=dtype, document_cache=cache).remember(prompts())
+    for memory in (0, 1 << 30):
+        cache = cache.model_copy(update={"memory_bytes": memory})
+        later = TransformersBackend(model, HEADS, dtype=dtype, document_cache=cache)
+        masses, ran = openings_run(later, prompts())
+        assert ran == sum({len(p.suffix) - p.instruction for p in prompts()})
+        for mass, expected_mass in zip(masses, plain, strict=True):
+            tolerance = 1e-6 if dtype == "float32" else 1e-2
+            np.testing.assert_allclose(mass, expected_mass, rtol=0, atol=tolerance)
+
+
+def test_another_model_is_never_answered_from_what_is_kept(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama")
+    cache = DocumentCache(folder=tmp_path / "documents")
+    asked = prompts()[:1]
+    everything = len(asked[0])
+    TransformersBackend(model, HEADS, document_cache=cache).remember(asked)
+
+    def ran(heads: HeadSet = HEADS, dtype: str = "float32") -> int:
+        backend = TransformersBackend(model, heads, dtype=dtype, document_cache=cache)
+        return openings_run(backend, asked)[1]
+
+    assert ran() < everything
+    assert ran(dtype="bfloat16") == everything
+    assert ran(HeadSet.from_pairs([(0, 1), (3, 2)])) == everything
+    reweighted = [head.model_copy(update={"weight": 9.0}) for head in HEADS.heads]
+    assert ran(HEADS.model_copy(update={"heads": tuple(reweighted)})) < everything
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(model.path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model.path)
+    assert ran() == everything
+
+
+def test_a_store_too_small_says_so_and_gives_right_scores(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama")
+    plain = TransformersBackend(model, HEADS).attention_mass(prompts())
+    sizes = TransformersBackend(
+        model, HEADS, document_cache=DocumentCache(folder=tmp_path / "large")
+    ).remember(prompts())
+    small = DocumentCache(folder=tmp_path / "small", disk_bytes=sizes * 3 // 4, memory_bytes=0)
+    backend = TransformersBackend(model, HEADS, document_cache=small)
+    with pytest.warns(UserWarning, match=r"remembered documents were dropped.*disk_bytes"):
+        backend.remember(prompts())
+    for mass, expected_mass in zip(backend.attention_mass(prompts()), plain, strict=True):
+        np.testing.assert_allclose(mass, expected_mass, rtol=0, atol=1e-6)
+    tiny_store = DocumentCache(folder=tmp_path / "tiny", disk_bytes=100)
+    with pytest.raises(StorageError, match="raise DocumentCache"):
+        TransformersBackend(model, HEADS, document_cache=tiny_store).remember(prompts())
+    (tmp_path / "file").touch()
+    no_folder = DocumentCache(folder=tmp_path / "file")
+    with pytest.raises(StorageError, match="cannot write"):
+        TransformersBackend(model, HEADS, document_cache=no_folder).remember(prompts())
 
 
 def test_layers_above_the_highest_head_are_not_built(tmp_path: Path) -> None:

@@ -38,8 +38,16 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def remember(self, prompts: Sequence[Prompt]) -> int:
+        """Read what stands before the query of every prompt, and keep it for later ones.
+
+        Returns:
+            Bytes written to disk: 0 for what lies there already, or is kept elsewhere.
+        """
+        ...
+
     def forget(self) -> None:
-        """Drop what is kept of prompts that were read, so that the next ones are read anew."""
+        """Drop what memory keeps of prompts that were read, so that the next ones are read anew."""
         ...
 
     def close(self) -> None:

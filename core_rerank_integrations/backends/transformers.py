@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from cachetools import LRUCache
 
+from core_rerank_integrations.backends.known_documents import KnownDocuments, KnownOpening
 from core_rerank_integrations.errors import (
     ClosedError,
     InvalidInputError,
@@ -33,6 +34,7 @@ from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import LocalModel, first_layers
 from core_rerank_integrations.prompt import Prompt
 from core_rerank_integrations.scoring import Mass
+from core_rerank_integrations.store import DocumentCache
 
 with requires_extra("transformers"):
     import torch
@@ -46,7 +48,11 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """RoPE whose frequencies depend on the longest position of the whole forward pass."""
 PROBED_ROWS = 128
 """Query rows whose attention over the prompt is held in memory at once, per head."""
-DOCUMENT_CACHE_BYTES = 1 << 30
+NOTHING_KEPT = DocumentCache(memory_bytes=0, disk_bytes=0)
+MOST_HELD_BYTES = 1 << 28
+"""Of documents that come from disk, in one pass, where memory is to hold less between passes."""
+KEPT_FORMAT = 1
+"""Counts up when what is kept of documents changes its meaning."""
 
 
 class TransformersBackend:
@@ -60,9 +66,8 @@ class TransformersBackend:
         device: A torch device, or ``None`` for CUDA where there is one, else CPU.
         max_batch_tokens: Tokens packed into one forward pass; a longer prompt runs alone.
             ``None``: 2,048 on CPU, where longer passes gain nothing, else 16,384.
-        document_cache_bytes: Memory for the keys and values of documents that were read before,
-            on the device; ``None`` for a gibibyte, 0 keeps none. What was not asked about for
-            longest goes first.
+        document_cache: How much is kept of the keys and values of documents that were read, and
+            where; ``None`` for the defaults of `DocumentCache`.
 
     Raises:
         UnsupportedModelError: The model computes attention in a way that this backend cannot
@@ -78,7 +83,7 @@ class TransformersBackend:
         dtype: str = "auto",
         device: str | None = None,
         max_batch_tokens: int | None = None,
-        document_cache_bytes: int | None = None,
+        document_cache: DocumentCache | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _dtype(dtype, self.device)
@@ -89,10 +94,13 @@ class TransformersBackend:
         config = model.config()
         self.max_context: int = config.max_position_embeddings
         self._packs_prompts = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
-        if document_cache_bytes is None:
-            document_cache_bytes = DOCUMENT_CACHE_BYTES
-        self._known: LRUCache[bytes, _Known] = LRUCache(
-            document_cache_bytes if self._packs_prompts else 0, getsizeof=_Known.size
+        if not self._packs_prompts:
+            document_cache = NOTHING_KEPT
+        heads = [(head.layer, head.head) for head in head_set.heads]
+        self._known = KnownDocuments(
+            document_cache or DocumentCache(),
+            repr((KEPT_FORMAT, model.fingerprint(), str(self.dtype), heads)),
+            self.device,
         )
         _check_layer_types(config, head_set.highest_layer + 1)
         for name, value in first_layers(config, head_set.highest_layer + 1).items():
@@ -101,7 +109,6 @@ class TransformersBackend:
         self._heads = _LayerHeads.by_layer(head_set, self.device)
         self._weights = np.array([head.weight for head in head_set.heads], dtype=np.float32)
         self._verify(model)
-        self._known.clear()
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.attention_mass`."""
@@ -113,15 +120,51 @@ class TransformersBackend:
         groups = _PromptGroup.collect(prompts)
         while groups:
             with self._lock:
-                if self._closed:
-                    raise ClosedError("the model was closed while a call was waiting for it")
+                self._check_open()
                 batch = self._next_batch(groups)
-                computed = self._forward(batch)
+                computed = self._forward(batch, keep=self._known.memory_bytes > 0)
             for group, group_masses in zip(batch, computed, strict=True):
                 for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
                     for index in indices:
                         masses[index] = mass[:, : len(prompts[index].prefix) + 1]
         return cast(list[Mass], masses)
+
+    def remember(self, prompts: Sequence[Prompt]) -> int:
+        """See `AttentionBackend.remember`.
+
+        Raises:
+            InvalidInputError: Nothing is kept, as the settings or the model have it.
+            StorageError: The disk is full, or the folder cannot be written to.
+        """
+        if not self._packs_prompts:
+            raise InvalidInputError(
+                "nothing can be kept of documents: this model's positions depend on the length of "
+                "the whole prompt"
+            )
+        if not (self._known.memory_bytes or self._known.writes):
+            raise InvalidInputError(
+                "document_cache has no room for documents, neither in memory nor on disk"
+            )
+        groups = _PromptGroup.collect(prompts)
+        groups = [group for group in groups if not self._known.is_written(group.key)]
+        written = dropped = 0
+        while groups:
+            with self._lock:
+                self._check_open()
+                batch = self._next_batch(groups)
+                self._forward(batch, keep=True)
+                if self._known.writes:
+                    for group in batch:
+                        if group.known is not None:
+                            written += self._known.write(group.key, group.known)
+                    dropped += self._known.trim()
+        if dropped:
+            warnings.warn(
+                f"{dropped} remembered documents were dropped, those unused for longest: there is "
+                "no room on disk for all. Raise DocumentCache(disk_bytes=...)",
+                stacklevel=4,
+            )
+        return written
 
     def forget(self) -> None:
         """See `AttentionBackend.forget`."""
@@ -136,6 +179,10 @@ class TransformersBackend:
             self._known.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the model was closed while a call was waiting for it")
 
     def _load(self, model: LocalModel, config: PretrainedConfig) -> PreTrainedModel:
         try:
@@ -168,7 +215,7 @@ class TransformersBackend:
         tokens = (np.arange(1, 44) * 7919) % vocabulary
         opening, questions, rows = tokens[:24], [tokens[24:36], tokens[36:]], 5
         group = _PromptGroup(opening, rows, questions)
-        (probed,) = self._forward([group])
+        (probed,) = self._forward([group], keep=False)
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         for question, mass in zip(questions, probed, strict=True):
             expected = self._eager_mass(np.concatenate((opening, question)), rows + len(question))
@@ -200,26 +247,30 @@ class TransformersBackend:
     def _next_batch(self, groups: list[_PromptGroup]) -> list[_PromptGroup]:
         """Take as many of ``groups`` as one pass holds, at least one."""
         batch: list[_PromptGroup] = []
-        used = 0
+        tokens = held = 0
         while groups:
             group = groups[0]
-            group.known = self._known.get(group.key)
-            fits = self._packs_prompts and used + group.tokens <= self._max_batch_tokens
-            if batch and not fits:
+            group.known = group.known or self._known.get(group.key)
+            tokens += group.tokens
+            held += group.known.size() if group.known else 0
+            fits = self._packs_prompts and tokens <= self._max_batch_tokens
+            # What comes from disk may be more than memory is to hold of it.
+            if batch and not (fits and held <= max(self._known.memory_bytes, MOST_HELD_BYTES)):
                 break
             batch.append(groups.pop(0))
-            used += group.tokens
         return batch
 
-    def _forward(self, groups: Sequence[_PromptGroup]) -> list[list[Mass]]:
-        """One pass over groups; per group, head mass of the prompt of each question."""
+    def _forward(self, groups: Sequence[_PromptGroup], keep: bool) -> list[list[Mass]]:
+        """One pass over groups; per group, head mass of the prompt of each question.
+
+        With ``keep``, a group knows its opening afterwards.
+        """
         stretches: list[_Stretch] = []
         tokens: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
         start = 0
         for group in groups:
-            remember = group.known is None and self._known.maxsize > 0
-            stretch = _Stretch(start, group, self._heads, remember, self.device)
+            stretch = _Stretch(start, group, self._heads, keep, self.device)
             stretches.append(stretch)
             border = len(group.opening)
             if group.known is None:
@@ -240,9 +291,10 @@ class TransformersBackend:
                     core_probe=probe,
                 )
             except _LastHeadReached:
-                for group, stretch in zip(groups, stretches, strict=True):
-                    if stretch.remember and stretch.known.size() <= self._known.maxsize:
-                        self._known[group.key] = stretch.known
+                if keep:
+                    for group, stretch in zip(groups, stretches, strict=True):
+                        group.known = stretch.known
+                        self._known.keep(group.key, stretch.known)
                 return [stretch.masses() for stretch in stretches]
         raise UnsupportedModelError(
             f"{type(self._model).__name__} never called attention in layer {max(self._heads)}"
@@ -276,7 +328,7 @@ class _PromptGroup:
     """How many of its tokens belong to the query span."""
     questions: list[np.ndarray[Any, Any]] = field(default_factory=list)
     prompt_indices: list[list[int]] = field(default_factory=list)
-    known: _Known | None = None
+    known: KnownOpening | None = None
     """What was kept of the opening, if it was read before."""
 
     @property
@@ -305,22 +357,6 @@ class _PromptGroup:
         return list(groups.values())
 
 
-@dataclass
-class _Known:
-    """What a later question needs of an opening."""
-
-    mass: Tensor
-    """Attention of its rows of the query span, summed over these; [heads, opening tokens]."""
-    keys: list[Tensor] = field(default_factory=list)
-    """Per layer, [key heads, opening tokens, head size]; rotary embedding applied."""
-    values: list[Tensor] = field(default_factory=list)
-    """The same, but for the last layer, whose output nobody needs."""
-
-    def size(self) -> int:
-        """Bytes."""
-        return sum(tensor.nbytes for tensor in (self.mass, *self.keys, *self.values))
-
-
 class _Stretch:
     """Where a group lies in the packed sequence, and what is found out about it."""
 
@@ -329,15 +365,15 @@ class _Stretch:
         start: int,
         group: _PromptGroup,
         heads: dict[int, _LayerHeads],
-        remember: bool,
+        keep: bool,
         device: torch.device,
     ) -> None:
         count = sum(len(layer.indices) for layer in heads.values())
         length = len(group.opening)
         self.is_new = group.known is None
-        self.remember = remember
+        self.keep = keep
         self.rows = group.rows
-        self.known = group.known or _Known(torch.zeros(count, length, device=device))
+        self.known = group.known or KnownOpening(torch.zeros(count, length, device=device))
         self.start = start
         self.border = start + (length if self.is_new else 0)
         self.questions: list[tuple[int, int]] = []
@@ -408,7 +444,7 @@ class _Probe:
                     output[:, start:border] = _causal_attention(
                         asking, keys, values, scale=scale, window=window
                     )
-                if stretch.remember:  # Copies: the pass's own tensors hold all stretches.
+                if stretch.keep:  # Copies: the pass's own tensors hold all stretches.
                     known.keys.append(keys.clone())
                     if not last:
                         known.values.append(values.clone())

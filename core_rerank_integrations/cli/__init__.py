@@ -11,6 +11,7 @@ from core_rerank_integrations import __version__
 from core_rerank_integrations.cli import heads, models
 from core_rerank_integrations.cli.common import clear_errors
 from core_rerank_integrations.cli.evaluate import evaluate
+from core_rerank_integrations.cli.remember import remember
 from core_rerank_integrations.cli.rerank import rerank
 from core_rerank_integrations.models import DEFAULT_MODEL
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(rerank)
+app.command()(remember)
 app.add_typer(models.app, name="models")
 app.add_typer(heads.app, name="heads")
 app.command()(evaluate)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from core_rerank_integrations.cli.common import clear_errors, tracked
+from core_rerank_integrations.cli.common import clear_errors
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.progress import tracked
 
 if TYPE_CHECKING:
     from core_rerank_integrations.evaluation import Method, MethodResult

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from core_rerank_integrations import __version__
-from core_rerank_integrations.cli.common import clear_errors, tracked
+from core_rerank_integrations.cli.common import clear_errors
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, Ranked, shipped_head_sets
 from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.progress import tracked
 
 app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core_rerank_integrations.cli.common import clear_errors
-from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
 from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.results import RerankResult
@@ -45,15 +43,7 @@ RANKED: dict[FirstStageName | None, Ranked] = {
 
 def rerank(
     query: Annotated[str, typer.Option(help="What is asked.")],
-    documents: Annotated[
-        Path,
-        typer.Option(
-            help="File of documents, or - for standard input: a JSON array, JSONL, or one "
-            "document a line. An object's text is its 'text' (with 'title' before it); its 'id' "
-            "or '_id' goes into TREC output.",
-            allow_dash=True,
-        ),
-    ],
+    documents: DocumentsFile,
     top_n: Annotated[int | None, typer.Option(min=1, help="Most results; default all.")] = None,
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
@@ -71,51 +61,12 @@ def rerank(
     from core_rerank_integrations.reranker import CoReReranker
 
     with clear_errors():
-        ids, texts = _read_documents(documents)
+        ids, texts = read_documents(documents)
         with CoReReranker(
             model, heads=heads, backend=backend, dtype=dtype, window=window
         ) as reranker:
             results = reranker.rerank(query, texts, top_n=top_n, ranked=RANKED[first_stage])
     _print_results(results, ids, query_id, output)
-
-
-def _read_documents(path: Path) -> tuple[list[str], list[str]]:
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read documents from {path}: {error}") from error
-    records = _parse_documents(text)
-    if not records:
-        raise InvalidInputError(f"{path} holds no documents")
-    ids, texts = [], []
-    for number, record in enumerate(records, start=1):
-        if isinstance(record, str):
-            record = {"text": record}
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise InvalidInputError(
-                f"document {number} of {path} must be a string or an object with a string 'text'"
-            )
-        ids.append(str(record.get("id", record.get("_id", number))))
-        texts.append(f"{record.get('title', '')} {record['text']}".strip())
-    return ids, texts
-
-
-def _parse_documents(text: str) -> list[object]:
-    """A JSON array, JSONL (every line an object or a string in quotes), or plain lines."""
-    if text.lstrip().startswith("["):
-        try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError:
-            pass
-        else:
-            if isinstance(parsed, list):
-                return parsed
-    lines = [line for line in text.splitlines() if line.strip()]
-    try:
-        records = [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        return list(lines)
-    return records if all(isinstance(record, str | dict) for record in records) else list(lines)
 
 
 def _print_results(

@@ -95,6 +95,11 @@ class EngineClient(ABC):
         """See `AttentionBackend.head_mass`."""
         return self._run(self._all(self._complete(prompt, per_head=True) for prompt in prompts))
 
+    def remember(self, prompts: Sequence[Prompt]) -> int:
+        """See `AttentionBackend.remember`; the engine's own prefix cache is what keeps them."""
+        self.attention_mass(prompts)
+        return 0
+
     def forget(self) -> None:
         """See `AttentionBackend.forget`; the engine's own prefix cache stays."""
         self._run(self._forget())
