@@ -133,6 +133,13 @@ class RerankerFields(ModelFields):
         description="Documents of a lower probability are left out; "
         "of a lower score, where the heads are not calibrated.",
     )
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time for reading documents; those that do not get their turn come back behind "
+        "the others, marked reranked=False in their metadata and without a score.",
+    )
     raw_scores: bool = Field(
         default=False,
         description="Hand out the scores that the list is sorted by instead of probabilities.",
@@ -142,7 +149,13 @@ class RerankerFields(ModelFields):
         self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
     ) -> list[RerankResult]:
         return self._ready_reranker().rerank(
-            query, texts, self.top_n, self.score_threshold, self.ranked, first_stage_scores
+            query,
+            texts,
+            self.top_n,
+            self.score_threshold,
+            self.ranked,
+            first_stage_scores,
+            self.max_seconds,
         )
 
     async def _arerank(
@@ -150,7 +163,13 @@ class RerankerFields(ModelFields):
     ) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
         return await reranker.arerank(
-            query, texts, self.top_n, self.score_threshold, self.ranked, first_stage_scores
+            query,
+            texts,
+            self.top_n,
+            self.score_threshold,
+            self.ranked,
+            first_stage_scores,
+            self.max_seconds,
         )
 
     def _score_of(self, result: RerankResult) -> float:

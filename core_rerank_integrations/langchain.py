@@ -67,7 +67,11 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
         copies = []
         for result in results:
             document = documents[result.index]
-            metadata = {**document.metadata, "relevance_score": self._score_of(result)}
+            metadata = dict(document.metadata)
+            if result.reranked:
+                metadata["relevance_score"] = self._score_of(result)
+            else:
+                metadata |= {"relevance_score": None, "reranked": False}
             if result.passage is not None:
                 metadata["best_passage"] = list(result.passage)
             copies.append(document.model_copy(update={"metadata": metadata}))

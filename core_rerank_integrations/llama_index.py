@@ -31,6 +31,7 @@ _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defi
 
 RETRIEVAL_SCORE_KEY = "retrieval_score"
 BEST_PASSAGE_KEY = "best_passage"
+RERANKED_KEY = "reranked"
 
 
 class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
@@ -117,8 +118,11 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
                 added[RETRIEVAL_SCORE_KEY] = retrieved.score
             if result.passage is not None:
                 added[BEST_PASSAGE_KEY] = list(result.passage)
+            if not result.reranked:
+                added[RERANKED_KEY] = False
             node = _copy(retrieved.node, added)
-            scored.append(NodeWithScore(node=node, score=self._score_of(result)))
+            score = self._score_of(result) if result.reranked else None
+            scored.append(NodeWithScore(node=node, score=score))
         return scored
 
 

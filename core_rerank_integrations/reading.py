@@ -6,8 +6,11 @@ Whoever ranks, fits or evaluates reads through `Reader`; what is done with the r
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +74,7 @@ class ScoredList(NamedTuple):
     """What the heads say about the documents of one list.
 
     Attributes:
-        scores: Shape [documents].
+        scores: Shape [documents]; minus infinity for those that were not read in time.
         passages: Of documents that were read passage by passage, the best one's characters;
             ``None`` for those that were read whole.
     """
@@ -158,15 +161,31 @@ class Reader:
             yield from zip(places, readings, strict=True)
 
     def score(
-        self, lists: Sequence[Candidates], heads: HeadSet, layout: Layout
+        self,
+        lists: Sequence[Candidates],
+        heads: HeadSet,
+        layout: Layout,
+        max_seconds: float | None = None,
     ) -> list[ScoredList]:
-        """Score every list by the weighted sum of the heads; their order plays no part."""
+        """Score every list by the weighted sum of the heads; their order plays no part.
+
+        Args:
+            lists: What is to be scored.
+            heads: By which heads.
+            layout: How the lists become prompts.
+            max_seconds: Time for all lists, which are then read in their order, document by
+                document, until it is over; ``None`` reads everything.
+        """
         planned = self.plan(lists, layout)
-        readings = iter(self.read([window for windows in planned for window in windows]))
+        windows = [window for windows in planned for window in windows]
+        if max_seconds is None:
+            readings = iter(self.read(windows))
+        else:
+            readings = iter(self._read_within(max_seconds, windows))
         return [
             collected(
                 windows,
-                [next(readings).scores(heads.drop_outliers) for _ in windows],
+                [reading.scores(heads.drop_outliers) for reading in islice(readings, len(windows))],
                 len(candidates.documents),
             )
             for candidates, windows in zip(lists, planned, strict=True)
@@ -198,6 +217,22 @@ class Reader:
         """Free the model."""
         self.backend.close()
 
+    def _read_within(self, seconds: float, windows: Sequence[Window]) -> list[WindowReading]:
+        """Readings of the first windows, at least one, until the next would take too long."""
+        end = time.perf_counter() + seconds
+        readings: list[WindowReading] = []
+        count = 1
+        while len(readings) < len(windows):
+            begun = time.perf_counter()
+            readings += self.read(windows[len(readings) : len(readings) + count])
+            now = time.perf_counter()
+            fitting = int(count * (end - now) / max(now - begun, 1e-9))
+            if fitting < 1:
+                break
+            # The next ones may be longer, or new where these were known.
+            count = min(2 * count, ceil(fitting / 2))
+        return readings
+
     def _known_baselines(self, windows: Sequence[Window], by_head: bool) -> dict[bytes, Mass]:
         with self._lock:
             return {
@@ -223,17 +258,21 @@ def collected(windows: Sequence[Window], scores: Sequence[Scores], documents: in
 
     Args:
         windows: The list's prompts.
-        scores: Of each prompt's documents.
+        scores: Of each prompt's documents; of the first prompts, if the last were not read. A
+            document that was not read to its end has no score.
         documents: How many the list has.
     """
     collected_scores = np.full(documents, -np.inf)
     passages: list[Span | None] = [None] * documents
     pieces = Counter(index for window in windows for index in window.indices)
-    for window, window_scores in zip(windows, scores, strict=True):
+    for window, window_scores in zip(windows, scores, strict=False):
         for index, passage, score in zip(
             window.indices, window.passages, window_scores, strict=True
         ):
             if score > collected_scores[index]:
                 collected_scores[index] = score
                 passages[index] = passage if pieces[index] > 1 else None
+    for window in windows[len(scores) :]:
+        for index in window.indices:
+            collected_scores[index], passages[index] = -np.inf, None
     return ScoredList(collected_scores, passages)

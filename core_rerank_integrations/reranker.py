@@ -190,6 +190,7 @@ class CoReReranker:
         score_threshold: float | None = None,
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
+        max_seconds: float | None = None,
     ) -> list[RerankResult]:
         """Rank ``documents`` by their relevance to ``query``.
 
@@ -205,20 +206,25 @@ class CoReReranker:
             first_stage_scores: The first stage's own scores, one per document, higher is
                 better. Where the head set knows what to make of them, they count in place of
                 the ranks that ``ranked=True`` stands for.
+            max_seconds: Time for reading documents, the first ones first. Those that do not get
+                their turn come back behind the others, in the order they came in, whatever the
+                threshold, with ``reranked=False``. At least one prompt is read, however long it
+                takes; ``None`` reads everything.
 
         Returns:
             Results sorted by score, best first.
 
         Raises:
             InvalidInputError: The query is empty or too long, a document is not a string,
-                ``top_n`` is less than 1, ``score_threshold`` is no probability, or the first
-                stage's scores are not one number per document.
+                ``top_n`` is less than 1, ``score_threshold`` is no probability, the first
+                stage's scores are not one number per document, or ``max_seconds`` is not above 0.
         """
         _check_count("top_n", top_n)
+        _check_seconds(max_seconds)
         self._check_threshold(score_threshold)
         candidates = _check_request((query, documents))
         prior = self._prior(len(documents), ranked, first_stage_scores)
-        (scored,) = self._score([candidates])
+        (scored,) = self._score([candidates], max_seconds)
         return self._results(candidates, scored, prior, top_n, score_threshold)
 
     def rerank_batch(
@@ -254,6 +260,7 @@ class CoReReranker:
         score_threshold: float | None = None,
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
+        max_seconds: float | None = None,
     ) -> list[RerankResult]:
         """`rerank` without blocking the event loop; usable from any loop."""
         _ = self.reader  # A closed reranker has no threads left to say so.
@@ -266,6 +273,7 @@ class CoReReranker:
             score_threshold,
             ranked,
             first_stage_scores,
+            max_seconds,
         )
 
     def remember(self, documents: Sequence[str], show_progress: bool = False) -> int:
@@ -357,8 +365,10 @@ class CoReReranker:
                 f"score_threshold is a probability between 0 and 1, got {threshold!r}"
             )
 
-    def _score(self, lists: Sequence[Candidates]) -> list[ScoredList]:
-        return self.reader.score(lists, self.heads, self._layout)
+    def _score(
+        self, lists: Sequence[Candidates], max_seconds: float | None = None
+    ) -> list[ScoredList]:
+        return self.reader.score(lists, self.heads, self._layout, max_seconds)
 
     def _prior(
         self, count: int, ranked: Ranked, first_stage_scores: Sequence[float] | None = None
@@ -384,21 +394,31 @@ class CoReReranker:
         score_threshold: float | None,
     ) -> list[RerankResult]:
         scores = scored.scores + prior
-        probabilities = None
+        probabilities: list[float | None] = [None] * len(scores)
+        reranked = np.isfinite(scores).tolist()
         if self.heads.calibration is not None:
-            probabilities = self.heads.calibration.probabilities(scored.scores)
+            calibrated = self.heads.calibration.probabilities(scored.scores).tolist()
+            probabilities = [
+                probability if read else None
+                for probability, read in zip(calibrated, reranked, strict=True)
+            ]
         results = [
             RerankResult(
                 place,
                 float(scores[place]),
                 candidates.documents[place],
-                None if probabilities is None else float(probabilities[place]),
+                probabilities[place],
                 scored.passages[place],
+                reranked[place],
             )
             for place in best_places(scores, len(scores))
         ]
         if score_threshold is not None:
-            results = [result for result in results if result.relevance >= score_threshold]
+            results = [
+                result
+                for result in results
+                if result.relevance >= score_threshold or not result.reranked
+            ]
         return results[:top_n]
 
 
@@ -457,3 +477,13 @@ def _check_count(name: str, count: int | None) -> None:
     is_whole = isinstance(count, int) and not isinstance(count, bool)
     if count is not None and not (is_whole and count >= 1):
         raise InvalidInputError(f"{name} must be at least 1, or None, got {count!r}")
+
+
+def _check_seconds(seconds: float | None) -> None:
+    if seconds is None:
+        return
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (is_number and 0 < seconds < math.inf):
+        raise InvalidInputError(
+            f"max_seconds must be a number of seconds above 0, or None, got {seconds!r}"
+        )

@@ -19,6 +19,8 @@ class RerankResult:
             in any list. ``None`` where the heads were not calibrated.
         passage: Start and stop of the characters that the score comes from, where the candidate
             is longer than what the heads read at once; ``None`` where all of it was read.
+        reranked: ``False`` where ``max_seconds`` were over before the candidate was read. It then
+            stands behind all that were, in the order it came in; its score is minus infinity.
     """
 
     index: int
@@ -26,6 +28,7 @@ class RerankResult:
     document: str
     probability: float | None = None
     passage: tuple[int, int] | None = None
+    reranked: bool = True
 
     @property
     def relevance(self) -> float:

@@ -140,6 +140,17 @@ def test_read_ahead_documents_pass_through_and_are_known(
         assert shared.heads == CALIBRATED
 
 
+def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+    hurried = CoReDocumentCompressor(reranker=calibrated, max_seconds=1e-9)
+    first, *rest = hurried.compress_documents(DOCUMENTS, QUERY)
+    assert first.id == "bread"
+    assert "reranked" not in first.metadata
+    assert [document.page_content for document in rest] == [d.page_content for d in DOCUMENTS[1:]]
+    for document in rest:
+        assert document.metadata["reranked"] is False
+        assert document.metadata["relevance_score"] is None
+
+
 class Recorder(BaseCallbackHandler):
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []

@@ -261,3 +261,14 @@ def test_an_ingestion_pipeline_reads_nodes_ahead(smollm2: LocalModel, tmp_path: 
         assert ranking.remember(seen) == 0, "they lie there already"
     restored = CoReNodeIndexer.from_json(indexer.to_json())
     assert restored.document_cache == cache
+
+
+def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+    hurried = CoReNodePostprocessor(reranker=calibrated, max_seconds=1e-9)
+    first, *rest = hurried.postprocess_nodes(nodes(), query_str=QUERY)
+    assert (first.node.node_id, "reranked" in first.node.metadata) == ("n0", False)
+    assert ids(rest) == ["n1", "n2", "n3"]
+    for node in rest:
+        assert node.score is None
+        assert node.node.metadata["reranked"] is False
+        assert "reranked" not in node.node.get_content(metadata_mode=MetadataMode.LLM)

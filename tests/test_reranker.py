@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -596,3 +597,45 @@ def test_what_cannot_be_remembered_is_refused(reranker: CoReReranker) -> None:
         reranker.remember(DOCUMENTS)
     with pytest.raises(InvalidInputError, match="document 1 must be a string, got int"):
         reranker.remember(["a", 1])  # type: ignore[list-item]
+
+
+def test_what_does_not_get_its_turn_comes_back_marked(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    alone = with_backend(smollm2, reranker.reader.backend, CALIBRATED)
+    everything = alone.rerank(QUERY, DOCUMENTS, max_seconds=3600.0)
+    assert indices(everything) == indices(alone.rerank(QUERY, DOCUMENTS))
+    assert all(result.reranked for result in everything)
+    hurried = alone.rerank(QUERY, DOCUMENTS, score_threshold=0.9, ranked=True, max_seconds=1e-9)
+    assert indices(hurried) == [1, 2, 3, 4], "the first was read, and is below the threshold"
+    assert not any(result.reranked for result in hurried)
+    assert {(result.score, result.probability) for result in hurried} == {(-np.inf, None)}
+    long = "The harbour was quiet. " * 40
+    (partly,) = alone.rerank(QUERY, [long], max_seconds=1e-9)
+    assert (partly.reranked, partly.passage) == (False, None), "one passage is not the document"
+    first, *rest = asyncio.run(alone.arerank(QUERY, DOCUMENTS, top_n=3, max_seconds=1e-9))
+    assert (first.index, first.reranked) == (0, True)
+    assert indices(rest) == [1, 2]
+
+
+def test_time_is_spent_on_the_first_documents(
+    smollm2: LocalModel, recording: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a prompt takes a second."""
+    clock = SimpleNamespace(perf_counter=lambda: float(sum(map(len, recording.calls))))
+    monkeypatch.setattr("core_rerank_integrations.reading.time", clock)
+    alone = with_backend(smollm2, recording, window=1)
+    texts = [f"Note {number}" for number in range(40)]
+    # A document is two prompts: its N/A prompt was not read before either.
+    results = alone.rerank(QUERY, texts, max_seconds=20.0)
+    read = sorted(result.index for result in results if result.reranked)
+    assert read == list(range(len(read)))
+    assert len(read) == 10
+    assert [len(call) for call in recording.calls] == [2, 4, 8, 4, 2]
+    assert indices(results)[len(read) :] == list(range(len(read), 40))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), "1", True])
+def test_no_time_is_refused(seconds: Any, reranker: CoReReranker) -> None:
+    with pytest.raises(InvalidInputError, match="max_seconds must be a number of seconds above 0"):
+        reranker.rerank(QUERY, DOCUMENTS, max_seconds=seconds)
