@@ -17,14 +17,12 @@ from core_rerank_integrations.errors import StorageError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.loading import load_reader
-from core_rerank_integrations.models import LocalModel, cache_folder, model_shape, resolve
+from core_rerank_integrations.models import cache_folder, model_shape, resolve
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Tracked, WindowReading, untracked
 from core_rerank_integrations.windows import Layout, Window
 
 Features = npt.NDArray[np.float32]
-
-FINGERPRINT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class HeadReader:
         self._reader = load_reader(backend, local_model, self.heads, dtype, device, template)
         self.template = self._reader.encoder.template
         self._cache = cache or cache_folder("features")
-        identity = (_fingerprint(local_model), len(self.heads.heads), backend, dtype)
+        identity = (local_model.fingerprint(), len(self.heads.heads), backend, dtype)
         self._identity = repr(identity).encode()
 
     def read(
@@ -193,16 +191,3 @@ def _store(path: Path, features: HeadFeatures) -> None:
     content = io.BytesIO()
     np.savez(content, **vars(features))
     write_whole(path, content.getvalue())
-
-
-def _fingerprint(model: LocalModel) -> str:
-    """Tells models apart by their configuration and the size and start of every weight file.
-
-    Hashing all weights would take minutes for a large model.
-    """
-    digest = hashlib.sha256((model.path / "config.json").read_bytes())
-    for path in sorted(model.path.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()

@@ -16,6 +16,16 @@ from core_rerank_integrations.store import DocumentCache
 BACKENDS = ("auto", "transformers", "vllm", "vllm-shared")
 
 
+def check_backend(name: str) -> None:
+    """Refuse what is no backend.
+
+    Raises:
+        InvalidInputError: There is none of that name.
+    """
+    if name not in BACKENDS:
+        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
 def load_reader(
     backend: str,
     model: LocalModel,
@@ -44,6 +54,7 @@ def load_backend(
     document_cache: DocumentCache | None = None,
 ) -> AttentionBackend:
     """Load a model as far as ``heads`` need it; ``auto`` is the Transformers backend."""
+    check_backend(name)
     if name == "vllm-shared":
         from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
 

@@ -103,8 +103,8 @@ class LocalModel:
         return config.get_text_config()
 
     def fingerprint(self) -> str:
-        """Other files, another fingerprint: of the configuration's content and of the weights'
-        names, sizes and times, since hashing gigabytes would take longer than loading them."""
+        """Tells models apart: by the configuration's content, and the names, sizes and times of
+        the files of weights, since hashing gigabytes would take longer than loading them."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for path in sorted(self.path.iterdir()):
             if path.suffix in WEIGHT_SUFFIXES:

@@ -21,7 +21,7 @@ from core_rerank_integrations.heads import (
     default_head_set,
     named_head_set,
 )
-from core_rerank_integrations.loading import BACKENDS, load_reader
+from core_rerank_integrations.loading import check_backend, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
@@ -108,10 +108,7 @@ class CoReReranker:
             raise InvalidInputError(
                 f"document_cache must be a DocumentCache or None, got {document_cache!r}"
             )
-        if backend not in BACKENDS:
-            raise InvalidInputError(
-                f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
-            )
+        check_backend(backend)
         if document_cache is not None and backend in ("vllm", "vllm-shared"):
             raise InvalidInputError(
                 f"document_cache is not for {backend!r}, which keeps documents in vLLM's own "
