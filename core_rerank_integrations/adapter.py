@@ -148,29 +148,23 @@ class RerankerFields(ModelFields):
     def _rerank(
         self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
     ) -> list[RerankResult]:
-        return self._ready_reranker().rerank(
-            query,
-            texts,
-            self.top_n,
-            self.score_threshold,
-            self.ranked,
-            first_stage_scores,
-            self.max_seconds,
-        )
+        return self._ready_reranker().rerank(query, texts, **self._settings(first_stage_scores))
 
     async def _arerank(
         self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
     ) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
-        return await reranker.arerank(
-            query,
-            texts,
-            self.top_n,
-            self.score_threshold,
-            self.ranked,
-            first_stage_scores,
-            self.max_seconds,
-        )
+        return await reranker.arerank(query, texts, **self._settings(first_stage_scores))
+
+    def _settings(self, first_stage_scores: list[float] | None) -> dict[str, Any]:
+        """What `CoReReranker.rerank` is told besides a query and its documents."""
+        return {
+            "top_n": self.top_n,
+            "score_threshold": self.score_threshold,
+            "ranked": self.ranked,
+            "first_stage_scores": first_stage_scores,
+            "max_seconds": self.max_seconds,
+        }
 
     def _score_of(self, result: RerankResult) -> float:
         """What frameworks get to see as the score."""
