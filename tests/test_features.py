@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, StorageError
 from core_rerank_integrations.features import HeadReader
-from core_rerank_integrations.files import write_whole
+from core_rerank_integrations.files import partial_path, write_whole
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reading import Reader
 
@@ -65,7 +64,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     target = tmp_path / "heads.json"
-    (tmp_path / f".heads.json.{os.getpid()}.partial").symlink_to(full)
+    partial_path(target).symlink_to(full)
     with pytest.raises(StorageError, match="No space left"):
         write_whole(target, "content")
     assert list(tmp_path.iterdir()) == []

@@ -84,16 +84,6 @@ def test_no_space_at_all_is_no_store(tmp_path: Path) -> None:
     assert off.get(b"a") is None
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(StorageError, match="No space left on device"):
-        DocumentStore(tmp_path, LIMIT, "model").put(b"a", b"content")
-    assert files(tmp_path) == []
-
-
 def test_killed_while_it_writes(tmp_path: Path) -> None:
     store = DocumentStore(tmp_path, LIMIT, "model")
     for round_ in range(5):
