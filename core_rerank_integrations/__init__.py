@@ -32,8 +32,8 @@ __all__ = [
 _MODULES = {
     "CoReDocumentCompressor": "langchain",
     "CoReDocumentIndexer": "langchain",
-    "CoReNodePostprocessor": "llama_index",
     "CoReNodeIndexer": "llama_index",
+    "CoReNodePostprocessor": "llama_index",
     "CoReReranker": "reranker",
     "DocumentCache": "store",
     "Head": "heads",

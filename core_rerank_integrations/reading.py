@@ -27,6 +27,9 @@ BASELINE_CACHE_VALUES = 4_000_000
 BATCH_PROMPTS = 128
 """Prompts of a stream that are read, and held in memory, at once."""
 
+REMEMBERED_AT_ONCE = 32
+"""Documents between two steps of the progress that is shown; seconds on a laptop."""
+
 
 class Candidates(NamedTuple):
     """A query and what is to be ranked for it."""
@@ -201,8 +204,8 @@ class Reader:
         Yields:
             Bytes written to disk, once a document, as they are read.
         """
-        for start in range(0, len(documents), BATCH_PROMPTS):
-            batch = tuple(documents[start : start + BATCH_PROMPTS])
+        for start in range(0, len(documents), REMEMBERED_AT_ONCE):
+            batch = tuple(documents[start : start + REMEMBERED_AT_ONCE])
             (windows,) = self.plan([Candidates(BASELINE_QUERY, batch)], layout)
             yield self.backend.remember([window.prompt for window in windows])
             yield from [0] * (len(batch) - 1)

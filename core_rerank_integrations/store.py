@@ -81,12 +81,13 @@ class DocumentStore:
         except OSError:
             return None
         checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+        is_whole = bytes(checksum) == _checksum(content)
         with suppress(OSError):  # A folder that cannot be written to can be read all the same.
-            if bytes(checksum) != _checksum(content):
-                path.unlink()
-            else:
+            if is_whole:
                 os.utime(path)
-        return content if bytes(checksum) == _checksum(content) else None
+            else:
+                path.unlink()
+        return content if is_whole else None
 
     def put(self, key: bytes, content: bytes) -> None:
         """Write an entry.
