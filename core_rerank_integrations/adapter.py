@@ -46,9 +46,10 @@ class ModelFields(BaseModel):
         "None: the set shipped for the model.",
     )
     backend: str = Field(
-        default="auto", description="Who runs the model: auto, transformers, vllm or vllm-shared."
+        default="auto",
+        description="Who runs the model: auto, openvino, transformers, vllm or vllm-shared.",
     )
-    dtype: str = Field(default="auto", description="float32, bfloat16, float16 or auto.")
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16, float16 or int8.")
     device: str | None = Field(default=None, description="Torch device; None: CUDA if there.")
     window: int | None = Field(
         default=None, ge=1, description="Most documents per prompt; None: the head set's."

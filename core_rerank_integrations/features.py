@@ -16,7 +16,7 @@ import numpy.typing as npt
 from core_rerank_integrations.errors import StorageError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.loading import load_reader
+from core_rerank_integrations.loading import chosen_backend, load_reader
 from core_rerank_integrations.models import cache_folder, model_shape, resolve
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Tracked, WindowReading, untracked
@@ -53,7 +53,7 @@ class HeadReader:
         model: Alias, hub id, folder or GGUF file.
         max_layer: Highest layer to read; ``None`` reads all.
         template: As for `CoReReranker`.
-        backend: ``auto``, ``transformers`` or ``vllm``.
+        backend: As for `CoReReranker`.
         dtype: As for `CoReReranker`.
         device: As for `CoReReranker`.
         cache: Folder for what was read; ``None`` takes the package's own.
@@ -76,10 +76,11 @@ class HeadReader:
         local_model = resolve(model)
         self.shape = model_shape(local_model.config())
         self.heads = HeadSet.every(self.shape, max_layer, model=local_model.model_id)
-        self._reader = load_reader(backend, local_model, self.heads, dtype, device, template)
+        chosen = chosen_backend(backend, local_model, self.heads, dtype, device)
+        self._reader = load_reader(chosen, local_model, self.heads, dtype, device, template)
         self.template = self._reader.encoder.template
         self._cache = cache or cache_folder("features")
-        identity = (local_model.fingerprint(), len(self.heads.heads), backend, dtype)
+        identity = (local_model.fingerprint(), len(self.heads.heads), chosen, dtype)
         self._identity = repr(identity).encode()
 
     def read(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.backends.openvino.decoder import openvino_runs
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError
 from core_rerank_integrations.heads import HeadSet, default_head_set
 from core_rerank_integrations.models import LocalModel
@@ -13,7 +15,7 @@ from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder, PromptTemp
 from core_rerank_integrations.reading import Reader
 from core_rerank_integrations.store import DocumentCache
 
-BACKENDS = ("auto", "transformers", "vllm", "vllm-shared")
+BACKENDS = ("auto", "openvino", "transformers", "vllm", "vllm-shared")
 
 
 def check_backend(name: str) -> None:
@@ -24,6 +26,40 @@ def check_backend(name: str) -> None:
     """
     if name not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def chosen_backend(
+    name: str, model: LocalModel, heads: HeadSet, dtype: str = "auto", device: str | None = None
+) -> str:
+    """The backend that ``name`` stands for, here.
+
+    ``auto`` is OpenVINO where that is installed, runs the model, and is not slower than what else
+    there is: on a CPU. Else it is Transformers. vLLM, which takes a GPU's memory and starts
+    processes, is asked for by name.
+
+    Raises:
+        InvalidInputError: There is none of that name.
+    """
+    check_backend(name)
+    if name != "auto":
+        return name
+    runs_here = (
+        device in (None, "cpu")
+        and dtype != "float16"
+        and find_spec("openvino") is not None
+        and any(model.path.glob("*.safetensors"))
+        and not (device is None and _has_cuda())
+        and openvino_runs(model.config(), heads.highest_layer + 1)
+    )
+    return "openvino" if runs_here else "transformers"
+
+
+def _has_cuda() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def load_reader(
@@ -53,8 +89,14 @@ def load_backend(
     engine: Any = None,
     document_cache: DocumentCache | None = None,
 ) -> AttentionBackend:
-    """Load a model as far as ``heads`` need it; ``auto`` is the Transformers backend."""
-    check_backend(name)
+    """Load a model as far as ``heads`` need it; see `chosen_backend`."""
+    name = chosen_backend(name, model, heads, dtype, device)
+    if name == "openvino":
+        if device not in (None, "cpu"):
+            raise InvalidInputError(f"the OpenVINO backend runs on the CPU, not on {device!r}")
+        from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+
+        return OpenVINOBackend(model, heads, dtype=dtype, document_cache=document_cache)
     if name == "vllm-shared":
         from core_rerank_integrations.backends.vllm.shared import SharedVLLMBackend
 

@@ -21,7 +21,7 @@ from core_rerank_integrations.heads import (
     default_head_set,
     named_head_set,
 )
-from core_rerank_integrations.loading import check_backend, load_reader
+from core_rerank_integrations.loading import check_backend, chosen_backend, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
@@ -56,10 +56,11 @@ class CoReReranker:
         model: An alias (``core-rerank models list``), a hub id, a model folder or a GGUF file.
         heads: The heads to read: a `HeadSet`, the name of a shipped one, the path of a head set
             file, or a list of (layer, head); ``None`` takes the set shipped for the model.
-        backend: ``transformers``; ``vllm``, an engine cut above the highest head; ``vllm-shared``,
-            an engine that also generates; or ``auto``, which is ``transformers``.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA, float32 on
-            CPU; with vLLM the checkpoint's own.
+        backend: ``openvino``, for CPUs; ``transformers``; ``vllm``, an engine cut above the highest
+            head; ``vllm-shared``, an engine that also generates; or ``auto``: OpenVINO on a CPU,
+            where it is installed and runs the model, else Transformers. ``repr`` says which.
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``int8`` (OpenVINO), or ``auto``: bfloat16 on
+            CUDA and on processors that have it, else float32; with vLLM the checkpoint's own.
         device: A torch device; ``None`` takes CUDA where there is one. vLLM chooses by itself.
         window: Most documents ranked in one prompt; ``None`` takes the head set's, and where
             that names none, as many as the context holds. ``1`` ranks each document by itself:
@@ -68,10 +69,9 @@ class CoReReranker:
         max_document_tokens: Longer documents are cut to this; ``None`` cuts only what does not
             fit the model's context by itself, and nothing with ``window=1``. A cut gives a
             `DocumentTruncatedWarning`.
-        document_cache: How much the Transformers backend keeps of documents that it has read, in
-            memory and on disk, so that the next question about them costs its own tokens alone;
-            ``None`` for the defaults of `DocumentCache`. vLLM keeps documents in a cache of its
-            own.
+        document_cache: How much is kept of documents that were read, in memory and on disk, so
+            that the next question about them costs its own tokens alone; ``None`` for the defaults
+            of `DocumentCache`. vLLM keeps documents in a cache of its own.
         template: Name of a prompt template or a `PromptTemplate`; ``None`` takes the head
             set's, else that of the head set shipped for the model, else the model's chat
             template.
@@ -148,9 +148,14 @@ class CoReReranker:
         if window is not None:
             self.heads = self.heads.in_windows_of(window)
         self._layout = layout_of(self.heads, max_document_tokens)
+        self.backend = (
+            type(reader.backend).__name__
+            if reader
+            else chosen_backend(backend, local_model, self.heads, dtype, device)
+        )
         self._load = partial(
             load_reader,
-            backend,
+            self.backend,
             local_model,
             self.heads,
             dtype,
@@ -349,7 +354,10 @@ class CoReReranker:
         return self
 
     def __repr__(self) -> str:
-        return f"CoReReranker(model={self.model!r}, heads={self.heads.name!r})"
+        return (
+            f"CoReReranker(model={self.model!r}, heads={self.heads.name!r}, "
+            f"backend={self.backend!r})"
+        )
 
     def _check_threshold(self, threshold: float | None) -> None:
         if threshold is None:

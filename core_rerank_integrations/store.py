@@ -71,6 +71,14 @@ class DocumentStore:
     def __contains__(self, key: bytes) -> bool:
         return self._limit > 0 and self._path(key).exists()
 
+    def touch(self, key: bytes) -> bool:
+        """Whether there is such an entry; it then counts as used just now."""
+        if key not in self:
+            return False
+        with suppress(OSError):
+            os.utime(self._path(key))
+        return True
+
     def get(self, key: bytes) -> memoryview | None:
         """An entry's content; ``None`` if there is none that can be read."""
         if not self._limit:

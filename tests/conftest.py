@@ -40,7 +40,7 @@ def smollm2() -> LocalModel:
 
 @pytest.fixture(scope="session")
 def reranker(smollm2: LocalModel) -> Iterator[CoReReranker]:
-    with CoReReranker(smollm2.path, heads=HEADS) as reranker:
+    with CoReReranker(smollm2.path, heads=HEADS, dtype="float32") as reranker:
         yield reranker
 
 

@@ -18,11 +18,18 @@ TOLERANCE = 1e-5
 
 @pytest.mark.shared
 @pytest.mark.parametrize("choice", ["core4", "icr_all"])
-def test_authors_scores(choice: str, shared: Callable[[str], Any], smollm2: LocalModel) -> None:
+@pytest.mark.parametrize("backend", ["transformers", "openvino"])
+def test_authors_scores(
+    choice: str, backend: str, shared: Callable[[str], Any], smollm2: LocalModel
+) -> None:
     goldens = shared("goldens/rerank_smollm2.json")
     heads = goldens["heads"][choice] or [(layer, head) for layer in range(30) for head in range(9)]
     with CoReReranker(
-        smollm2.path, heads=[tuple(head) for head in heads], template="chatml"
+        smollm2.path,
+        heads=[tuple(head) for head in heads],
+        template="chatml",
+        backend=backend,
+        dtype="float32",
     ) as reranker:
         for case in goldens["cases"]:
             expected = case["expected"][choice]

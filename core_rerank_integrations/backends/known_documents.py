@@ -1,56 +1,62 @@
-"""What the Transformers backend keeps of documents that it has read, in memory and on disk."""
+"""What backends of this process keep of documents that they have read, in memory and on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 from cachetools import LRUCache
 
-from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.models import cache_folder
+from core_rerank_integrations.scoring import Mass
 from core_rerank_integrations.store import DocumentCache, DocumentStore
 
-with requires_extra("transformers"):
-    import safetensors.torch
-    import torch
-    from torch import Tensor
+
+class TensorFile(NamedTuple):
+    """How a library writes its tensors as a file of safetensors, and reads them back."""
+
+    save: Callable[[dict[str, Any]], bytes]
+    load: Callable[[bytes], dict[str, Any]]
 
 
 @dataclass
 class KnownOpening:
-    """What a later question needs of all that comes before it."""
+    """What a later question needs of all that comes before it.
 
-    mass: Tensor
-    """Attention of its rows of the query span, summed over these; [heads, opening tokens]."""
-    keys: list[Tensor] = field(default_factory=list)
-    """Per layer, [key heads, opening tokens, head size]; rotary embedding applied."""
-    values: list[Tensor] = field(default_factory=list)
-    """The same, but for the last layer, whose output nobody needs."""
+    Attributes:
+        mass: Attention of its rows of the query span, summed over these; [heads, opening tokens].
+        states: Keys and values, in the backend's own form; rotary embedding applied.
+        answers: Attention mass, [heads, all tokens], by the tokens of a question that was asked
+            when it was remembered: ``N/A``.
+    """
+
+    mass: Any
+    states: list[Any] = field(default_factory=list)
+    answers: dict[bytes, Mass] = field(default_factory=dict)
 
     def size(self) -> int:
         """Bytes."""
-        return sum(tensor.nbytes for tensor in (self.mass, *self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in (self.mass, *self.states, *self.answers.values()))
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors file."""
-        tensors = {"mass": self.mass}
-        tensors |= {f"keys.{layer}": keys for layer, keys in enumerate(self.keys)}
-        tensors |= {f"values.{layer}": values for layer, values in enumerate(self.values)}
-        content: bytes = safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}
-        )
-        return content
+    def to_bytes(self, file: TensorFile) -> bytes:
+        """As a file."""
+        states = {f"state.{place}": state for place, state in enumerate(self.states)}
+        answers = {f"answer.{asked.hex()}": mass for asked, mass in self.answers.items()}
+        return file.save({"mass": self.mass, **states, **answers})
 
     @classmethod
-    def from_bytes(cls, content: bytes, device: torch.device) -> KnownOpening:
+    def from_bytes(cls, content: bytes, file: TensorFile) -> KnownOpening:
         """Reverse of `to_bytes`."""
-        tensors = {
-            name: tensor.to(device) for name, tensor in safetensors.torch.load(content).items()
+        tensors = file.load(content)
+        answers = {
+            bytes.fromhex(name.removeprefix("answer.")): np.asarray(tensors[name])
+            for name in tensors
+            if name.startswith("answer.")
         }
-        mass = tensors.pop("mass")
-        count = sum(name.startswith("keys.") for name in tensors)
-        keys = [tensors.pop(f"keys.{layer}") for layer in range(count)]
-        return cls(mass, keys, [tensors[f"values.{layer}"] for layer in range(len(tensors))])
+        states = [tensors[f"state.{place}"] for place in range(len(tensors) - len(answers) - 1)]
+        return cls(tensors["mass"], states, answers)
 
 
 class KnownDocuments:
@@ -59,13 +65,13 @@ class KnownDocuments:
     Args:
         cache: How much is kept, and where.
         identity: What an opening depends on besides its tokens: model, heads, dtype.
-        device: Where it is needed.
+        file: How it is written.
     """
 
-    def __init__(self, cache: DocumentCache, identity: str, device: torch.device) -> None:
+    def __init__(self, cache: DocumentCache, identity: str, file: TensorFile) -> None:
         self.memory_bytes = cache.memory_bytes
         self.writes = cache.disk_bytes > 0
-        self._device = device
+        self._file = file
         self._memory: LRUCache[bytes, KnownOpening] = LRUCache(
             cache.memory_bytes, getsizeof=KnownOpening.size
         )
@@ -85,7 +91,7 @@ class KnownDocuments:
         """One that was kept."""
         known = self._memory.get(key)
         if known is None and (content := self._store.get(key)) is not None:
-            known = KnownOpening.from_bytes(bytes(content), self._device)
+            known = KnownOpening.from_bytes(bytes(content), self._file)
             self.keep(key, known)
         return known
 
@@ -94,17 +100,23 @@ class KnownDocuments:
         if known.size() <= self._memory.maxsize:
             self._memory[key] = known
 
-    def is_written(self, key: bytes) -> bool:
-        """Whether it is on disk."""
-        return key in self._store
+    def is_known(self, key: bytes) -> bool:
+        """Whether it was kept, as far as a look at the disk tells."""
+        return key in self._memory or key in self._store
 
-    def write(self, key: bytes, known: KnownOpening) -> int:
-        """Write it to disk; the bytes that it takes there.
+    def is_written(self, key: bytes) -> bool:
+        """Whether it is on disk; it then counts as used just now."""
+        return self._store.touch(key)
+
+    def write(self, key: bytes, known: KnownOpening, answers: Mapping[bytes, Mass]) -> int:
+        """Write it to disk with the answers to some questions; the bytes that it takes there.
 
         Raises:
             StorageError: It cannot be written.
         """
-        content = known.to_bytes()
+        known.answers.update(answers)
+        self.keep(key, known)  # It has grown.
+        content = known.to_bytes(self._file)
         self._store.put(key, content)
         return len(content)
 

@@ -13,18 +13,21 @@ at that head's layer as soon as its queries and keys are known.
 from __future__ import annotations
 
 import logging
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from core_rerank_integrations.backends.known_documents import KnownDocuments, KnownOpening
+from core_rerank_integrations.backends.known_documents import (
+    KnownDocuments,
+    KnownOpening,
+    TensorFile,
+)
+from core_rerank_integrations.backends.local import LocalBackend
+from core_rerank_integrations.backends.prompt_groups import PromptGroup
 from core_rerank_integrations.errors import (
-    ClosedError,
     InvalidInputError,
     ModelError,
     UnsupportedModelError,
@@ -32,11 +35,11 @@ from core_rerank_integrations.errors import (
 )
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import LocalModel, first_layers
-from core_rerank_integrations.prompt import Prompt
 from core_rerank_integrations.scoring import Mass
 from core_rerank_integrations.store import DocumentCache
 
 with requires_extra("transformers"):
+    import safetensors.torch
     import torch
     import torch.nn.functional as F
     from torch import Tensor
@@ -49,20 +52,19 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 PROBED_ROWS = 128
 """Query rows whose attention over the prompt is held in memory at once, per head."""
 NOTHING_KEPT = DocumentCache(memory_bytes=0, disk_bytes=0)
-MOST_HELD_BYTES = 1 << 28
-"""Of documents that come from disk, in one pass, where memory is to hold less between passes."""
-KEPT_FORMAT = 1
+KEPT_FORMAT = 2
 """Counts up when what is kept of documents changes its meaning."""
 
 
-class TransformersBackend:
+class TransformersBackend(LocalBackend):
     """CoRe attention mass from a Hugging Face model.
 
     Args:
         model: The model's folder.
         head_set: The heads to read.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 (or float16, where
-            the GPU has no bfloat16) on CUDA, float32 on CPU. Attention mass is float32 always.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 where the GPU or the
+            processor has it, else float16 on CUDA and float32 on CPU. Attention mass is float32
+            always.
         device: A torch device, or ``None`` for CUDA where there is one, else CPU.
         max_batch_tokens: Tokens packed into one forward pass; a longer prompt runs alone.
             ``None``: 2,048 on CPU, where longer passes gain nothing, else 16,384.
@@ -87,102 +89,26 @@ class TransformersBackend:
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _dtype(dtype, self.device)
-        self._lock = threading.Lock()
-        self._closed = False
         self._max_batch_tokens = max_batch_tokens or (2048 if self.device.type == "cpu" else 16384)
 
         config = model.config()
         self.max_context: int = config.max_position_embeddings
-        self._packs_prompts = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
-        if not self._packs_prompts:
+        keeps = _rope_type(config) not in LENGTH_DEPENDENT_ROPE
+        if not keeps:
             document_cache = NOTHING_KEPT
         heads = [(head.layer, head.head) for head in head_set.heads]
-        self._known = KnownDocuments(
+        known = KnownDocuments(
             document_cache or DocumentCache(),
             repr((KEPT_FORMAT, model.fingerprint(), str(self.dtype), heads)),
-            self.device,
+            TensorFile(_to_file, partial(_from_file, device=self.device)),
         )
+        super().__init__(head_set, known, keeps)
         _check_layer_types(config, head_set.highest_layer + 1)
         for name, value in first_layers(config, head_set.highest_layer + 1).items():
             setattr(config, name, value)
         self._model = self._load(model, config)
         self._heads = _LayerHeads.by_layer(head_set, self.device)
-        self._weights = np.array([head.weight for head in head_set.heads], dtype=np.float32)
         self._verify(model)
-
-    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """See `AttentionBackend.attention_mass`."""
-        return [self._weights @ mass for mass in self.head_mass(prompts)]
-
-    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """See `AttentionBackend.head_mass`."""
-        masses: list[Mass | None] = [None] * len(prompts)
-        groups = _PromptGroup.collect(prompts)
-        while groups:
-            with self._lock:
-                self._check_open()
-                batch = self._next_batch(groups)
-                computed = self._forward(batch, keep=self._known.memory_bytes > 0)
-            for group, group_masses in zip(batch, computed, strict=True):
-                for indices, mass in zip(group.prompt_indices, group_masses, strict=True):
-                    for index in indices:
-                        masses[index] = mass[:, : len(prompts[index].prefix) + 1]
-        return cast(list[Mass], masses)
-
-    def remember(self, prompts: Sequence[Prompt]) -> int:
-        """See `AttentionBackend.remember`.
-
-        Raises:
-            InvalidInputError: Nothing is kept, as the settings or the model have it.
-            StorageError: The disk is full, or the folder cannot be written to.
-        """
-        if not self._packs_prompts:
-            raise InvalidInputError(
-                "nothing can be kept of documents: this model's positions depend on the length of "
-                "the whole prompt"
-            )
-        if not (self._known.memory_bytes or self._known.writes):
-            raise InvalidInputError(
-                "document_cache has no room for documents, neither in memory nor on disk"
-            )
-        groups = _PromptGroup.collect(prompts)
-        groups = [group for group in groups if not self._known.is_written(group.key)]
-        written = dropped = 0
-        while groups:
-            with self._lock:
-                self._check_open()
-                batch = self._next_batch(groups)
-                self._forward(batch, keep=True)
-                if self._known.writes:
-                    for group in batch:
-                        if group.known is not None:
-                            written += self._known.write(group.key, group.known)
-                    dropped += self._known.trim()
-        if dropped:
-            warnings.warn(
-                f"{dropped} remembered documents were dropped, those unused for longest: there is "
-                "no room on disk for all. Raise DocumentCache(disk_bytes=...)",
-                stacklevel=4,
-            )
-        return written
-
-    def forget(self) -> None:
-        """See `AttentionBackend.forget`."""
-        with self._lock:
-            self._known.clear()
-
-    def close(self) -> None:
-        """Free the model's memory."""
-        with self._lock:
-            self._closed = True
-            del self._model
-            self._known.clear()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the model was closed while a call was waiting for it")
 
     def _load(self, model: LocalModel, config: PretrainedConfig) -> PreTrainedModel:
         try:
@@ -214,7 +140,7 @@ class TransformersBackend:
         vocabulary = self._model.config.vocab_size
         tokens = (np.arange(1, 44) * 7919) % vocabulary
         opening, questions, rows = tokens[:24], [tokens[24:36], tokens[36:]], 5
-        group = _PromptGroup(opening, rows, questions)
+        group = PromptGroup(opening, rows, questions)
         (probed,) = self._forward([group], keep=False)
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         for question, mass in zip(questions, probed, strict=True):
@@ -244,27 +170,15 @@ class TransformersBackend:
             mass[heads.places] = attention.mean(dim=1)
         return mass.cpu().numpy()
 
-    def _next_batch(self, groups: list[_PromptGroup]) -> list[_PromptGroup]:
-        """Take as many of ``groups`` as one pass holds, at least one."""
-        batch: list[_PromptGroup] = []
-        tokens = held = 0
-        while groups:
-            group = groups[0]
-            group.known = group.known or self._known.get(group.key)
-            tokens += group.tokens
-            held += group.known.size() if group.known else 0
-            fits = self._packs_prompts and tokens <= self._max_batch_tokens
-            # What comes from disk may be more than memory is to hold of it.
-            if batch and not (fits and held <= max(self._known.memory_bytes, MOST_HELD_BYTES)):
-                break
-            batch.append(groups.pop(0))
-        return batch
+    def _free(self) -> None:
+        del self._model
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _forward(self, groups: Sequence[_PromptGroup], keep: bool) -> list[list[Mass]]:
-        """One pass over groups; per group, head mass of the prompt of each question.
+    def _fits(self, groups: Sequence[PromptGroup]) -> bool:
+        return self._keeps and sum(group.tokens for group in groups) <= self._max_batch_tokens
 
-        With ``keep``, a group knows its opening afterwards.
-        """
+    def _forward(self, groups: Sequence[PromptGroup], keep: bool) -> list[list[Mass]]:
         stretches: list[_Stretch] = []
         tokens: list[np.ndarray[Any, Any]] = []
         positions: list[np.ndarray[Any, Any]] = []
@@ -318,52 +232,13 @@ class _LayerHeads(NamedTuple):
         }
 
 
-@dataclass
-class _PromptGroup:
-    """Prompts of one call that are the same up to their questions, each distinct one once."""
-
-    opening: np.ndarray[Any, Any]
-    """What they share: the prefix, and the instruction that opens the query span."""
-    rows: int
-    """How many of its tokens belong to the query span."""
-    questions: list[np.ndarray[Any, Any]] = field(default_factory=list)
-    prompt_indices: list[list[int]] = field(default_factory=list)
-    known: KnownOpening | None = None
-    """What was kept of the opening, if it was read before."""
-
-    @property
-    def key(self) -> bytes:
-        return self.rows.to_bytes(4) + self.opening.tobytes()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that have to run."""
-        return sum(map(len, self.questions)) + (0 if self.known else len(self.opening))
-
-    @classmethod
-    def collect(cls, prompts: Sequence[Prompt]) -> list[_PromptGroup]:
-        groups: dict[bytes, _PromptGroup] = {}
-        places: dict[tuple[bytes, bytes], list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            instruction, question = np.split(prompt.suffix, [prompt.instruction])
-            group = cls(np.concatenate((prompt.prefix, instruction)), prompt.instruction)
-            group = groups.setdefault(group.key, group)
-            asked = (group.key, question.tobytes())
-            if asked not in places:
-                places[asked] = []
-                group.questions.append(question)
-                group.prompt_indices.append(places[asked])
-            places[asked].append(index)
-        return list(groups.values())
-
-
 class _Stretch:
     """Where a group lies in the packed sequence, and what is found out about it."""
 
     def __init__(
         self,
         start: int,
-        group: _PromptGroup,
+        group: PromptGroup,
         heads: dict[int, _LayerHeads],
         keep: bool,
         device: torch.device,
@@ -445,12 +320,12 @@ class _Probe:
                         asking, keys, values, scale=scale, window=window
                     )
                 if stretch.keep:  # Copies: the pass's own tensors hold all stretches.
-                    known.keys.append(keys.clone())
+                    known.states.append(keys.clone())
                     if not last:
-                        known.values.append(values.clone())
+                        known.states.append(values.clone())
             else:
-                keys = known.keys[layer]
-                values = value if last else known.values[layer]
+                keys = known.states[2 * layer]
+                values = value if last else known.states[2 * layer + 1]
             for question, (begin, stop) in enumerate(stretch.questions):
                 outputs, sums = _continued_attention(
                     query[:, begin:stop],
@@ -654,9 +529,29 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return dtypes[name]
     if name != "auto":
         raise InvalidInputError(f"dtype must be 'auto' or one of {', '.join(dtypes)}, got {name!r}")
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _has_bfloat16() else torch.float32
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16; where it only could, float32 is faster."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+def _to_file(tensors: dict[str, Any]) -> bytes:
+    content: bytes = safetensors.torch.save(
+        {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
+    )
+    return content
+
+
+def _from_file(content: bytes, device: torch.device) -> dict[str, Any]:
+    return {
+        name: tensor if name.startswith("answer.") else tensor.to(device)
+        for name, tensor in safetensors.torch.load(content).items()
+    }
 
 
 @contextmanager

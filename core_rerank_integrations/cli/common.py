@@ -1,14 +1,20 @@
-"""What the commands share: errors without tracebacks."""
+"""What the commands share: options of a model, and errors without tracebacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from core_rerank_integrations.errors import CoReError
+
+BackendOption = Annotated[
+    str, typer.Option(help="auto, openvino, transformers, vllm or vllm-shared.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or int8.")]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from core_rerank_integrations.cli.common import clear_errors
+from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
@@ -49,8 +49,8 @@ def evaluate(
     timed: Annotated[
         int, typer.Option(min=0, help="Queries by which each method is timed by itself.")
     ] = 5,
-    backend: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
     plots: Annotated[bool, typer.Option(help="Draw pictures into the report.")] = False,
 ) -> None:
     """Measure first stage and head sets on the same candidates, and test the difference.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from core_rerank_integrations import __version__
-from core_rerank_integrations.cli.common import clear_errors
+from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, Ranked, shipped_head_sets
 from core_rerank_integrations.models import DEFAULT_MODEL
@@ -25,8 +25,6 @@ from core_rerank_integrations.progress import tracked
 app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
 
 ModelOption = Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")]
-BackendOption = Annotated[str, typer.Option(help="auto, transformers or vllm.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 TemplateOption = Annotated[str | None, typer.Option(help="Prompt template; default the model's.")]
 MaxLayerOption = Annotated[
     int | None, typer.Option(help="Highest layer heads are taken from, counted from 0.")

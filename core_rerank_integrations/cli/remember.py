@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from core_rerank_integrations.cli.common import clear_errors
+from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
 from core_rerank_integrations.models import DEFAULT_MODEL, cache_folder
 from core_rerank_integrations.store import DocumentCache
@@ -19,7 +19,8 @@ def remember(
     documents: DocumentsFile,
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
     window: Annotated[
         int | None, typer.Option(min=1, max=1, help="1, for heads that want larger prompts.")
     ] = None,
@@ -35,7 +36,12 @@ def remember(
         _, texts = read_documents(documents)
         cache = DocumentCache(folder=folder)
         with CoReReranker(
-            model, heads=heads, dtype=dtype, window=window, document_cache=cache
+            model,
+            heads=heads,
+            backend=backend,
+            dtype=dtype,
+            window=window,
+            document_cache=cache,
         ) as reranker:
             written = reranker.remember(texts, show_progress=True)
     Console().print(

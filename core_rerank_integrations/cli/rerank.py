@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from core_rerank_integrations.cli.common import clear_errors
+from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
 from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
@@ -47,8 +47,8 @@ def rerank(
     top_n: Annotated[int | None, typer.Option(min=1, help="Most results; default all.")] = None,
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, transformers, vllm or vllm-shared.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
     window: Annotated[int | None, typer.Option(min=1, help="Most documents a prompt.")] = None,
     first_stage: Annotated[
         FirstStageName | None,

@@ -1,0 +1,247 @@
+"""A decoder as an OpenVINO model that answers with attention mass and not with logits.
+
+A row of a batch is a document: what is new of it, behind what is known of it. Everything that
+depends on lengths (positions, who sees whom, which rows are the query's) is an input, so the graph
+has no mask logic of its own, and one graph serves new documents and known ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from openvino import Model, Node, PartialShape, Type
+from openvino import opset15 as ops
+
+from core_rerank_integrations.backends.openvino.decoder import Decoder, Rotary
+from core_rerank_integrations.backends.openvino.weights import Weights
+
+
+class Inputs(NamedTuple):
+    """What depends on the documents at hand; B documents, T new tokens, P known ones, S = P + T.
+
+    Attributes:
+        tokens: [B, T], int64.
+        mask: Per distinct window of the decoder, [B, T, S]: what is added to logits.
+        turns: Per distinct rotary embedding, its cosines and its sines, each [B, T, head size].
+        rows: [B, R], int64: which of the new tokens are asked what they attend to.
+        shares: [B, G, R]: how much a row counts in each of G sums.
+        known: Keys and values of the layers in turn, each [B, key heads, P, head size]; none for
+            the values of the last layer.
+    """
+
+    tokens: Node
+    mask: dict[int | None, Node]
+    turns: dict[Rotary, tuple[Node, Node]]
+    rows: Node
+    shares: Node
+    known: list[Node]
+
+
+def build(decoder: Decoder, weights: Weights, heads: dict[int, list[int]], kept: Type) -> Model:
+    """The graph.
+
+    Args:
+        decoder: As far as the highest selected head.
+        weights: By their names in the checkpoint.
+        heads: Selected heads by layer.
+        kept: Element type of keys and values, in and out.
+
+    Returns:
+        Inputs in the order of `Inputs`, flattened. Outputs: the attention mass of the selected
+        heads in the order of ``heads``, float32, [B, heads, G, S]; then keys and values of the
+        new tokens like the known ones.
+    """
+    return _Builder(decoder, weights, kept).model(heads)
+
+
+class _Builder:
+    def __init__(self, decoder: Decoder, weights: Weights, kept: Type) -> None:
+        self._decoder = decoder
+        self._weights = weights
+        self._kept = kept
+        self._parameters: list[Node] = []
+
+    def model(self, heads: dict[int, list[int]]) -> Model:
+        decoder = self._decoder
+        inputs = self._inputs()
+        hidden = ops.gather(self._weights.table("embed_tokens.weight"), inputs.tokens, _int(0))
+        hidden = _scaled(ops.convert(hidden, "f32"), decoder.embedding_scale)
+        # With grouped heads one below the other, keys need not be repeated for each.
+        groups = decoder.heads // decoder.key_heads
+        tiled = {
+            window: ops.unsqueeze(ops.concat([mask] * groups, 1), _int(1))
+            for window, mask in inputs.mask.items()
+        }
+        row_masks = {
+            window: ops.unsqueeze(ops.gather(mask, inputs.rows, _int(1), 1), _int(1))
+            for window, mask in inputs.mask.items()
+        }
+        shares = ops.unsqueeze(ops.unsqueeze(inputs.shares, _int(1)), _int(-1))
+        masses: list[Node] = []
+        kept: list[Node] = []
+        for layer in range(decoder.layers):
+            is_last = layer == decoder.layers - 1
+            window = decoder.windows[layer]
+            turn = inputs.turns[decoder.rotaries[layer]]
+            name = f"layers.{layer}.self_attn"
+            normed = self._norm(hidden, f"layers.{layer}.input_layernorm.weight")
+            query = self._heads(normed, f"{name}.q_proj", decoder.heads, f"{name}.q_norm", turn)
+            key = self._heads(normed, f"{name}.k_proj", decoder.key_heads, f"{name}.k_norm", turn)
+            kept.append(ops.convert(key, self._kept))
+            keys = ops.concat([ops.convert(inputs.known[2 * layer], "f32"), key], 2)
+            if layer in heads:
+                masses.append(
+                    self._mass(query, keys, heads[layer], inputs.rows, row_masks[window], shares)
+                )
+            if is_last:
+                break
+            value = self._heads(normed, f"{name}.v_proj", decoder.key_heads)
+            kept.append(ops.convert(value, self._kept))
+            values = ops.concat([ops.convert(inputs.known[2 * layer + 1], "f32"), value], 2)
+            hidden = self._block(
+                hidden,
+                self._attention(query, keys, values, tiled[window], f"{name}.o_proj"),
+                f"layers.{layer}.post_attention_layernorm.weight",
+            )
+            norm = "pre_feedforward" if decoder.has_outer_norms else "post_attention"
+            normed = self._norm(hidden, f"layers.{layer}.{norm}_layernorm.weight")
+            hidden = self._block(
+                hidden,
+                self._feed_forward(normed, f"layers.{layer}.mlp"),
+                f"layers.{layer}.post_feedforward_layernorm.weight",
+            )
+        mass = ops.concat(masses, 1)
+        model = Model([mass, *kept], self._parameters, "core_rerank")
+        for place, output in enumerate(model.outputs):
+            output.get_tensor().set_names({"mass" if place == 0 else f"kept.{place - 1}"})
+        return model
+
+    def _inputs(self) -> Inputs:
+        decoder = self._decoder
+
+        def parameter(name: str, shape: list[int], kind: Type = Type.f32) -> Node:
+            node = ops.parameter(PartialShape(shape), kind, name=name)
+            node.output(0).get_tensor().set_names({name})
+            self._parameters.append(node)
+            return node
+
+        size = decoder.head_size
+        return Inputs(
+            parameter("tokens", [-1, -1], Type.i64),
+            {
+                window: parameter(f"mask.{window}", [-1, -1, -1])
+                for window in dict.fromkeys(decoder.windows)
+            },
+            {
+                rotary: (
+                    parameter(f"cosines.{i}", [-1, -1, size]),
+                    parameter(f"sines.{i}", [-1, -1, size]),
+                )
+                for i, rotary in enumerate(dict.fromkeys(decoder.rotaries))
+            },
+            parameter("rows", [-1, -1], Type.i64),
+            parameter("shares", [-1, -1, -1]),
+            [
+                parameter(f"known.{i}", [-1, decoder.key_heads, -1, size], self._kept)
+                for i in range(2 * decoder.layers - 1)
+            ],
+        )
+
+    def _norm(self, hidden: Node, name: str) -> Node:
+        weight = self._weights.vector(name) + np.float32(self._decoder.norm_offset)
+        squares = ops.reduce_mean(ops.power(hidden, _float(2.0)), _int(-1), True)
+        root = ops.sqrt(ops.add(squares, _float(self._decoder.norm_eps)))
+        return ops.multiply(
+            ops.multiply(hidden, ops.divide(_float(1.0), root)), ops.constant(weight)
+        )
+
+    def _linear(self, hidden: Node, name: str) -> Node:
+        product = ops.matmul(hidden, self._weights.matrix(f"{name}.weight"), False, True)
+        if f"{name}.bias" in self._weights:
+            product = ops.add(product, ops.constant(self._weights.vector(f"{name}.bias")))
+        return product
+
+    def _heads(
+        self,
+        hidden: Node,
+        name: str,
+        count: int,
+        norm: str | None = None,
+        turn: tuple[Node, Node] | None = None,
+    ) -> Node:
+        """Queries, keys or values, [B, heads, T, head size]; with ``turn``, rotary embedding."""
+        size = self._decoder.head_size
+        split = ops.reshape(self._linear(hidden, name), _int([0, 0, count, size]), True)
+        if norm is not None and f"{norm}.weight" in self._weights:
+            split = self._norm(split, f"{norm}.weight")
+        split = ops.transpose(split, _int([0, 2, 1, 3]))
+        if turn is None:
+            return split
+        cos, sin = (ops.unsqueeze(part, _int(1)) for part in turn)
+        first = ops.slice(split, _int([0]), _int([size // 2]), _int([1]), _int([3]))
+        second = ops.slice(split, _int([size // 2]), _int([size]), _int([1]), _int([3]))
+        rotated = ops.concat([ops.multiply(second, _float(-1.0)), first], 3)
+        return ops.add(ops.multiply(split, cos), ops.multiply(rotated, sin))
+
+    def _attention(self, query: Node, keys: Node, values: Node, mask: Node, name: str) -> Node:
+        decoder = self._decoder
+        grouped = ops.reshape(query, _int([0, decoder.key_heads, -1, decoder.head_size]), True)
+        attended = ops.scaled_dot_product_attention(
+            grouped, keys, values, mask, _float(decoder.attention_scale), False
+        )
+        by_head = ops.reshape(attended, ops.shape_of(query), False)
+        joined = ops.reshape(
+            ops.transpose(by_head, _int([0, 2, 1, 3])),
+            _int([0, 0, decoder.heads * decoder.head_size]),
+            True,
+        )
+        return self._linear(joined, name)
+
+    def _mass(
+        self, query: Node, keys: Node, heads: Iterable[int], rows: Node, mask: Node, shares: Node
+    ) -> Node:
+        """Attention of some heads, [B, heads, G, S]."""
+        decoder = self._decoder
+        groups = decoder.heads // decoder.key_heads
+        chosen = ops.gather(query, _int(list(heads)), _int(1))
+        by_token = ops.transpose(chosen, _int([0, 2, 1, 3]))
+        asking = ops.transpose(ops.gather(by_token, rows, _int(1), 1), _int([0, 2, 1, 3]))
+        theirs = ops.gather(keys, _int([head // groups for head in heads]), _int(1))
+        logits = _scaled(ops.matmul(asking, theirs, False, True), decoder.attention_scale)
+        attention = ops.softmax(ops.add(logits, mask), -1)
+        return ops.reduce_sum(
+            ops.multiply(ops.unsqueeze(attention, _int(2)), shares), _int(3), False
+        )
+
+    def _feed_forward(self, hidden: Node, name: str) -> Node:
+        gate = self._linear(hidden, f"{name}.gate_proj")
+        activate: Callable[[Node], Node] = (
+            ops.swish if self._decoder.activation == "silu" else _gelu_tanh
+        )
+        return self._linear(
+            ops.multiply(activate(gate), self._linear(hidden, f"{name}.up_proj")),
+            f"{name}.down_proj",
+        )
+
+    def _block(self, hidden: Node, added: Node, outer_norm: str) -> Node:
+        if self._decoder.has_outer_norms:
+            added = self._norm(added, outer_norm)
+        return ops.add(hidden, _scaled(added, self._decoder.residual_scale))
+
+
+def _scaled(node: Node, factor: float) -> Node:
+    return node if factor == 1.0 else ops.multiply(node, _float(factor))
+
+
+def _gelu_tanh(node: Node) -> Node:
+    return ops.gelu(node, "TANH")
+
+
+def _int(value: int | list[int]) -> Node:
+    return ops.constant(np.array(value, dtype=np.int64))
+
+
+def _float(value: float) -> Node:
+    return ops.constant(np.float32(value))

@@ -1,0 +1,120 @@
+"""A checkpoint's weights as constants of a graph, read without PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from openvino import Node, Shape, Tensor, Type
+from openvino import opset15 as ops
+from openvino.op import Constant
+
+from core_rerank_integrations.errors import ModelError
+
+PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
+"""What stands before the names of a decoder's weights, by kind of checkpoint."""
+
+
+class _Kind(NamedTuple):
+    stored: npt.DTypeLike
+    type: Type
+
+
+KINDS = {
+    "F32": _Kind(np.float32, Type.f32),
+    "F16": _Kind(np.float16, Type.f16),
+    "BF16": _Kind(np.uint16, Type.bf16),  # NumPy has no such numbers.
+}
+
+
+class _Stored(NamedTuple):
+    path: Path
+    kind: _Kind
+    shape: list[int]
+    offset: int
+
+
+class Weights:
+    """Weights of a decoder, by their names inside the model.
+
+    Args:
+        folder: With the checkpoint's safetensors files, which have to stay while a graph of these
+            weights is compiled.
+        eight_bit: Whether matrices are rounded to eight bits, with a scale for each of their rows.
+
+    Raises:
+        ModelError: There are no such files.
+    """
+
+    def __init__(self, folder: Path, eight_bit: bool = False) -> None:
+        self._eight_bit = eight_bit
+        self._folder = folder
+        self._stored = {
+            name: stored
+            for path in sorted(folder.glob("*.safetensors"))
+            for name, stored in _index(path)
+        }
+        prefixes = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in self._stored]
+        if not prefixes:
+            raise ModelError(f"{folder} holds no safetensors files with a decoder's weights")
+        self._prefix = prefixes[0]
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._stored
+
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        """Weights of a norm, or a bias."""
+        return self._numbers(self._find(name))
+
+    def table(self, name: str) -> Node:
+        """Rows to gather from, as they are stored."""
+        return self._constant(self._find(name))
+
+    def matrix(self, name: str) -> Node:
+        """What to multiply with, [out, in], float32 to who uses it."""
+        stored = self._find(name)
+        if not self._eight_bit:
+            return ops.convert(self._constant(stored), "f32")
+        full = self._numbers(stored)
+        scale = np.abs(full).max(axis=1, keepdims=True) / 127
+        scale[scale == 0] = 1
+        rounded = ops.constant(np.round(full / scale).astype(np.int8))
+        return ops.multiply(ops.convert(rounded, "f32"), ops.constant(scale))
+
+    def _find(self, name: str) -> _Stored:
+        try:
+            return self._stored[self._prefix + name]
+        except KeyError:
+            raise ModelError(
+                f"{self._folder} lacks the weights {self._prefix + name}, so its scores would be "
+                "random"
+            ) from None
+
+    def _constant(self, stored: _Stored) -> Node:
+        return Constant(Tensor(_mapped(stored), Shape(stored.shape), stored.kind.type), False)
+
+    def _numbers(self, stored: _Stored) -> npt.NDArray[np.float32]:
+        mapped = _mapped(stored)
+        if stored.kind.type == Type.bf16:  # The upper half of a float32.
+            return (mapped.astype(np.uint32) << 16).view(np.float32)
+        return mapped.astype(np.float32)
+
+
+def _mapped(stored: _Stored) -> npt.NDArray[np.generic]:
+    shape = tuple(stored.shape)
+    return np.memmap(stored.path, stored.kind.stored, mode="r", offset=stored.offset, shape=shape)
+
+
+def _index(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """What a safetensors file holds: eight bytes of length, a header in JSON, then the numbers."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if kind := KINDS.get(entry["dtype"]):
+            yield name, _Stored(path, kind, entry["shape"], 8 + length + entry["data_offsets"][0])
