@@ -31,11 +31,11 @@ with requires_extra("cpu"):
     from core_rerank_integrations.backends.openvino.weights import Weights
 
 DTYPES = ("float32", "bfloat16", "int8")
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """New tokens of one pass, padding included."""
 BATCH_LOGITS = 1 << 22
 """New tokens of one pass times the tokens that each may see."""
-BATCH_SEEN = 1 << 14
+BATCH_SEEN = 10240
 """Known and new tokens of one pass, padding included; known ones are copied for it."""
 LONGEST_OPENING = 1024
 """A longer one is read piece by piece."""
@@ -93,7 +93,7 @@ class OpenVINOBackend(LocalBackend):
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64 if self.dtype == "int8" else 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.dtype == "int8" else 0,
         }
         self._workspace = Workspace()
         self._request = core.compile_model(graph, "CPU", settings).create_infer_request()

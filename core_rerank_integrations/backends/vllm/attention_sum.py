@@ -10,8 +10,9 @@ from torch import Tensor
 
 from core_rerank_integrations.backends.vllm.probe import Probes, Rows
 from core_rerank_integrations.backends.vllm.request import (
+    COLUMNS_KEY,
+    FIRST_ROW_KEY,
     PER_HEAD_KEY,
-    QUERY_START_KEY,
     SELF_TEST_KEY,
 )
 
@@ -32,11 +33,11 @@ class AttentionSum:
         self.length = length
         self.self_test: bool = options.get(SELF_TEST_KEY, False)
         self._per_head: bool = options.get(PER_HEAD_KEY, False)
-        start: int = options[QUERY_START_KEY]
-        size = (heads if self._per_head else 1) * (start + 1)
+        columns: int = options[COLUMNS_KEY]
+        size = (heads if self._per_head else 1) * columns
         self._sum = torch.zeros(1 if self.self_test else size, device=device)
-        self._mass = self._sum.view(-1, 1 if self.self_test else start + 1)
-        self._next_row = start
+        self._mass = self._sum.view(-1, 1 if self.self_test else columns)
+        self._next_row: int = options[FIRST_ROW_KEY]
         self._rows = 0
 
     def rows(self, begin: int, end: int) -> range:
@@ -50,10 +51,11 @@ class AttentionSum:
     def add(self, rows: range, attention: Tensor, probes: Probes) -> None:
         """Add the attention of ``rows``, shape [local heads, tokens]."""
         attention = attention[:, : self._mass.shape[1]]
+        told = self._mass[:, : attention.shape[1]]  # Rows of an opening see no more than itself.
         if self._per_head:
-            self._mass[probes.places] += attention
+            told[probes.places] += attention
         else:
-            self._mass[0] += probes.weights @ attention
+            told[0] += probes.weights @ attention
         self._rows += len(rows)
         self._next_row = rows.stop
 
@@ -63,7 +65,7 @@ class AttentionSum:
         self._rows = 1
 
     def vector(self) -> Tensor:
-        """Float32 [heads or 1 * (prefix tokens + 1) + 1]: the sums, then the number of rows.
+        """Float32 [heads or 1 * columns + 1]: the sums, then the number of rows.
 
         Sums of several tensor parallel ranks add up; the number of rows is the same on each.
         For a self-test, float32 [2]: the probes' largest error, and 1; or zeros, if the prompt

@@ -6,9 +6,9 @@ import asyncio
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, wait
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from cachetools import LRUCache
@@ -19,9 +19,11 @@ from core_rerank_integrations.backends.vllm.process import (
     owned_engine,
 )
 from core_rerank_integrations.backends.vllm.request import (
+    COLUMNS_KEY,
+    FIRST_ROW_KEY,
     PER_HEAD_KEY,
-    QUERY_START_KEY,
     SELF_TEST_KEY,
+    UNSHARED_KEY,
 )
 from core_rerank_integrations.errors import (
     BackendError,
@@ -31,7 +33,7 @@ from core_rerank_integrations.errors import (
     requires_extra,
 )
 from core_rerank_integrations.progress import say
-from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.prompt import Prompt, TokenIds
 from core_rerank_integrations.scoring import Mass
 
 with requires_extra("vllm"):
@@ -74,7 +76,10 @@ class EngineClient(ABC):
     def __init__(self, heads: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._heads = heads
         self._ids = itertools.count()
-        self._masses: LRUCache[bytes, Mass] = LRUCache(RESULT_CACHE_TOKENS, getsizeof=len)
+        self._masses: LRUCache[bytes, Mass] = LRUCache(RESULT_CACHE_TOKENS, getsizeof=np.size)
+        self._openings: LRUCache[tuple[bytes, bool], Mass] = LRUCache(
+            RESULT_CACHE_TOKENS, getsizeof=np.size
+        )
         self._closed = False
         self._calls: set[asyncio.Task[Any]] = set()
         self._engine: AsyncLLM | None = None
@@ -89,11 +94,11 @@ class EngineClient(ABC):
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.attention_mass`."""
-        return self._run(self._all(self._mass(prompt) for prompt in prompts))
+        return self._run(self._masses_of(prompts))
 
     def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.head_mass`."""
-        return self._run(self._all(self._complete(prompt, per_head=True) for prompt in prompts))
+        return self._run(self._means(prompts, per_head=True))
 
     def remember(self, prompts: Sequence[Prompt]) -> int:
         """See `AttentionBackend.remember`; the engine's own prefix cache is what keeps them."""
@@ -146,7 +151,7 @@ class EngineClient(ABC):
         config = self._engine.model_config
         vocabulary = config.hf_text_config.vocab_size
         tokens = [7919 * position % vocabulary for position in range(1, SELF_TEST_TOKENS + 1)]
-        options = {QUERY_START_KEY: 0, SELF_TEST_KEY: True}
+        options = {FIRST_ROW_KEY: 0, COLUMNS_KEY: 1, UNSHARED_KEY: 0, SELF_TEST_KEY: True}
         for _ in range(SELF_TESTS):
             error, rows = await self._ask(
                 self._engine, TokensPrompt(prompt_token_ids=tokens), options, read_cache=False
@@ -201,6 +206,7 @@ class EngineClient(ABC):
 
     async def _forget(self) -> None:
         self._masses.clear()
+        self._openings.clear()
 
     async def _end_calls(self) -> None:
         """Cancel what waits, while the engine can still be told that nobody does."""
@@ -222,37 +228,71 @@ class EngineClient(ABC):
             self._thread.join()
             self._loop.close()
 
-    async def _all(self, work: Any) -> list[Mass]:
-        return list(await asyncio.gather(*work))
+    async def _masses_of(self, prompts: Sequence[Prompt]) -> list[Mass]:
+        """Mean over all query rows, weighed, [prefix tokens + 1]; kept ones are not asked."""
+        asked = [
+            len(prompt.prefix).to_bytes(4) + prompt.prefix.tobytes() + prompt.suffix.tobytes()
+            for prompt in prompts
+        ]
+        known = {key: self._masses[key] for key in asked if key in self._masses}
+        new = {key: prompt for key, prompt in zip(asked, prompts, strict=True) if key not in known}
+        means = await self._means(list(new.values()), per_head=False)
+        for key, (mass,) in zip(new, means, strict=True):
+            known[key] = mass
+            _keep(self._masses, key, mass)
+        return [known[key] for key in asked]
 
-    async def _mass(self, prompt: Prompt) -> Mass:
-        key = len(prompt.prefix).to_bytes(4) + prompt.prefix.tobytes() + prompt.suffix.tobytes()
-        if (known := self._masses.get(key)) is not None:
-            return known
-        mass: Mass = (await self._complete(prompt, per_head=False))[0]
-        if len(mass) <= self._masses.maxsize:
-            self._masses[key] = mass
-        return mass
+    async def _means(self, prompts: Sequence[Prompt], per_head: bool) -> list[Mass]:
+        """Mean over all query rows, shape [heads or 1, prefix tokens + 1].
 
-    async def _complete(self, prompt: Prompt, per_head: bool) -> Mass:
-        """Mean over all query rows, shape [heads or 1, prefix tokens + 1]."""
+        Of a prompt of one document, which may well come again with another question, the rows
+        before the query are asked for once, and what the engine has read reaches to the query.
+        """
+        requests = [_Request.of(prompt) for prompt in prompts]
+        shared = {opening.key: opening for opening, _ in requests if opening}
+        before = {
+            key: mass for key in shared if (mass := self._openings.get((key, per_head))) is not None
+        }
+        new = [opening for key, opening in shared.items() if key not in before]
+        # Openings first: what a step computes for one request, a later one of it has already.
+        work = [*new, *(question for _, question in requests)]
+        sums = await self._all(self._complete(request, per_head) for request in work)
+        for opening, mass in zip(new, sums, strict=False):
+            before[opening.key] = mass
+            _keep(self._openings, (opening.key, per_head), mass)
+        means = []
+        for prompt, (of, _), mass in zip(prompts, requests, sums[len(new) :], strict=True):
+            rows = np.float32(len(prompt.suffix))
+            means.append((mass if of is None else mass + before[of.key]) / rows)
+        return means
+
+    async def _all(self, work: Iterable[Coroutine[Any, Any, Mass]]) -> list[Mass]:
+        return await asyncio.gather(*work)
+
+    async def _complete(self, request: _Request, per_head: bool) -> Mass:
+        """Sum over all rows of a request, shape [heads or 1, columns]."""
         rows = 0
         for read_cache in (True, False):
-            # A second time if query tokens came from the prefix cache, or from a graph that no
-            # probe sees into: their queries were never computed, or not seen.
-            summed, rows = await self._sum(prompt, per_head, read_cache)
-            if rows == len(prompt.suffix):
-                return summed / np.float32(rows)
+            # A second time if rows came from the prefix cache, or from a graph that no probe sees
+            # into: their queries were never computed, or not seen.
+            summed, rows = await self._sum(request, per_head, read_cache)
+            if rows == request.rows:
+                return summed
         raise BackendError(
-            f"vLLM computed {rows} of {len(prompt.suffix)} query tokens of a prompt of "
-            f"{len(prompt)}; a score from these would be wrong"
+            f"vLLM computed {rows} of {request.rows} query tokens of a prompt of "
+            f"{len(request.tokens)}; a score from these would be wrong"
         )
 
-    async def _sum(self, prompt: Prompt, per_head: bool, read_cache: bool) -> tuple[Mass, int]:
+    async def _sum(self, request: _Request, per_head: bool, read_cache: bool) -> tuple[Mass, int]:
         if self._engine is None:
             raise ClosedError("the vLLM engine of this reranker is closed")
-        options = {QUERY_START_KEY: len(prompt.prefix), PER_HEAD_KEY: per_head}
-        tokens = TokensPrompt(prompt_token_ids=[*prompt.prefix.tolist(), *prompt.suffix.tolist()])
+        options = {
+            FIRST_ROW_KEY: len(request.tokens) - request.rows,
+            COLUMNS_KEY: request.columns,
+            UNSHARED_KEY: request.unshared,
+            PER_HEAD_KEY: per_head,
+        }
+        tokens = TokensPrompt(prompt_token_ids=request.tokens.tolist())
         try:
             vector = await self._ask(self._engine, tokens, options, read_cache)
         except EngineDeadError as error:
@@ -261,6 +301,39 @@ class EngineClient(ABC):
 
     def _next_id(self) -> str:
         return f"core-{next(self._ids)}"
+
+
+class _Request(NamedTuple):
+    """What an engine is asked about: the attention of the last rows on the first columns."""
+
+    tokens: TokenIds
+    rows: int
+    columns: int
+    unshared: int
+    """From which token on nothing is left in the cache for other requests."""
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> tuple[_Request | None, _Request]:
+        """What a prompt takes: its opening, if it may serve other questions, and the rest."""
+        tokens = np.concatenate((prompt.prefix, prompt.suffix))
+        start, rows = len(prompt.prefix), len(prompt.suffix)
+        if len(prompt.document_spans) > 1 or not prompt.instruction:
+            return None, cls(tokens, rows, start + 1, start)
+        border = start + prompt.instruction
+        return (
+            cls(tokens[:border], prompt.instruction, start + 1, border),
+            cls(tokens, rows - prompt.instruction, start + 1, border),
+        )
+
+    @property
+    def key(self) -> bytes:
+        """Tells openings apart."""
+        return self.rows.to_bytes(4) + self.tokens.tobytes()
+
+
+def _keep(cache: LRUCache[Any, Mass], key: Any, mass: Mass) -> None:
+    if mass.size <= cache.maxsize:
+        cache[key] = mass
 
 
 def tolerance(dtype: str) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_rerank_integrations.backends.vllm.request import QUERY_START_KEY, rerank_options
+from core_rerank_integrations.backends.vllm.request import UNSHARED_KEY, rerank_options
 from core_rerank_integrations.errors import UnsupportedModelError
 
 SUPPORTED_VERSIONS = ("0.26", "0.29", "0.30", "0.31", "0.32")
@@ -69,7 +69,7 @@ def key_query_blocks_by_request() -> None:
     def with_request_key(request: Any, start: int, end: int, mm_index: int) -> Any:
         keys, next_mm_index = original(request, start, end, mm_index)
         options = rerank_options(request.pooling_params or request.sampling_params)
-        if options is not None and end > options[QUERY_START_KEY]:
+        if options is not None and end > options[UNSHARED_KEY]:
             keys = (*(keys or ()), ("core_rerank", request.request_id))
         return keys, next_mm_index
 

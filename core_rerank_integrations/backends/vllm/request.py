@@ -8,8 +8,15 @@ from typing import Any
 HEADS_KEY = "core_rerank_heads"
 """In the model's configuration: list of [layer, head, weight]."""
 
-QUERY_START_KEY = "core_rerank_query_start"
-"""With a request: index of the first token of the query span."""
+FIRST_ROW_KEY = "core_rerank_first_row"
+"""With a request: index of the first token that is asked what it attends to; the last one is that
+of the request."""
+
+COLUMNS_KEY = "core_rerank_columns"
+"""With a request: how many of its tokens, from the first on, the attention on them is told of."""
+
+UNSHARED_KEY = "core_rerank_unshared"
+"""With a request: index of the first token whose block of the cache is for this request alone."""
 
 PER_HEAD_KEY = "core_rerank_per_head"
 """With a request: whether its heads are reported each by itself, unweighted."""
@@ -36,6 +43,6 @@ def rerank_options(parameters: Any) -> Mapping[str, Any] | None:
     """
     for name in ("extra_kwargs", "extra_args"):
         options: Mapping[str, Any] | None = getattr(parameters, name, None)
-        if options and QUERY_START_KEY in options:
+        if options and FIRST_ROW_KEY in options:
             return options
     return None
