@@ -191,7 +191,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
         (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'nowhere'"),
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1 must not be negative"),
-        (("--backend", "vlmm"), "backend must be one of auto, transformers"),
+        (("--backend", "vlmm"), "backend must be one of auto, openvino, transformers"),
         (("--prune", "1.5", "--max-heads", "1"), "not both"),
     ],
 )

@@ -64,7 +64,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
     assert scores["first-stage"].tolist() == [0, -1, -2, -3]
     assert others["first-stage"].tolist() == [0, -1, -2]
     for method in methods[1:]:
-        with CoReReranker(smollm2.path, heads=method.heads) as reranker:
+        with CoReReranker(smollm2.path, heads=method.heads, dtype="float32") as reranker:
             for (asked, texts), found in zip(lists, (scores, others), strict=True):
                 expected = reranker.score(asked, texts, ranked=method.ranked)
                 assert found[method.name] == pytest.approx(expected, abs=1e-6)

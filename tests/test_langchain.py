@@ -212,7 +212,7 @@ def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
 
 
 def test_a_given_reranker_may_run_on_a_reader_of_its_own(reranker: CoReReranker) -> None:
-    own = CoReReranker(**{**reranker.settings, "reader": reranker.reader})
+    own = CoReReranker(reranker.model, heads=reranker.heads, reader=reranker.reader)
     compressor = CoReDocumentCompressor(reranker=own)
     assert compressor.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
 

