@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "transformers", "vllm", "langchain_core", "llama_index"]
+HEAVY = ["torch", "transformers", "openvino", "vllm", "langchain_core", "llama_index"]
 
 
 def run(code: str) -> str:
@@ -28,6 +28,7 @@ def test_importing_the_package_imports_no_framework() -> None:
     ("missing", "use", "extra"),
     [
         ("langchain_core", "core_rerank_integrations.CoReDocumentCompressor", "langchain"),
+        ("openvino", "import core_rerank_integrations.backends.openvino.backend", "cpu"),
         ("vllm", "import core_rerank_integrations.backends.vllm.dedicated", "vllm"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         (

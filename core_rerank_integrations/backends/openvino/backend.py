@@ -1,4 +1,4 @@
-"""The OpenVINO backend: PyTorch is not needed, and on a CPU nothing here is faster."""
+"""The OpenVINO backend: CPUs, without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
 
 from core_rerank_integrations.backends.known_documents import (
     KnownDocuments,
@@ -25,6 +24,7 @@ from core_rerank_integrations.store import DocumentCache
 
 with requires_extra("cpu"):
     import openvino
+    import safetensors.numpy
 
     from core_rerank_integrations.backends.openvino.batch import Answer, Batch, Row, Workspace
     from core_rerank_integrations.backends.openvino.graph import build
