@@ -158,7 +158,10 @@ def run_demo(
         f"reranked by [bold]{model}[/]. Loading it ..."
     )
     with CoReReranker(model, document_cache=DocumentCache(disk_bytes=0)) as reranker:
-        console.print(f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read.")
+        console.print(
+            f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read, on the "
+            f"{reranker.backend!r} backend."
+        )
         if reranker.heads.window == 1:
             _remember(console, collection, reranker)
         console.print()

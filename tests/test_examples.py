@@ -24,7 +24,7 @@ def run(name: str, *arguments: str, typed: str = "") -> str:
 def test_examples_stay_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert len(lengths) == 4
-    assert max(lengths.values()) < 80, lengths
+    assert max(lengths.values()) < 100, lengths
 
 
 def test_telephone_or_light_bulb() -> None:
@@ -35,8 +35,9 @@ def test_telephone_or_light_bulb() -> None:
 
 def test_langchain_retriever() -> None:
     output = run("langchain_retriever.py", "--question", "Until when is a day ticket valid?")
-    scores = [float(line.split()[0]) for line in output.splitlines()[:3]]
-    assert all(0 < score < 1 for score in scores)
+    built, *ranked = output.splitlines()[:4]
+    assert built.startswith("The store was built in")
+    assert all(0 < float(line.split()[0]) < 1 for line in ranked)
     assert "Question: Until when is a day ticket valid?" in output
 
 

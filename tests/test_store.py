@@ -47,6 +47,20 @@ def test_what_is_put_comes_back(tmp_path: Path) -> None:
     assert DocumentStore(tmp_path, LIMIT, "model").get(b"a") == b""
 
 
+def test_what_is_touched_stays_longer(tmp_path: Path) -> None:
+    store = DocumentStore(tmp_path, 250, "model")
+    for number in range(2):
+        store.put(b"%d" % number, bytes(100))
+    for age, path in enumerate(files(tmp_path)):
+        os.utime(path, (1000 + age, 1000 + age))
+    assert store.touch(b"0")
+    assert not store.touch(b"2")
+    store.put(b"2", bytes(100))
+    assert store.trim() == 1
+    assert b"0" in store
+    assert b"1" not in store
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "emptied"])
 def test_a_damaged_file_is_no_entry(damage: str, tmp_path: Path) -> None:
     store = DocumentStore(tmp_path, LIMIT, "model")

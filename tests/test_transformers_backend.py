@@ -143,6 +143,16 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         reading(model)
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    has_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_it)
+    backend = TransformersBackend(tiny(tmp_path, "llama"), HEADS, device="cpu")
+    assert backend.dtype == (torch.bfloat16 if has_it else torch.float32)
+
+
 def test_unknown_dtype(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"dtype must be 'auto' or one of .* got 'int8'"):
         TransformersBackend(tiny(tmp_path, "llama"), HEADS, dtype="int8")
