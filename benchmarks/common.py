@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.collection import Collection
+from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
 MODEL = "smollm2-135m"

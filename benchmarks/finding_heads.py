@@ -16,8 +16,8 @@ import torch
 from common import MODEL, alternate, machine, requests
 from transformers import AutoModelForCausalLM
 
-from core_rerank_integrations.detection import Case, score_heads
-from core_rerank_integrations.features import HeadReader
+from core_rerank_integrations.finding.detection import Case, score_heads
+from core_rerank_integrations.finding.features import HeadReader
 from core_rerank_integrations.loading import load_encoder
 from core_rerank_integrations.models import resolve
 

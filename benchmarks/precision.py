@@ -12,8 +12,13 @@ from pathlib import Path
 
 from common import MODEL, machine
 
-from core_rerank_integrations.collection import Collection, load_run
-from core_rerank_integrations.evaluation import JointReranker, Method, mean_measures, rank_all
+from core_rerank_integrations.finding.collection import Collection, load_run
+from core_rerank_integrations.finding.evaluation import (
+    JointReranker,
+    Method,
+    mean_measures,
+    rank_all,
+)
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.progress import tracked

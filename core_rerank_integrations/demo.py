@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.errors import requires_extra
-from core_rerank_integrations.evaluation import mean_measures
+from core_rerank_integrations.finding.collection import Collection
+from core_rerank_integrations.finding.evaluation import mean_measures
 from core_rerank_integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.reranker import CoReReranker

@@ -22,7 +22,7 @@ from core_rerank_integrations import (
     CoReDocumentIndexer,
     CoReReranker,
 )
-from core_rerank_integrations.collection import Collection
+from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
 parser = argparse.ArgumentParser(description=__doc__)

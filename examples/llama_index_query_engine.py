@@ -21,7 +21,7 @@ from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
 from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor, CoReReranker
-from core_rerank_integrations.collection import Collection
+from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.resources import resource_folder
 

@@ -16,7 +16,7 @@ from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.progress import tracked
 
 if TYPE_CHECKING:
-    from core_rerank_integrations.evaluation import Method, MethodResult
+    from core_rerank_integrations.finding.evaluation import Method, MethodResult
     from core_rerank_integrations.models import LocalModel
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -57,8 +57,8 @@ def evaluate(
 
     Methods that want their prompts alike share one pass of the model.
     """
-    from core_rerank_integrations.collection import Collection, load_run
-    from core_rerank_integrations.evaluation import (
+    from core_rerank_integrations.finding.collection import Collection, load_run
+    from core_rerank_integrations.finding.evaluation import (
         JointReranker,
         compare,
         markdown,
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def _method(text: str, model: LocalModel) -> Method:
-    from core_rerank_integrations.evaluation import FIRST_STAGE, Method
+    from core_rerank_integrations.finding.evaluation import FIRST_STAGE, Method
     from core_rerank_integrations.heads import HeadSet, named_head_set, shipped_head_sets
     from core_rerank_integrations.models import model_shape
 
@@ -162,7 +162,7 @@ def _curve(name: str | None, model: LocalModel) -> list[Method]:
 
 def _draw(folder: Path, results: list[MethodResult], curve: str | None) -> list[str]:
     from core_rerank_integrations import plots
-    from core_rerank_integrations.evaluation import MAIN_MEASURE
+    from core_rerank_integrations.finding.evaluation import MAIN_MEASURE
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []

@@ -99,13 +99,13 @@ def find(
     Beside it, ``<output>.scores.json`` holds the scores of all heads. An interrupted run goes
     on where it was.
     """
-    from core_rerank_integrations.collection import Collection, load_run
-    from core_rerank_integrations.detection import (
+    from core_rerank_integrations.finding.collection import Collection, load_run
+    from core_rerank_integrations.finding.detection import (
         DEFAULT_TEMPERATURES,
         detection_cases,
         score_heads,
     )
-    from core_rerank_integrations.features import HeadReader
+    from core_rerank_integrations.finding.features import HeadReader
 
     with clear_errors():
         if method not in ("core", "qr"):
@@ -154,7 +154,7 @@ def find(
         found.save(output)
         scores.save(output.with_suffix(".scores.json"))
         if plot is not None:
-            from core_rerank_integrations.plots import plot_head_map
+            from core_rerank_integrations.finding.plots import plot_head_map
 
             plot_head_map(found, plot)
     _print_heads(found)
@@ -206,8 +206,8 @@ def fit(
 
     What the model says about a list is kept on disk: a second fit takes seconds.
     """
-    from core_rerank_integrations.features import HeadReader
-    from core_rerank_integrations.fitting import (
+    from core_rerank_integrations.finding.features import HeadReader
+    from core_rerank_integrations.finding.fitting import (
         DEFAULT_STRENGTHS,
         calibrate,
         choose_first_stage,
@@ -340,7 +340,7 @@ class _Draw:
 
     def load(self, source: _Source) -> tuple[Any, Any, list[str]]:
         """Collection, run, and the questions drawn from it."""
-        from core_rerank_integrations.collection import Collection, load_scored_run
+        from core_rerank_integrations.finding.collection import Collection, load_scored_run
 
         collection = Collection.load(source.folder, source.split)
         run = load_scored_run(source.run, collection)

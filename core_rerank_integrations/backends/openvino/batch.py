@@ -157,7 +157,9 @@ class Batch:
             length = len(row.opening)
             kept = [state[place, :, :length] for state in states] if length else []
             answers.append(
-                Answer(before[:, 0], questions, np.stack(kept) if kept else row.known[:, :, :0])
+                Answer(
+                    before[:, 0].copy(), questions, np.stack(kept) if kept else row.known[:, :, :0]
+                )
             )
         return answers
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from core_rerank_integrations.errors import requires_extra
-from core_rerank_integrations.evaluation import (
+from core_rerank_integrations.finding.evaluation import (
     MAIN_MEASURE,
     MethodResult,
     expected_calibration_error,

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core_rerank_integrations.collection import Collection, Passage
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.fitting import (
+from core_rerank_integrations.finding.collection import Collection, Passage
+from core_rerank_integrations.finding.fitting import (
     JudgedList,
     Trial,
     Weights,

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.files import write_whole
+from core_rerank_integrations.finding.collection import Collection, Qrels, Run, save_run
 from core_rerank_integrations.heads import HeadSet, Ranked
 from core_rerank_integrations.loading import load_reader
 from core_rerank_integrations.models import LocalModel

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.features import HeadFeatures
 from core_rerank_integrations.files import write_whole
+from core_rerank_integrations.finding.collection import Collection
+from core_rerank_integrations.finding.features import HeadFeatures
 from core_rerank_integrations.heads import Head
 
 with requires_extra("eval"):

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core_rerank_integrations.collection import Collection, Passage
-from core_rerank_integrations.detection import Case, HeadScores, detection_cases, score_heads
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.features import HeadFeatures, HeadReader
+from core_rerank_integrations.finding.collection import Collection, Passage
+from core_rerank_integrations.finding.detection import (
+    Case,
+    HeadScores,
+    detection_cases,
+    score_heads,
+)
+from core_rerank_integrations.finding.features import HeadFeatures, HeadReader
 from core_rerank_integrations.heads import Head
 from core_rerank_integrations.models import LocalModel
 

@@ -10,7 +10,7 @@ import pytest
 from test_cli import failed, run
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.collection import Collection, save_run
+from core_rerank_integrations.finding.collection import Collection, save_run
 from core_rerank_integrations.reading import Reader, WindowReading
 from core_rerank_integrations.resources import resource_folder
 

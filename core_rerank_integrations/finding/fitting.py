@@ -14,10 +14,10 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.collection import Collection, ScoredRun
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.evaluation import mean_measures
-from core_rerank_integrations.features import HeadReader
+from core_rerank_integrations.finding.collection import Collection, ScoredRun
+from core_rerank_integrations.finding.evaluation import mean_measures
+from core_rerank_integrations.finding.features import HeadReader
 from core_rerank_integrations.heads import Calibration, FirstStage, Head, HeadSet, Ranked
 from core_rerank_integrations.reading import Candidates, Tracked, untracked
 from core_rerank_integrations.scoring import best_places, prior_of_order, prior_of_scores

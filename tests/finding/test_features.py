@@ -7,8 +7,8 @@ import pytest
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, StorageError
-from core_rerank_integrations.features import HeadReader
 from core_rerank_integrations.files import partial_path, write_whole
+from core_rerank_integrations.finding.features import HeadReader
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reading import Reader
 

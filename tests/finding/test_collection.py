@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from core_rerank_integrations.collection import Collection, load_run, save_run
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.finding.collection import Collection, load_run, save_run
 from core_rerank_integrations.resources import resource_folder
 
 

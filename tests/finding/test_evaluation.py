@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from core_rerank_integrations import CoReReranker, HeadSet
-from core_rerank_integrations.collection import Collection
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.evaluation import (
+from core_rerank_integrations.finding.collection import Collection
+from core_rerank_integrations.finding.evaluation import (
     JointReranker,
     Method,
     compare,
