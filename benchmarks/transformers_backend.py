@@ -11,17 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from common import HEADS, LONG_WORDS, MODEL, WORDS, alternate, machine, requests, tracked
+from common import HEADS, MODEL, alternate, machine, requests, tracked
 from transformers import AutoModelForCausalLM
 
-from core_rerank_integrations import CoReReranker, DocumentCache, HeadSet
+from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 
+BACKEND = "transformers"
 SHIPPED = ("core", "qr", "fit", "fast")
 LIST_LENGTHS = (5, 20, 40, 100)
 
@@ -30,7 +30,7 @@ def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int
     """A rerank of 20 documents, N/A included, over a plain prefill of them in one prompt."""
     folder = resolve(MODEL).path
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    with CoReReranker(MODEL, heads=heads, dtype=dtype) as reranker:
+    with CoReReranker(MODEL, heads=heads, backend=BACKEND, dtype=dtype) as reranker:
         work = requests(rounds + 1, 20)
         prompts = [reranker.reader.encoder.encode(*request) for request in work]
         tokens = [
@@ -54,51 +54,12 @@ def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int
     )
 
 
-def known_documents(words: int, rounds: int) -> str:
-    """A rerank of 20 documents that were asked about before, over a plain prefill of them."""
-    full = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
-    with (
-        TemporaryDirectory() as folder,
-        CoReReranker(
-            MODEL, dtype="float32", document_cache=DocumentCache(folder=Path(folder))
-        ) as reranker,
-    ):
-        queries = [query for query, _ in requests(rounds + 1, 1)]
-        ((first, documents),) = requests(1, 20, words)
-        prompt = reranker.reader.encoder.encode(first, documents)
-        tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
-        start = time.perf_counter()
-        reranker.score("What was asked before?", documents)
-        new = time.perf_counter() - start
-
-        def prefill(_: int) -> None:
-            with torch.inference_mode():
-                full(tokens, use_cache=False, logits_to_keep=1)
-
-        known, plain = alternate(
-            lambda number: reranker.score(queries[number], documents), prefill, rounds
-        )
-        held = reranker.reader.backend._known.size / len(documents) / 2**20
-        reranker.remember(documents)
-        from_disk = []
-        for query in queries[1:]:
-            reranker.reader.forget()  # As in a process that was just started.
-            start = time.perf_counter()
-            reranker.score(query, documents)
-            from_disk.append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(known, plain, strict=True)]
-    return (
-        f"| {words} | {tokens.shape[1]} | {new:.2f} | {statistics.median(known):.3f} | "
-        f"{statistics.median(plain):.2f} | **{statistics.median(ratios):.3f}** "
-        f"({min(ratios):.3f} to {max(ratios):.3f}) | {statistics.median(from_disk):.3f} | "
-        f"{held:.1f} |"
-    )
-
-
 def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
     """Seconds a document for lists of several lengths, every list fresh."""
     rows = []
-    with CoReReranker(MODEL, heads=HEADS, window=window) as reranker:
+    with CoReReranker(
+        MODEL, heads=HEADS, backend=BACKEND, dtype="float32", window=window
+    ) as reranker:
         work = {count: requests(rounds + 1, count) for count in LIST_LENGTHS}
         times: dict[int, list[float]] = {count: [] for count in LIST_LENGTHS}
         for number in tracked(rounds + 1, "list lengths"):
@@ -127,7 +88,7 @@ def measure_memory(what: str) -> None:
     # Both sides encode the prompt alike; the rerank also loads, verifies and caches.
     query, documents = requests(1, 20)[0]
     if what == "rerank":
-        CoReReranker(MODEL, heads=HEADS).score(query, documents)
+        CoReReranker(MODEL, heads=HEADS, backend=BACKEND, dtype="float32").score(query, documents)
     elif what == "full":
         from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder
 
@@ -159,13 +120,6 @@ def main() -> None:
     for kind in SHIPPED:
         heads = named_head_set(f"{kind}-{MODEL}-instruct")
         print(compare_with_full_prefill(kind, heads, "bfloat16", arguments.rounds), flush=True)
-    print(
-        "\n| words a document | prompt tokens | new s | known s | plain prefill s | ratio "
-        "(range) | from disk s | MiB a document |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for words in (WORDS, LONG_WORDS):
-        print(known_documents(words, arguments.rounds), flush=True)
     print("\n| window | documents | rerank s | ms a document | against 20 |")
     print("| --- | --- | --- | --- | --- |")
     for window in (None, 1):

@@ -63,7 +63,7 @@ def against_generation(reranker: CoReReranker, rounds: int, dtype: str) -> None:
 
 def against_transformers(reranker: CoReReranker, rounds: int, dtype: str) -> None:
     work = requests(rounds + 1, 20, label="t")
-    with CoReReranker(MODEL, heads=HEADS, dtype=dtype) as other:
+    with CoReReranker(MODEL, heads=HEADS, backend="transformers", dtype=dtype) as other:
         ours, theirs = alternate(
             lambda number: reranker.score(*work[number]),
             lambda number: other.score(*work[number]),
