@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,7 +95,7 @@ class LocalModel:
 
     def config(self) -> PretrainedConfig:
         """The decoder's configuration (of a multimodal model, its text part)."""
-        with requires_extra("transformers"):
+        with requires_extra("transformers"), _without_advice():
             from transformers import AutoConfig
         try:
             config = AutoConfig.from_pretrained(self.path)
@@ -127,6 +128,19 @@ class LocalModel:
                 "no character offsets to find documents by"
             )
         return tokenizer
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Around the import of Transformers, which says that no model can run without PyTorch."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    given = os.environ.get(name)
+    os.environ[name] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
