@@ -161,7 +161,7 @@ def _curve(name: str | None, model: LocalModel) -> list[Method]:
 
 
 def _draw(folder: Path, results: list[MethodResult], curve: str | None) -> list[str]:
-    from core_rerank_integrations import plots
+    from core_rerank_integrations.finding import plots
     from core_rerank_integrations.finding.evaluation import MAIN_MEASURE
 
     folder.mkdir(parents=True, exist_ok=True)
