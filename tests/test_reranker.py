@@ -103,7 +103,7 @@ def test_the_answer_comes_first(reranker: CoReReranker) -> None:
     assert scores == sorted(scores, reverse=True)
     assert all(type(score) is float for score in scores)
     by_index = [result.score for result in sorted(results, key=lambda result: result.index)]
-    np.testing.assert_allclose(reranker.score(QUERY, DOCUMENTS), by_index, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(reranker.score(QUERY, DOCUMENTS), by_index, rtol=0, atol=1e-6)
 
 
 def test_top_n_and_threshold(reranker: CoReReranker) -> None:
@@ -111,7 +111,7 @@ def test_top_n_and_threshold(reranker: CoReReranker) -> None:
     order = indices(everything)
     assert indices(reranker.rerank(QUERY, DOCUMENTS, top_n=2)) == order[:2]
     assert indices(reranker.rerank(QUERY, DOCUMENTS, top_n=99)) == order
-    threshold = everything[1].score - 1e-5
+    threshold = everything[1].score - 1e-6
     kept = reranker.rerank(QUERY, DOCUMENTS, score_threshold=threshold)
     assert indices(kept) == order[:2]
     assert reranker.rerank(QUERY, DOCUMENTS, score_threshold=1e9) == []
@@ -347,7 +347,7 @@ def test_a_probability_is_of_question_and_document_alone(
     for result in results:
         assert type(result.probability) is float
         expected = 1 / (1 + np.exp(2 - 30 * plain[result.index]))
-        assert result.probability == pytest.approx(expected, abs=1e-5)
+        assert result.probability == pytest.approx(expected, abs=1e-6)
         assert result.relevance == result.probability
         (alone,) = ranking.rerank(QUERY, [result.document])
         assert alone.probability == pytest.approx(result.probability, abs=1e-4)
@@ -360,7 +360,7 @@ def test_the_threshold_is_a_probability_where_there_is_one(
     smollm2: LocalModel, reranker: CoReReranker, calibrated: CoReReranker
 ) -> None:
     everything = calibrated.rerank(QUERY, DOCUMENTS)
-    threshold = everything[1].relevance - 1e-5
+    threshold = everything[1].relevance - 1e-6
     kept = calibrated.rerank(QUERY, DOCUMENTS, score_threshold=threshold)
     assert indices(kept) == indices(everything)[:2]
     for threshold in (-0.1, 1.5):
@@ -417,7 +417,7 @@ def test_sixteen_threads_get_the_scores_of_one(reranker: CoReReranker) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         parallel = list(pool.map(score, queries))
-    np.testing.assert_allclose(parallel, serial, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(parallel, serial, rtol=0, atol=1e-6)
 
 
 def test_arerank_leaves_the_event_loop_free(reranker: CoReReranker) -> None:
@@ -457,7 +457,7 @@ def test_pickle_and_copy(reranker: CoReReranker) -> None:
     with pickle.loads(pickle.dumps(reranker)) as restored:
         assert restored.settings == reranker.settings
         np.testing.assert_allclose(
-            restored.score(QUERY, DOCUMENTS), reranker.score(QUERY, DOCUMENTS), rtol=0, atol=1e-5
+            restored.score(QUERY, DOCUMENTS), reranker.score(QUERY, DOCUMENTS), rtol=0, atol=1e-6
         )
 
 
@@ -468,14 +468,14 @@ def test_a_head_set_may_want_the_documents_reversed(
     backend = reranker.reader.backend
     reversing = with_backend(smollm2, backend, reverse)
     expected = reranker.score(QUERY, DOCUMENTS[::-1])[::-1]
-    np.testing.assert_allclose(reversing.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(reversing.score(QUERY, DOCUMENTS), expected, rtol=0, atol=1e-6)
     # Windows are dealt before they are turned round: the first document is in the larger one.
     reversing = with_backend(smollm2, backend, reverse, window=3)
     scores = reversing.score(QUERY, DOCUMENTS)
     for window in ([4, 2, 0], [3, 1]):
         alone = reranker.score(QUERY, [DOCUMENTS[index] for index in window])
         got = [scores[index] for index in window]
-        np.testing.assert_allclose(got, alone, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got, alone, rtol=0, atol=1e-6)
 
 
 def test_the_first_stages_order_counts_as_the_head_set_says(
@@ -486,11 +486,11 @@ def test_the_first_stages_order_counts_as_the_head_set_says(
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
     expected = plain - 0.5 * np.log([1, 2, 3, 4, 5])
     ordered = ranking.score(QUERY, DOCUMENTS, ranked=True)
-    np.testing.assert_allclose(ordered, expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(ranking.score(QUERY, DOCUMENTS), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ordered, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ranking.score(QUERY, DOCUMENTS), plain, rtol=0, atol=1e-6)
     results = ranking.rerank(QUERY, DOCUMENTS, ranked=True)
     by_rank = [result.score for result in results]
-    np.testing.assert_allclose(by_rank, sorted(ordered, reverse=True), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(by_rank, sorted(ordered, reverse=True), rtol=0, atol=1e-6)
     asked = asyncio.run(ranking.arerank(QUERY, DOCUMENTS, ranked=True))
     assert indices(asked) == indices(results)
 
@@ -510,7 +510,7 @@ def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
     logarithms = np.log([1, 2, 3, 4, 5])
     for ranked, weight in (("vectors", 2.0), ("bm25", 0.5), (True, 0.5)):
         scores = ranking.score(QUERY, DOCUMENTS, ranked=ranked)
-        np.testing.assert_allclose(scores, plain - weight * logarithms, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scores, plain - weight * logarithms, rtol=0, atol=1e-6)
     given = [0.9, 0.5, 0.5, 0.3, 0.1]
 
     def scored(ranker: CoReReranker, **first_stage: Any) -> np.ndarray:
@@ -518,16 +518,16 @@ def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
         return np.array([r.score for r in sorted(results, key=lambda r: r.index)])
 
     distances = (np.array(given) - np.mean(given)) / np.std(given)
-    np.testing.assert_allclose(scored(ranking), plain + 0.25 * distances, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scored(ranking), plain + 0.25 * distances, rtol=0, atol=1e-6)
     np.testing.assert_allclose(
-        scored(ranking, ranked="vectors"), plain - 2 * logarithms, rtol=0, atol=1e-5
+        scored(ranking, ranked="vectors"), plain - 2 * logarithms, rtol=0, atol=1e-6
     )
     ranks_alone = weighted.model_copy(update={"first_stage_score_weight": None})
     ranking = with_backend(smollm2, reranker.reader.backend, ranks_alone)
     np.testing.assert_allclose(
-        scored(ranking, ranked=True), plain - 0.5 * logarithms, rtol=0, atol=1e-5
+        scored(ranking, ranked=True), plain - 0.5 * logarithms, rtol=0, atol=1e-6
     )
-    np.testing.assert_allclose(scored(ranking), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scored(ranking), plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
