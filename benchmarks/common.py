@@ -23,7 +23,7 @@ HEADS = HeadSet.from_pairs(
     name="four",
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     template="chatml",
-    window=20,
+    rule={"window": 20},
 )
 """Always the same, so that figures of different days stand side by side."""
 WORDS = 78

@@ -13,12 +13,8 @@ from pathlib import Path
 from common import MODEL, machine
 
 from core_rerank_integrations.finding.collection import Collection, load_run
-from core_rerank_integrations.finding.evaluation import (
-    JointReranker,
-    Method,
-    mean_measures,
-    rank_all,
-)
+from core_rerank_integrations.finding.measures import mean_measures
+from core_rerank_integrations.finding.methods import JointReranker, Method, rank_all
 from core_rerank_integrations.heads import named_head_set
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.progress import tracked

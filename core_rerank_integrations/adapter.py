@@ -17,11 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from core_rerank_integrations.heads import HeadSet, Ranked
+from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.rule import Ranked
 from core_rerank_integrations.store import DocumentCache
 
 # Not a field: a lock could be neither pickled nor copied, and building is rare.

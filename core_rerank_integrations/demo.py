@@ -17,7 +17,7 @@ from rich.table import Table
 
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.finding.evaluation import mean_measures
+from core_rerank_integrations.finding.measures import mean_measures
 from core_rerank_integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.reranker import CoReReranker
@@ -162,7 +162,7 @@ def run_demo(
             f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read, on the "
             f"{reranker.backend!r} backend."
         )
-        if reranker.heads.window == 1:
+        if reranker.heads.rule.window == 1:
             _remember(console, collection, reranker)
         console.print()
         pipelines = [

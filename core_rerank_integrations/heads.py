@@ -6,21 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.resources import resource_folder
-from core_rerank_integrations.scoring import Scores
-
-FirstStage = Literal["bm25", "vectors"]
-"""What a first stage may be: a ranking by words in common, or by embeddings."""
-
-Ranked = bool | FirstStage
-"""Whether documents come in a first stage's order, its best first; or by which kind of one."""
+from core_rerank_integrations.rule import RankingRule
 
 
 class ModelShape(NamedTuple):
@@ -44,18 +37,21 @@ class Head(BaseModel):
     """Factor of the head's attention in the sum over heads."""
 
 
-class Calibration(BaseModel):
-    """From a document's score to the probability that it is relevant (Platt's logistic map)."""
+class Provenance(BaseModel):
+    """Where a head set is known from.
+
+    Attributes:
+        method: How the heads were found: ``core``, ``qr``, ``icr``, ``fit`` or ``custom``.
+        details: Source, data, temperature, licence and the like.
+        ranked_heads: All heads that were looked at as (layer, head, score), best first, where
+            that is known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    slope: float = Field(gt=0, allow_inf_nan=False)
-    intercept: float = Field(allow_inf_nan=False)
-
-    def probabilities(self, scores: Scores) -> Scores:
-        """``1 / (1 + exp(-(slope * score + intercept)))``, shape of ``scores``."""
-        # The hyperbolic tangent does not overflow.
-        return 0.5 * (1 + np.tanh((self.slope * scores + self.intercept) / 2))
+    method: str = "custom"
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+    ranked_heads: tuple[tuple[int, int, float | None], ...] = ()
 
 
 class HeadSet(BaseModel):
@@ -66,29 +62,13 @@ class HeadSet(BaseModel):
         model: Hub id of the model the heads were found on.
         model_aliases: Other hub ids of the same weights.
         model_type: Architecture as in the model's ``config.json``; ``None`` if unknown.
-        method: How the heads were found: ``core``, ``qr``, ``icr``, ``fit`` or ``custom``.
         num_layers: Layers of the model; ``None`` if unknown.
         num_heads: Query heads per layer of the model; ``None`` if unknown.
         heads: The heads that are read.
         template: Name of the prompt template the heads were found with.
-        window: Documents per prompt that the heads rank best; ``None`` for as many as fit.
-        reverse: Whether a prompt shows its documents last first, so that a first stage's best
-            stand nearest to the query.
-        passage_tokens: Longest document, in tokens, that the heads read at once in prompts of one
-            document; of longer ones the best passage of that length counts. ``None`` for as
-            long as the context allows.
-        calibration: What a score in prompts of one document means as a probability, where that
-            was fitted; ``None`` where it was not.
-        drop_outliers: Whether low tokens are dropped from a document's score, as the paper
-            does; fitted weights belong to a score that is linear in the heads, without it.
-        first_stage_weight: How much the candidates' order counts where they are ranked: this
-            times the natural logarithm of a candidate's rank is taken from its score.
-        first_stage_weights: The same where it is known what ranked them.
-        first_stage_score_weight: How much a first stage's own scores count where they are handed
-            over, in standard deviations; ``None`` where that is not known.
         default: Whether it is the one to take where several are shipped for a model.
-        provenance: Source, data, temperature, licence and the like.
-        ranking: All ranked heads as (layer, head, score), best first, where published.
+        rule: How they rank: documents a prompt, the first stage's weight, probabilities.
+        provenance: How and on what they were found.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,34 +77,19 @@ class HeadSet(BaseModel):
     model: str | None = None
     model_aliases: tuple[str, ...] = ()
     model_type: str | None = None
-    method: str = "custom"
     num_layers: int | None = Field(default=None, ge=1)
     num_heads: int | None = Field(default=None, ge=1)
     heads: tuple[Head, ...] = Field(min_length=1)
     template: str | None = None
-    window: int | None = Field(default=None, ge=1)
-    reverse: bool = False
-    passage_tokens: int | None = Field(default=None, ge=1)
-    calibration: Calibration | None = None
-    drop_outliers: bool = True
-    first_stage_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    first_stage_weights: dict[FirstStage, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = (
-        Field(default_factory=dict)
-    )
-    first_stage_score_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     default: bool = False
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    ranking: tuple[tuple[int, int, float | None], ...] = ()
+    rule: RankingRule = RankingRule()
+    provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
     def _check(self) -> HeadSet:
         places = [(head.layer, head.head) for head in self.heads]
         if repeated := {place for place in places if places.count(place) > 1}:
             raise ValueError(f"heads listed twice: {sorted(repeated)}")
-        if self.calibration is not None and self.window != 1:
-            raise ValueError(
-                f"a calibration is of scores in windows of 1, but the window is {self.window}"
-            )
         self._check_range(self.num_layers, self.num_heads)
         return self
 
@@ -159,13 +124,13 @@ class HeadSet(BaseModel):
         layers = range((last if max_layer is None else max_layer) + 1)
         return cls(
             name="all",
-            method="icr",
             model_type=shape.model_type,
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
             heads=tuple(
                 Head(layer=layer, head=head) for layer in layers for head in range(shape.num_heads)
             ),
+            provenance=Provenance(method="icr"),
             **fields,
         )
 
@@ -201,14 +166,7 @@ class HeadSet(BaseModel):
             StorageError: The file cannot be written.
         """
         fields = self.model_dump(mode="json", exclude_defaults=True)
-        lines = []
-        for key, value in fields.items():
-            if key in {"heads", "ranking"}:
-                items = ",\n    ".join(json.dumps(item) for item in value)
-                lines.append(f"  {json.dumps(key)}: [\n    {items}\n  ]")
-            else:
-                lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-        write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+        write_whole(Path(path), _json(fields) + "\n")
 
     def top(self, count: int) -> HeadSet:
         """The ``count`` best heads of the published ranking instead of the usual ones.
@@ -216,11 +174,12 @@ class HeadSet(BaseModel):
         Raises:
             HeadSetError: The ranking holds fewer heads than that.
         """
-        if not 1 <= count <= len(self.ranking):
+        ranked = self.provenance.ranked_heads
+        if not 1 <= count <= len(ranked):
             raise HeadSetError(
-                f"cannot take {count} heads of {self.name}: its ranking holds {len(self.ranking)}"
+                f"cannot take {count} heads of {self.name}: its ranking holds {len(ranked)}"
             )
-        heads = HeadSet.from_ranking(self.ranking, count).heads
+        heads = HeadSet.from_ranking(ranked, count).heads
         return self.model_copy(update={"heads": heads, "name": f"{self.name}-top{count}"})
 
     @classmethod
@@ -238,15 +197,14 @@ class HeadSet(BaseModel):
 
         What a score means as a probability is known for the size it was fitted for alone.
         """
-        if size == self.window:
+        if size == self.rule.window:
             return self
-        return self.model_copy(update={"window": size, "calibration": None})
+        return self.with_rule(window=size, calibration=None)
 
-    def order_weight(self, ranked: Ranked) -> float:
-        """How much the order of documents counts that come ``ranked``."""
-        if isinstance(ranked, bool):
-            return self.first_stage_weight if ranked else 0.0
-        return self.first_stage_weights.get(ranked, self.first_stage_weight)
+    def with_rule(self, **changes: Any) -> HeadSet:
+        """The same heads under a rule with ``changes``; see `RankingRule`."""
+        rule = RankingRule.model_validate({**self.rule.model_dump(), **changes})
+        return self.model_copy(update={"rule": rule})
 
     @property
     def kind(self) -> str:
@@ -332,27 +290,43 @@ def _from_foreign(content: Mapping[str, Any], name: str) -> dict[str, Any] | Non
             "name": name,
             "model": content.get("model_info", {}).get("model_id"),
             "heads": [{"layer": layer, "head": head} for layer, head in params["important_heads"]],
-            "provenance": {"format": "vLLM-Hook important_heads"},
+            "provenance": {"details": {"format": "vLLM-Hook important_heads"}},
         }
     if "attn_head_set" in content:
         return {
             "name": name,
-            "method": "qr",
             "model": content.get("model_name_or_path"),
             "heads": [_head_of(item) for item in content["attn_head_set"].split(",")],
-            "provenance": {"format": "QRHead attn_head_set"},
+            "provenance": {"method": "qr", "details": {"format": "QRHead attn_head_set"}},
         }
     if content and all(_is_layer_head(key) for key in content):
         ranking = sorted(content.items(), key=lambda item: -item[1])
         heads = [{**_head_of(key), "score": score} for key, score in ranking]
         return {
             "name": name,
-            "method": "core",
             "heads": heads[:PUBLISHED_CORE_HEADS],
-            "ranking": [(head["layer"], head["head"], head["score"]) for head in heads],
-            "provenance": {"format": "CoRe release layer-head scores"},
+            "provenance": {
+                "method": "core",
+                "details": {"format": "CoRe release layer-head scores"},
+                "ranked_heads": [(head["layer"], head["head"], head["score"]) for head in heads],
+            },
         }
     return None
+
+
+def _json(value: JsonValue, indent: str = "") -> str:
+    """JSON with a line for each entry, and one for each head."""
+    inner = f"{indent}  "
+    if isinstance(value, dict):
+        brackets = "{}"
+        items = [f"{json.dumps(key)}: {_json(item, inner)}" for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        brackets = "[]"
+        items = [json.dumps(item, ensure_ascii=False) for item in value]
+    else:
+        return json.dumps(value, ensure_ascii=False)
+    lines = f",\n{inner}".join(items)
+    return f"{brackets[0]}\n{inner}{lines}\n{indent}{brackets[1]}"
 
 
 def _is_layer_head(key: str) -> bool:

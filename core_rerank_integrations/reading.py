@@ -188,7 +188,10 @@ class Reader:
         return [
             collected(
                 windows,
-                [reading.scores(heads.drop_outliers) for reading in islice(readings, len(windows))],
+                [
+                    reading.scores(heads.rule.drop_outliers)
+                    for reading in islice(readings, len(windows))
+                ],
                 len(candidates.documents),
             )
             for candidates, windows in zip(lists, planned, strict=True)
@@ -253,7 +256,8 @@ class Reader:
 
 def layout_of(heads: HeadSet, max_document_tokens: int | None = None) -> Layout:
     """How ``heads`` want a list to be read."""
-    return Layout(heads.window, heads.reverse, heads.passage_tokens, max_document_tokens)
+    rule = heads.rule
+    return Layout(rule.window, rule.reverse, rule.passage_tokens, max_document_tokens)
 
 
 def collected(windows: Sequence[Window], scores: Sequence[Scores], documents: int) -> ScoredList:

@@ -14,19 +14,14 @@ from typing import Any, get_args
 import numpy as np
 
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
-from core_rerank_integrations.heads import (
-    FirstStage,
-    HeadSet,
-    Ranked,
-    default_head_set,
-    named_head_set,
-)
+from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
 from core_rerank_integrations.loading import check_backend, chosen_backend, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Reader, ScoredList, layout_of
 from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.rule import FirstStage, Ranked
 from core_rerank_integrations.scoring import (
     Scores,
     best_places,
@@ -365,7 +360,7 @@ class CoReReranker:
         is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not is_number or math.isnan(threshold):
             raise InvalidInputError(f"score_threshold must be a number or None, got {threshold!r}")
-        if self.heads.calibration is not None and not 0 <= threshold <= 1:
+        if self.heads.rule.calibration is not None and not 0 <= threshold <= 1:
             raise InvalidInputError(
                 f"score_threshold is a probability between 0 and 1, got {threshold!r}"
             )
@@ -385,10 +380,10 @@ class CoReReranker:
             )
         if first_stage_scores is not None:
             given = _check_scores(first_stage_scores, count)
-            weight = self.heads.first_stage_score_weight
+            weight = self.heads.rule.first_stage_score_weight
             if weight is not None and isinstance(ranked, bool):
                 return prior_of_scores(given, weight)
-        return prior_of_order(count, self.heads.order_weight(ranked))
+        return prior_of_order(count, self.heads.rule.order_weight(ranked))
 
     def _results(
         self,
@@ -401,8 +396,8 @@ class CoReReranker:
         scores = scored.scores + prior
         probabilities: list[float | None] = [None] * len(scores)
         reranked = np.isfinite(scores).tolist()
-        if self.heads.calibration is not None:
-            calibrated = self.heads.calibration.probabilities(scored.scores).tolist()
+        if self.heads.rule.calibration is not None:
+            calibrated = self.heads.rule.calibration.probabilities(scored.scores).tolist()
             probabilities = [
                 probability if read else None
                 for probability, read in zip(calibrated, reranked, strict=True)

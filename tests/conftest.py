@@ -9,7 +9,6 @@ import pytest
 import reference
 
 from core_rerank_integrations import CoReReranker, HeadSet
-from core_rerank_integrations.heads import Calibration
 from core_rerank_integrations.models import LocalModel, resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -19,15 +18,11 @@ HEADS = HeadSet.from_pairs(
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     model_type="llama",
     template="chatml",
-    window=20,
+    rule={"window": 20},
 )
 """The heads of the reference scores, whatever the package ships."""
-CALIBRATED = HEADS.model_copy(
-    update={
-        "window": 1,
-        "passage_tokens": 40,
-        "calibration": Calibration(slope=30.0, intercept=-2.0),
-    }
+CALIBRATED = HEADS.with_rule(
+    window=1, passage_tokens=40, calibration={"slope": 30.0, "intercept": -2.0}
 )
 """The same, each document by itself, with a calibration of no meaning."""
 

@@ -10,13 +10,14 @@ import pytest
 from core_rerank_integrations import Head, HeadSet
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads import (
-    Calibration,
     ModelShape,
+    Provenance,
     default_head_set,
     named_head_set,
     shipped_head_sets,
 )
 from core_rerank_integrations.prompt import TEMPLATES
+from core_rerank_integrations.rule import Calibration, RankingRule
 
 SMOLLM2 = ModelShape(num_layers=30, num_heads=9, model_type="llama")
 
@@ -35,14 +36,16 @@ def test_own_format_survives_a_round_trip(tmp_path: Path) -> None:
     head_set = HeadSet(
         name="mine",
         model="org/model",
-        method="fit",
         num_layers=4,
         num_heads=2,
         heads=(Head(layer=1, head=0, score=0.5, weight=-0.25), Head(layer=3, head=1)),
         template="chatml",
-        window=5,
-        provenance={"data": "münchen"},
-        ranking=((1, 0, 0.5), (3, 1, 0.25)),
+        rule=RankingRule(window=5, first_stage_weights={"bm25": 0.5}),
+        provenance=Provenance(
+            method="fit",
+            details={"data": "münchen", "train": ["nq", "sentences"]},
+            ranked_heads=((1, 0, 0.5), (3, 1, 0.25)),
+        ),
     )
     head_set.save(tmp_path / "mine.json")
     assert HeadSet.load(tmp_path / "mine.json") == head_set
@@ -75,7 +78,7 @@ def test_core_release_format_takes_the_best_eight(tmp_path: Path) -> None:
 def test_qrhead_format(tmp_path: Path) -> None:
     text = 'attn_head_set: "14-22,13-16" # top\nmodel_name_or_path: "org/model"\n'
     head_set = HeadSet.load(written(tmp_path, text, "qr.yaml"))
-    assert (head_set.model, head_set.method) == ("org/model", "qr")
+    assert (head_set.model, head_set.provenance.method) == ("org/model", "qr")
     assert places(head_set) == [(14, 22), (13, 16)]
 
 
@@ -132,7 +135,7 @@ def test_a_set_of_another_model_is_refused(fields: dict[str, Any], message: str)
 
 def test_a_matching_set_is_accepted_by_hub_id_alias_or_folder() -> None:
     head_set = default_head_set("meta-llama/Meta-Llama-3.1-8B-Instruct")
-    assert head_set.method == "core"
+    assert head_set.provenance.method == "core"
     shape = ModelShape(32, 32, "llama")
     for model in (head_set.model, head_set.model_aliases[0], None):
         head_set.check(model, shape)
@@ -145,12 +148,12 @@ def test_shipped_sets_are_complete() -> None:
         assert name == head_set.name
         assert head_set.model
         assert head_set.template in TEMPLATES
-        assert head_set.provenance["source"]
+        assert head_set.provenance.details["source"]
         assert len(head_set.heads) >= 2
         assert head_set.num_layers
         assert head_set.num_heads
-        if head_set.ranking:
-            ranked = [(layer, head) for layer, head, _ in head_set.ranking]
+        if ranked_heads := head_set.provenance.ranked_heads:
+            ranked = [(layer, head) for layer, head, _ in ranked_heads]
             assert places(head_set) == ranked[: len(head_set.heads)]
 
 
@@ -168,15 +171,19 @@ def test_probabilities_of_a_calibration() -> None:
 
 def test_a_calibration_is_of_documents_by_themselves() -> None:
     calibration = {"slope": 2.0, "intercept": -1.0}
-    assert HeadSet.from_pairs([(1, 1)], window=1, calibration=calibration).calibration is not None
+    assert HeadSet.from_pairs([(1, 1)], rule={"window": 1, "calibration": calibration})
     with pytest.raises(HeadSetError, match="of scores in windows of 1, but the window is 5"):
-        HeadSet.from_pairs([(1, 1)], window=5, calibration=calibration)
-    with pytest.raises(HeadSetError, match=r"calibration\.slope"):
-        HeadSet.from_pairs([(1, 1)], window=1, calibration={**calibration, "slope": -1.0})
+        HeadSet.from_pairs([(1, 1)], rule={"window": 5, "calibration": calibration})
+    with pytest.raises(HeadSetError, match=r"rule\.calibration\.slope"):
+        HeadSet.from_pairs(
+            [(1, 1)], rule={"window": 1, "calibration": {**calibration, "slope": -1.0}}
+        )
 
 
 def test_probabilities_belong_to_a_window() -> None:
-    alone = HeadSet.from_pairs([(1, 1)], window=1, calibration={"slope": 2.0, "intercept": -1.0})
+    alone = HeadSet.from_pairs(
+        [(1, 1)], rule={"window": 1, "calibration": {"slope": 2.0, "intercept": -1.0}}
+    )
     assert alone.in_windows_of(1) == alone
     together = alone.in_windows_of(5)
-    assert (together.window, together.calibration) == (5, None)
+    assert (together.rule.window, together.rule.calibration) == (5, None)

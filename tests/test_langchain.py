@@ -62,7 +62,7 @@ def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> No
 
 
 def test_a_retrievers_order_counts_unless_told_otherwise(smollm2: LocalModel) -> None:
-    heavy = HEADS.model_copy(update={"first_stage_weight": 100.0})
+    heavy = HEADS.with_rule(first_stage_weight=100.0)
     texts = [document.page_content for document in DOCUMENTS]
     with CoReReranker(smollm2.path, heads=heavy) as shared:
         for own in ({"model": smollm2.path, "heads": heavy}, {"reranker": shared}):

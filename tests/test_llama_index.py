@@ -144,9 +144,7 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
 def test_a_retrievers_scores_count_where_the_order_does(
     smollm2: LocalModel, reranker: CoReReranker
 ) -> None:
-    trusting = HEADS.model_copy(
-        update={"first_stage_weight": 0.0, "first_stage_score_weight": 100.0}
-    )
+    trusting = HEADS.with_rule(first_stage_weight=0.0, first_stage_score_weight=100.0)
     shared = CoReReranker(smollm2.path, heads=trusting, reader=reranker.reader)
     postprocessor = CoReNodePostprocessor(reranker=shared)
     given = ["n0", "n1", "n2", "n3"]

@@ -340,7 +340,7 @@ def test_alone_nothing_is_cut_to_the_context(
 def test_a_probability_is_of_question_and_document_alone(
     smollm2: LocalModel, reranker: CoReReranker
 ) -> None:
-    weighted = CALIBRATED.model_copy(update={"first_stage_weight": 0.1})
+    weighted = CALIBRATED.with_rule(first_stage_weight=0.1)
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     results = ranking.rerank(QUERY, DOCUMENTS, ranked=True)
     plain = ranking.score(QUERY, DOCUMENTS)
@@ -464,7 +464,7 @@ def test_pickle_and_copy(reranker: CoReReranker) -> None:
 def test_a_head_set_may_want_the_documents_reversed(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    reverse = HEADS.model_copy(update={"reverse": True})
+    reverse = HEADS.with_rule(reverse=True)
     backend = reranker.reader.backend
     reversing = with_backend(smollm2, backend, reverse)
     expected = reranker.score(QUERY, DOCUMENTS[::-1])[::-1]
@@ -481,7 +481,7 @@ def test_a_head_set_may_want_the_documents_reversed(
 def test_the_first_stages_order_counts_as_the_head_set_says(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    weighted = HEADS.model_copy(update={"first_stage_weight": 0.5})
+    weighted = HEADS.with_rule(first_stage_weight=0.5)
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
     expected = plain - 0.5 * np.log([1, 2, 3, 4, 5])
@@ -498,12 +498,10 @@ def test_the_first_stages_order_counts_as_the_head_set_says(
 def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    weighted = HEADS.model_copy(
-        update={
-            "first_stage_weight": 0.5,
-            "first_stage_weights": {"vectors": 2.0},
-            "first_stage_score_weight": 0.25,
-        }
+    weighted = HEADS.with_rule(
+        first_stage_weight=0.5,
+        first_stage_weights={"vectors": 2.0},
+        first_stage_score_weight=0.25,
     )
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
@@ -522,7 +520,7 @@ def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
     np.testing.assert_allclose(
         scored(ranking, ranked="vectors"), plain - 2 * logarithms, rtol=0, atol=1e-6
     )
-    ranks_alone = weighted.model_copy(update={"first_stage_score_weight": None})
+    ranks_alone = weighted.with_rule(first_stage_score_weight=None)
     ranking = with_backend(smollm2, reranker.reader.backend, ranks_alone)
     np.testing.assert_allclose(
         scored(ranking, ranked=True), plain - 0.5 * logarithms, rtol=0, atol=1e-6

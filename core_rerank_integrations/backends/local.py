@@ -134,9 +134,13 @@ class LocalBackend(ABC):
             raise ClosedError("the model was closed while a call was waiting for it")
 
     def _in_order(self, groups: list[PromptGroup]) -> list[PromptGroup]:
-        """Groups of a kind and of a length beside each other."""
+        """Groups of a kind and of a length beside each other.
+
+        In whichever order the documents come, batches are the same, and so is what rounding does.
+        """
         return sorted(
-            groups, key=lambda group: (self._known.is_known(group.key), len(group.opening))
+            groups,
+            key=lambda group: (self._known.is_known(group.key), len(group.opening), group.key),
         )
 
     def _next_batch(self, groups: list[PromptGroup]) -> list[PromptGroup]:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from core_rerank_integrations import __version__
 from core_rerank_integrations.cli import heads, models
-from core_rerank_integrations.cli.common import clear_errors
-from core_rerank_integrations.cli.evaluate import evaluate
+from core_rerank_integrations.cli.common import ModelOption, clear_errors
+from core_rerank_integrations.cli.evaluate import evaluate_command
 from core_rerank_integrations.cli.remember import remember
 from core_rerank_integrations.cli.rerank import rerank
 from core_rerank_integrations.models import DEFAULT_MODEL
@@ -24,12 +24,12 @@ app.command()(rerank)
 app.command()(remember)
 app.add_typer(models.app, name="models")
 app.add_typer(heads.app, name="heads")
-app.command()(evaluate)
+app.command("evaluate")(evaluate_command)
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     candidates: Annotated[
         int, typer.Option(min=5, max=72, help="Passages reranked a question.")
     ] = 20,

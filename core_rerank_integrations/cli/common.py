@@ -11,6 +11,7 @@ from rich.console import Console
 
 from core_rerank_integrations.errors import CoReError
 
+ModelOption = Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")]
 BackendOption = Annotated[
     str, typer.Option(help="auto, openvino, transformers, vllm or vllm-shared.")
 ]

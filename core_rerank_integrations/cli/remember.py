@@ -9,7 +9,12 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
+from core_rerank_integrations.cli.common import (
+    BackendOption,
+    DtypeOption,
+    ModelOption,
+    clear_errors,
+)
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
 from core_rerank_integrations.models import DEFAULT_MODEL, cache_folder
 from core_rerank_integrations.store import DocumentCache
@@ -17,7 +22,7 @@ from core_rerank_integrations.store import DocumentCache
 
 def remember(
     documents: DocumentsFile,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",

@@ -10,11 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from core_rerank_integrations.cli.common import BackendOption, DtypeOption, clear_errors
+from core_rerank_integrations.cli.common import (
+    BackendOption,
+    DtypeOption,
+    ModelOption,
+    clear_errors,
+)
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
-from core_rerank_integrations.heads import Ranked
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.rule import Ranked
 
 
 class Format(StrEnum):
@@ -45,7 +50,7 @@ def rerank(
     query: Annotated[str, typer.Option(help="What is asked.")],
     documents: DocumentsFile,
     top_n: Annotated[int | None, typer.Option(min=1, help="Most results; default all.")] = None,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF.")] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",

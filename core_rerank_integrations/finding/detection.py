@@ -7,16 +7,19 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.files import write_whole
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.finding.features import HeadFeatures
-from core_rerank_integrations.heads import Head
+from core_rerank_integrations.finding.collection import Collection, load_run
+from core_rerank_integrations.finding.features import HeadFeatures, HeadReader
+from core_rerank_integrations.finding.sources import JudgedRun
+from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, Head, HeadSet
+from core_rerank_integrations.progress import tracked
+from core_rerank_integrations.rule import RankingRule
 
 with requires_extra("eval"):
     from scipy.special import softmax
@@ -25,6 +28,8 @@ DEFAULT_TEMPERATURES = (0.001, 0.1)
 """Of the paper: the first for Mistral and Granite, the second for Llama 3.1 and Phi-4."""
 
 Read = Callable[[str, Sequence[str]], HeadFeatures]
+Detection = Literal["core", "qr"]
+"""Which score ranks the heads: SCoRe, or calibrated attention on the relevant document alone."""
 
 
 class Case(NamedTuple):
@@ -57,7 +62,7 @@ def detection_cases(
             enough negatives; ``None`` for all.
         negatives: Hard negatives beside the relevant document.
         positions: Prompts per question, the relevant document moved evenly through the list.
-        seed: Of the draw, and of where the relevant document stands first.
+        seed: Seed of the drawing, and of where the relevant document stands first.
 
     Raises:
         InvalidInputError: Fewer questions have enough negatives, or a number has no meaning.
@@ -134,7 +139,7 @@ class HeadScores:
     qr: npt.NDArray[np.float64]
 
     def ranking(
-        self, method: str, temperature: float | None = None, max_layer: int | None = None
+        self, method: Detection, temperature: float | None = None, max_layer: int | None = None
     ) -> list[tuple[int, int, float]]:
         """(layer, head, score), best first; ties keep the order of layers and heads.
 
@@ -145,10 +150,8 @@ class HeadScores:
         """
         if method == "core":
             scores = self.core[next(iter(self.core)) if temperature is None else temperature]
-        elif method == "qr":
-            scores = self.qr
         else:
-            raise InvalidInputError(f"method must be core or qr, got {method!r}")
+            scores = self.qr
         ranked = [
             (layer, head, float(score))
             for (layer, head), score in zip(self.heads, scores, strict=True)
@@ -217,3 +220,89 @@ def score_heads(
         dict(zip(temperatures, error, strict=True)),
         qr / count,
     )
+
+
+class FoundHeads(NamedTuple):
+    """What `find_heads` found.
+
+    Attributes:
+        head_set: The best heads.
+        scores: Of all heads.
+    """
+
+    head_set: HeadSet
+    scores: HeadScores
+
+
+def find_heads(
+    reader: HeadReader,
+    data: Sequence[JudgedRun],
+    method: Detection = "core",
+    num_heads: int = PUBLISHED_CORE_HEADS,
+    *,
+    negatives: int = 19,
+    positions: int = 2,
+    temperatures: Sequence[float] = DEFAULT_TEMPERATURES,
+    window: int | None = None,
+    reverse: bool = False,
+    seed: int = 0,
+    name: str = "found",
+    show_progress: bool = False,
+) -> FoundHeads:
+    """Score every head on judged questions, and take the best.
+
+    An interrupted run goes on where it was: what the model said is kept by the reader.
+
+    Args:
+        reader: Reads the heads of a model.
+        data: Questions, judgments and the runs that hard negatives are taken from; the heads are to
+            be of no one domain, so there may be several.
+        method: Which score ranks the heads.
+        num_heads: How many are taken.
+        negatives: See `detection_cases`.
+        positions: See `detection_cases`.
+        temperatures: Of SCoRe; the first ranks the heads.
+        window: Documents a prompt to rerank with, for the head set.
+        reverse: Whether to rerank with the best candidate next to the query, likewise.
+        seed: Seed of the drawing.
+        name: Of the head set.
+        show_progress: Whether a bar on standard error says how far this is.
+
+    Raises:
+        InvalidInputError: A file cannot be read, too few questions have enough negatives, or a
+            number or the method has no meaning.
+    """
+    if method not in get_args(Detection):
+        raise InvalidInputError(f"method must be core or qr, got {method!r}")
+    cases = []
+    for source in data:
+        collection = Collection.load(source.folder, source.split)
+        ranked = load_run(source.run, collection)
+        cases += detection_cases(collection, ranked, source.questions, negatives, positions, seed)
+    scores = score_heads(
+        reader.read,
+        reader.heads.heads,
+        tracked(cases, len(cases), "Finding heads") if show_progress else cases,
+        temperatures,
+    )
+    ranking = scores.ranking(method)
+    head_set = reader.head_set(
+        name,
+        HeadSet.from_ranking(ranking, num_heads).heads,
+        RankingRule(window=window, reverse=reverse),
+        method,
+        {
+            "source": "core-rerank heads find",
+            "data": [source.folder.name for source in data],
+            "split": [source.split for source in data],
+            "run": [source.run.name for source in data],
+            "questions": len(cases) // positions,
+            "negatives": negatives,
+            "positions": positions,
+            "prompts": scores.prompts,
+            **({"temperature": temperatures[0]} if method == "core" else {}),
+            "seed": seed,
+        },
+        ranking,
+    )
+    return FoundHeads(head_set, scores)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from platform import python_version
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
-from core_rerank_integrations.errors import StorageError
+from core_rerank_integrations.errors import InvalidInputError, StorageError
 from core_rerank_integrations.files import write_whole
-from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.heads import Head, HeadSet, Provenance
 from core_rerank_integrations.loading import chosen_backend, load_reader
 from core_rerank_integrations.models import cache_folder, model_shape, resolve
-from core_rerank_integrations.prompt import PromptTemplate
+from core_rerank_integrations.prompt import TEMPLATES, PromptTemplate
 from core_rerank_integrations.reading import Candidates, Tracked, WindowReading, untracked
+from core_rerank_integrations.rule import RankingRule
 from core_rerank_integrations.windows import Layout, Window
 
 Features = npt.NDArray[np.float32]
@@ -51,7 +57,8 @@ class HeadReader:
 
     Args:
         model: Alias, hub id, folder or GGUF file.
-        max_layer: Highest layer to read; ``None`` reads all.
+        max_layer: Highest layer to read, counted from 0; ``None`` reads all.
+        prune: Share of the model's layers to leave out at its top, in place of ``max_layer``.
         template: As for `CoReReranker`.
         backend: As for `CoReReranker`.
         dtype: As for `CoReReranker`.
@@ -60,6 +67,7 @@ class HeadReader:
 
     Raises:
         HeadSetError: The model has no layer ``max_layer``.
+        InvalidInputError: ``prune`` is no share below 1, or both are given.
         UnsupportedModelError: The model's attention cannot be read.
     """
 
@@ -67,6 +75,7 @@ class HeadReader:
         self,
         model: str | Path,
         max_layer: int | None = None,
+        prune: float | None = None,
         template: str | PromptTemplate | None = None,
         backend: str = "auto",
         dtype: str = "auto",
@@ -75,9 +84,11 @@ class HeadReader:
     ) -> None:
         local_model = resolve(model)
         self.shape = model_shape(local_model.config())
-        self.heads = HeadSet.every(self.shape, max_layer, model=local_model.model_id)
+        highest = _highest_layer(self.shape.num_layers, max_layer, prune)
+        self.heads = HeadSet.every(self.shape, highest, model=local_model.model_id)
         chosen = chosen_backend(backend, local_model, self.heads, dtype, device)
         self._reader = load_reader(chosen, local_model, self.heads, dtype, device, template)
+        self.backend, self.dtype = chosen, dtype
         self.template = self._reader.encoder.template
         self._cache = cache or cache_folder("features")
         identity = (local_model.fingerprint(), len(self.heads.heads), chosen, dtype)
@@ -136,6 +147,36 @@ class HeadReader:
             for windows in planned
         ]
 
+    def head_set(
+        self,
+        name: str,
+        heads: tuple[Head, ...],
+        rule: RankingRule,
+        method: str,
+        details: Mapping[str, JsonValue],
+        ranked_heads: Sequence[tuple[int, int, float | None]] = (),
+    ) -> HeadSet:
+        """A head set of this model; what it was read with joins the ``details``."""
+        template = self.template.name
+        return self.heads.model_copy(
+            update={
+                "name": name,
+                "template": template if template in TEMPLATES else None,
+                "heads": heads,
+                "rule": rule,
+                "provenance": Provenance(
+                    method=method,
+                    details={
+                        **details,
+                        "backend": self.backend,
+                        "dtype": self.dtype,
+                        **_versions(),
+                    },
+                    ranked_heads=tuple(ranked_heads),
+                ),
+            }
+        )
+
     def close(self) -> None:
         """Free the model."""
         self._reader.close()
@@ -152,6 +193,24 @@ class HeadReader:
             digest.update(len(part).to_bytes(8) + part.tobytes())
         name = digest.hexdigest()
         return self._cache / name[:2] / f"{name}.npz"
+
+
+def _highest_layer(num_layers: int, max_layer: int | None, prune: float | None) -> int | None:
+    if prune is None:
+        return max_layer
+    if max_layer is not None:
+        raise InvalidInputError("give a highest layer or a share to prune, not both")
+    if not 0 <= prune < 1:
+        raise InvalidInputError(f"prune must be at least 0 and below 1, got {prune}")
+    return max(1, round((1 - prune) * num_layers)) - 1
+
+
+def _versions() -> dict[str, JsonValue]:
+    versions: dict[str, JsonValue] = {}
+    for package in ("core-rerank-integrations", "openvino", "torch", "transformers", "vllm"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {**versions, "python": python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def _features(reading: WindowReading) -> HeadFeatures:

@@ -1,397 +1,136 @@
-"""Learned weights: which heads to read, and how much each counts, from judged candidates.
-
-The features are each head's calibrated attention mass on a document; the weights are those of a
-linear listwise ranker with an L1 penalty, which leaves most heads out (the step that the authors
-of arXiv 2510.02219 propose next). A layer cap is a choice of columns.
-"""
+"""From judged candidates to a head set with weights, a first stage's part and probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.finding.collection import Collection, ScoredRun
-from core_rerank_integrations.finding.evaluation import mean_measures
 from core_rerank_integrations.finding.features import HeadReader
-from core_rerank_integrations.heads import Calibration, FirstStage, Head, HeadSet, Ranked
-from core_rerank_integrations.reading import Candidates, Tracked, untracked
-from core_rerank_integrations.scoring import best_places, prior_of_order, prior_of_scores
-
-with requires_extra("eval"):
-    from scipy.optimize import minimize
-    from scipy.special import logsumexp
-
-Array = npt.NDArray[np.float64]
-
-MAX_ITERATIONS = 1000
-LEAST_DEVIATION = 0.1
-"""A feature counts as deviating at least by this share of the median feature's deviation."""
-TINY = 1e-12
-FIRST_STAGE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
-DEFAULT_STRENGTHS = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
+from core_rerank_integrations.finding.ranking_rule import calibrate, choose_first_stage
+from core_rerank_integrations.finding.sources import JudgedRun, draw
+from core_rerank_integrations.finding.weights import (
+    DEFAULT_STRENGTHS,
+    Trial,
+    choose_weights,
+    judged_lists,
+    with_contrast,
+)
+from core_rerank_integrations.heads import HeadSet
+from core_rerank_integrations.progress import tracked
+from core_rerank_integrations.reading import Tracked, untracked
+from core_rerank_integrations.rule import RankingRule
 
 
-class JudgedList(NamedTuple):
-    """A query's candidates in their order, with features and judgments.
+class FittedHeads(NamedTuple):
+    """What `fit_heads` chose, and from what.
 
     Attributes:
-        query: Id of the query.
-        documents: Ids of the candidates.
-        features: Calibrated attention mass, shape [documents, heads].
-        grades: Relevance grades, shape [documents].
-        ranked: Whether the order is a first stage's, its best first, or of which kind of one.
-        first_stage: Scores of that first stage, shape [documents].
+        head_set: The heads with their weights.
+        trials: One for each strength of the penalty.
     """
 
-    query: str
-    documents: tuple[str, ...]
-    features: Array
-    grades: Array
-    ranked: Ranked
-    first_stage: Array
+    head_set: HeadSet
+    trials: list[Trial]
 
 
-def teaching(
-    collection: Collection, run: ScoredRun, queries: Sequence[str], candidates: int
-) -> list[str]:
-    """The queries whose first ``candidates`` hold both a relevant and an irrelevant document.
-
-    A fit learns nothing from the others, so their features need not be read.
-    """
-    kept = []
-    for query in queries:
-        grades = [
-            collection.qrels[query].get(document, 0) for document, _ in run[query][:candidates]
-        ]
-        if max(grades) > 0 >= min(grades):
-            kept.append(query)
-    return kept
-
-
-def judged_lists(
+def fit_heads(
     reader: HeadReader,
-    collection: Collection,
-    run: ScoredRun,
-    queries: Sequence[str],
-    window: int | None,
-    candidates: int = 20,
-    ranked: Ranked = True,
+    train: Sequence[JudgedRun],
+    dev: Sequence[JudgedRun],
+    *,
+    window: int = 1,
     reverse: bool = False,
-    tracked: Tracked = untracked,
-) -> list[JudgedList]:
-    """Read the features of each query's first ``candidates``; see `HeadReader.read_lists`."""
-    documents = {
-        query: tuple(document for document, _ in run[query][:candidates]) for query in queries
-    }
-    lists = [
-        Candidates(
-            collection.queries[query],
-            tuple(collection.passages[document].content for document in documents[query]),
-        )
-        for query in queries
-    ]
-    return [
-        JudgedList(
-            query,
-            documents[query],
-            features.sums.astype(np.float64),
-            np.array([max(collection.qrels[query].get(name, 0), 0.0) for name in documents[query]]),
-            ranked,
-            np.array([score for _, score in run[query][:candidates]]),
-        )
-        for query, features in zip(
-            queries, reader.read_lists(lists, window, reverse, tracked), strict=True
-        )
-    ]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A fitted linear ranker.
-
-    Attributes:
-        heads: One weight per head, most of them 0.
-        l1: Strength of the penalty it was fitted with.
-    """
-
-    heads: Array
-    l1: float
-
-    def scores(self, candidates: JudgedList) -> Array:
-        """One score a document; the first stage's order plays no part."""
-        scores: Array = candidates.features @ self.heads
-        return scores
-
-    def head_set(self, places: Sequence[tuple[int, int]], **fields: object) -> HeadSet:
-        """The heads with a weight, strongest first; weights to six digits.
-
-        Args:
-            places: (layer, head) of every feature.
-            **fields: The other fields of the `HeadSet`.
-        """
-        chosen = sorted(np.flatnonzero(self.heads), key=lambda place: -abs(self.heads[place]))
-        heads = tuple(
-            Head(
-                layer=places[place][0],
-                head=places[place][1],
-                weight=float(f"{self.heads[place]:.6g}"),
-            )
-            for place in chosen
-        )
-        return HeadSet.model_validate(
-            {
-                "method": "fit",
-                "heads": heads,
-                "drop_outliers": False,
-                **fields,
-            }
-        )
-
-
-def fit_weights(lists: Sequence[JudgedList], l1: float, columns: Array | None = None) -> Weights:
-    """Fit weights by listwise cross-entropy over each list's candidates, with an L1 penalty.
-
-    The loss of a list is the cross-entropy between its grades, normalised to 1, and the softmax
-    of its scores; lists without a relevant or without an irrelevant candidate teach nothing and
-    are left out. Features are scaled to unit deviation, so that the penalty treats all heads
-    alike, but a head that hardly looks at documents is not made to shout (`LEAST_DEVIATION`): a
-    weight of thousands would magnify what precisions differ by. A first stage's order is no part
-    of it: the heads are to rank lists in any order.
-
-    Args:
-        lists: Judged candidates with features.
-        l1: Strength of the penalty on the sum of absolute weights.
-        columns: Which features may be used, boolean, shape [heads]; ``None`` for all.
-
-    Raises:
-        InvalidInputError: No list has both a relevant and an irrelevant candidate, or ``l1`` is
-            negative.
-    """
-    if l1 < 0:
-        raise InvalidInputError(f"l1 must not be negative, got {l1}")
-    taught = [item for item in lists if item.grades.any() and not item.grades.all()]
-    if not taught:
-        raise InvalidInputError(
-            "no list has both a relevant and an irrelevant candidate: there is nothing to fit on"
-        )
-    count = taught[0].features.shape[1]
-    used = np.ones(count, dtype=bool) if columns is None else columns.astype(bool)
-    deviation = np.concatenate([item.features for item in taught])[:, used].std(axis=0)
-    scale = np.maximum(deviation, LEAST_DEVIATION * float(np.median(deviation))) + TINY
-    problem = _Listwise.of(taught, used, scale)
-
-    def objective(parts: Array) -> tuple[float, Array]:
-        # A weight is the difference of two parts that are not negative: the penalty gets a
-        # gradient.
-        positive, negative = np.split(parts, 2)
-        loss, gradient = problem.loss(positive - negative)
-        return loss + l1 * float(parts.sum()), np.concatenate((gradient + l1, l1 - gradient))
-
-    solution = minimize(
-        objective,
-        np.zeros(2 * len(scale)),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0.0, None)] * (2 * len(scale)),
-        options={"maxiter": MAX_ITERATIONS},
-    )
-    positive, negative = np.split(solution.x, 2)
-    heads = np.zeros(count)
-    heads[used] = (positive - negative) / scale
-    return Weights(heads, l1)
-
-
-class Trial(NamedTuple):
-    """One strength of the penalty, and what it gives on the lists that choose."""
-
-    weights: Weights
-    num_heads: int
-    score: float
-
-
-def choose_weights(
-    train: Sequence[JudgedList],
-    dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]],
-    strengths: Sequence[float],
-    columns: Array | None = None,
+    passage_tokens: int | None = None,
+    candidates: int = 20,
+    dev_candidates: int = 20,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
     max_heads: int | None = None,
-    progress: Callable[[Trial], None] = lambda _: None,
-) -> tuple[Trial, list[Trial]]:
-    """Fit with each strength of the penalty; the best by mean nDCG@10 on ``dev`` wins.
+    seed: int = 0,
+    name: str = "fitted",
+    on_trial: Callable[[Trial], None] = lambda _: None,
+    show_progress: bool = False,
+) -> FittedHeads:
+    """Fit a sparse weight for every head, and take the fit that ranks best on ``dev``.
+
+    What the model says about a list is kept by the reader: a second fit takes seconds.
 
     Args:
-        train: Lists to fit on.
-        dev: Lists to choose by; each collection counts the same, however many lists it has.
-        strengths: Of the penalty.
-        columns: As for `fit_weights`.
+        reader: Reads the heads of a model.
+        train: What to fit on.
+        dev: What to choose by, all of them counting alike. A question is fitted on or judged by,
+            never both.
+        window: Documents a prompt. With 1 a score is of question and document alone, and is
+            calibrated as a probability on ``dev``.
+        reverse: Whether a prompt shows its documents last first, the best next to the query.
+        passage_tokens: See `RankingRule`; how long the documents were that were fitted on.
+        candidates: Candidates a question to fit on.
+        dev_candidates: The same, to choose by.
+        strengths: Of the penalty; see `choose_weights`.
         max_heads: Fits with more heads are passed over.
-        progress: Told of each trial.
-
-    Returns:
-        The best trial, of equals the one with fewer heads, and all of them.
+        seed: Seed of the drawing.
+        name: Of the head set.
+        on_trial: Told of each trial.
+        show_progress: Whether bars on standard error say how far this is.
 
     Raises:
-        InvalidInputError: Every trial has more than ``max_heads`` heads, or none at all.
+        InvalidInputError: A file cannot be read, too few questions are left to draw, there is
+            nothing to fit on, or no strength leaves a usable number of heads.
+        StorageError: What was read cannot be written or read back.
     """
-    trials = []
-    for l1 in sorted(strengths, reverse=True):
-        weights = fit_weights(train, l1, columns)
-        scores = [
-            _mean_ndcg(collection, [(item, weights.scores(item)) for item in lists])
-            for collection, lists in dev.values()
-        ]
-        trials.append(Trial(weights, int(np.count_nonzero(weights.heads)), float(np.mean(scores))))
-        progress(trials[-1])
-    allowed = [
-        trial for trial in trials if trial.num_heads and trial.num_heads <= (max_heads or np.inf)
+    # Dev draws first, so that what it judges by stays the same however much is fitted on.
+    drawn = draw([*dev, *train], seed)
+    judging_by, fitting_on = drawn[: len(dev)], drawn[len(dev) :]
+    read = partial(judged_lists, reader, window=window, reverse=reverse)
+
+    def shown(label: str) -> Tracked:
+        return partial(tracked, what=label) if show_progress else untracked
+
+    lists = [
+        item
+        for source in fitting_on
+        for item in read(
+            with_contrast(source, candidates),
+            candidates=candidates,
+            tracked=shown(source.source.folder.name),
+        )
     ]
-    if not allowed:
-        raise InvalidInputError(
-            f"none of the strengths {sorted(strengths)} leaves between 1 and {max_heads} heads; "
-            f"they leave {sorted(trial.num_heads for trial in trials)}"
-        )
-    return max(allowed, key=lambda trial: (round(trial.score, 6), -trial.num_heads)), trials
-
-
-class FirstStageWeights(NamedTuple):
-    """How much a first stage counts beside the heads; see `HeadSet`."""
-
-    first_stage_weight: float
-    first_stage_weights: dict[FirstStage, float]
-    first_stage_score_weight: float | None
-
-
-def choose_first_stage(
-    weights: Weights, dev: Mapping[str, tuple[Collection, Sequence[JudgedList]]]
-) -> FirstStageWeights:
-    """How much order and scores of the first stages of ``dev`` should count, by nDCG@10.
-
-    One weight has to serve first stages that are better and worse than the heads: the one is
-    taken that loses least where it loses most, against the best weight of each collection.
-    Collections whose lists are in no order have no part in it.
-
-    Args:
-        weights: Of the heads.
-        dev: Lists to choose by.
-    """
-    by_order: dict[Ranked, list[list[float]]] = {}
-    by_scores = []
-    for collection, lists in dev.values():
-        if not (ranked := lists[0].ranked):
-            continue
-        scored = [(item, weights.scores(item)) for item in lists]
-        by_order.setdefault(ranked, []).append(
-            [
-                _mean_ndcg(collection, [(i, s + prior_of_order(len(s), weight)) for i, s in scored])
-                for weight in FIRST_STAGE_WEIGHTS
-            ]
-        )
-        by_scores.append(
-            [
-                _mean_ndcg(
-                    collection, [(i, s + prior_of_scores(i.first_stage, weight)) for i, s in scored]
-                )
-                for weight in FIRST_STAGE_WEIGHTS
-            ]
-        )
-    if not by_order:
-        return FirstStageWeights(0.0, {}, None)
-    kinds = {kind: _least_regret(means) for kind, means in by_order.items() if kind is not True}
-    return FirstStageWeights(
-        _least_regret([values for means in by_order.values() for values in means]),
-        cast(dict[FirstStage, float], kinds),
-        _least_regret(by_scores),
-    )
-
-
-def _least_regret(means: Sequence[Sequence[float]]) -> float:
-    """Of `FIRST_STAGE_WEIGHTS`; ``means`` holds what each brings, per collection."""
-    values = np.round(np.array(means), 6)
-    regret = (values.max(axis=1, keepdims=True) - values).max(axis=0)
-    return FIRST_STAGE_WEIGHTS[int(regret.argmin())]
-
-
-def _mean_ndcg(collection: Collection, scored: Sequence[tuple[JudgedList, Array]]) -> float:
-    qrels = {item.query: collection.qrels[item.query] for item, _ in scored}
-    run = {item.query: _in_order(item, scores) for item, scores in scored}
-    return mean_measures(qrels, run)["nDCG@10"]
-
-
-def calibrate(groups: Iterable[Sequence[tuple[Array, Array]]]) -> Calibration:
-    """Fit what a score means as a probability (Platt, 1999), by logistic loss.
-
-    Args:
-        groups: Of each collection, the scores and grades of its lists; each collection counts the
-            same, however many candidates it has.
-
-    Raises:
-        InvalidInputError: All candidates are relevant, or none is.
-    """
-    scored = [
+    judges = [
         (
-            np.concatenate([scores for scores, _ in lists]),
-            np.concatenate([grades > 0 for _, grades in lists]),
+            source.collection,
+            read(source, candidates=dev_candidates, tracked=shown(source.source.folder.name)),
         )
-        for lists in groups
+        for source in judging_by
     ]
-    scores = np.concatenate([scores for scores, _ in scored])
-    relevant = np.concatenate([relevant for _, relevant in scored])
-    weights = np.concatenate([np.full(len(scores), 1 / len(scores)) for scores, _ in scored])
-    if relevant.all() or not relevant.any():
-        raise InvalidInputError(
-            "a probability needs both relevant and irrelevant candidates to be fitted on"
+    best, trials = choose_weights(lists, judges, strengths, max_heads=max_heads, progress=on_trial)
+    calibration = None
+    if window == 1:
+        calibration = calibrate(
+            [(best.weights.scores(item), item.grades) for item in group] for _, group in judges
         )
-    centre, deviation = scores.mean(), scores.std() or 1.0
-
-    def loss(line: Array) -> float:
-        margins = line[0] * (scores - centre) / deviation + line[1]
-        return float(weights @ np.logaddexp(0, np.where(relevant, -margins, margins)))
-
-    slope, intercept = minimize(loss, [1.0, 0.0], bounds=[(1e-6, None), (None, None)]).x
-    slope /= deviation
-    return Calibration(slope=float(slope), intercept=float(intercept - slope * centre))
-
-
-def _in_order(candidates: JudgedList, scores: Array) -> list[str]:
-    return [candidates.documents[place] for place in best_places(scores, len(scores))]
-
-
-@dataclass(frozen=True)
-class _Listwise:
-    """Cross-entropy of padded lists, and its gradient."""
-
-    features: Array
-    """[lists, documents, features], scaled; padding is 0."""
-    targets: Array
-    """[lists, documents]; each list sums to 1."""
-    mask: npt.NDArray[np.bool_]
-    """[lists, documents]; False where padded."""
-
-    @classmethod
-    def of(
-        cls, lists: Sequence[JudgedList], used: npt.NDArray[np.bool_], scale: Array
-    ) -> _Listwise:
-        longest = max(len(item.documents) for item in lists)
-        features = np.zeros((len(lists), longest, len(scale)))
-        targets = np.zeros((len(lists), longest))
-        mask = np.zeros((len(lists), longest), dtype=bool)
-        for row, item in enumerate(lists):
-            length = len(item.documents)
-            features[row, :length] = item.features[:, used]
-            targets[row, :length] = item.grades / item.grades.sum()
-            mask[row, :length] = True
-        return cls(features / scale, targets, mask)
-
-    def loss(self, weights: Array) -> tuple[float, Array]:
-        logits = np.where(self.mask, self.features @ weights, -np.inf)
-        log_shares = logits - logsumexp(logits, axis=1, keepdims=True)
-        shares = np.exp(log_shares)
-        loss = -np.sum(self.targets * np.where(self.mask, log_shares, 0.0))
-        residual = (shares - self.targets) / len(self.targets)
-        gradient = np.tensordot(residual, self.features, axes=([0, 1], [0, 1]))
-        return float(loss) / len(self.targets), gradient
+    head_set = reader.head_set(
+        name,
+        best.weights.chosen([(head.layer, head.head) for head in reader.heads.heads]),
+        RankingRule(
+            window=window,
+            reverse=reverse,
+            passage_tokens=passage_tokens,
+            # The weights are of sums over all of a document's tokens.
+            drop_outliers=False,
+            calibration=calibration,
+            **choose_first_stage(best.weights, judges)._asdict(),
+        ),
+        "fit",
+        {
+            "source": "core-rerank heads fit",
+            "train": [source.label for source in fitting_on],
+            "dev": [source.label for source in judging_by],
+            "lists": len(lists),
+            "candidates": candidates,
+            "dev_candidates": dev_candidates,
+            "l1": best.weights.l1,
+            "dev_ndcg10": round(best.score, 4),
+            "seed": seed,
+        },
+    )
+    return FittedHeads(head_set, trials)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from core_rerank_integrations.errors import requires_extra
-from core_rerank_integrations.finding.evaluation import (
-    MAIN_MEASURE,
-    MethodResult,
-    expected_calibration_error,
-)
+from core_rerank_integrations.finding.evaluation import MethodResult
+from core_rerank_integrations.finding.measures import MAIN_MEASURE, expected_calibration_error
 from core_rerank_integrations.heads import HeadSet
 
 with requires_extra("eval"):
@@ -26,14 +23,15 @@ if TYPE_CHECKING:
 
 def plot_head_map(head_set: HeadSet, path: Path) -> None:
     """The score of every ranked head, layer by head, the chosen ones framed."""
-    layers = head_set.num_layers or 1 + max(layer for layer, _, _ in head_set.ranking)
-    heads = head_set.num_heads or 1 + max(head for _, head, _ in head_set.ranking)
+    ranked = head_set.provenance.ranked_heads
+    layers = head_set.num_layers or 1 + max(layer for layer, _, _ in ranked)
+    heads = head_set.num_heads or 1 + max(head for _, head, _ in ranked)
     scores = np.full((layers, heads), np.nan)
-    for layer, head, score in head_set.ranking:
+    for layer, head, score in ranked:
         scores[layer, head] = np.nan if score is None else score
     figure, axes = _figure(width=max(4.0, 0.3 * heads + 2), height=max(3.0, 0.2 * layers + 1))
     image = axes.imshow(scores, aspect="auto", origin="lower", cmap="viridis")
-    figure.colorbar(image, label=f"{head_set.method} score")
+    figure.colorbar(image, label=f"{head_set.provenance.method} score")
     axes.scatter(
         [head.head for head in head_set.heads],
         [head.layer for head in head_set.heads],
@@ -93,10 +91,10 @@ def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_gains(result: MethodResult, baseline: MethodResult, path: Path) -> None:
+def plot_gains(result: MethodResult, first_stage: MethodResult, path: Path) -> None:
     """Gain and loss of nDCG@10 per query against the first stage, sorted."""
     differences = sorted(
-        ours - theirs for ours, theirs in zip(result.values(), baseline.values(), strict=True)
+        ours - theirs for ours, theirs in zip(result.values(), first_stage.values(), strict=True)
     )
     figure, axes = _figure()
     colours = ["C3" if difference < 0 else "C2" for difference in differences]
@@ -135,6 +133,6 @@ def plot_reliability(result: MethodResult, path: Path) -> None:
     figure.savefig(path)
 
 
-def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Axes]:
+def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     return figure, figure.add_subplot()

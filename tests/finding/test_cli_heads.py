@@ -48,18 +48,20 @@ def test_found_heads_have_evidence_and_can_be_used(folder: Path) -> None:
     assert "Wrote" in output
     found = HeadSet.load(folder / "found.json")
     assert found.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (found.name, found.method, found.template, found.window) == (
+    assert (found.name, found.provenance.method, found.template, found.rule.window) == (
         "found",
         "core",
         "chatml",
         5,
     )
-    assert found.reverse
+    assert found.rule.reverse
     assert len(found.heads) == 4
-    assert len(found.ranking) == 19 * 9
-    assert [head.score for head in found.heads] == [score for _, _, score in found.ranking[:4]]
-    assert found.provenance["prompts"] == 6
-    assert found.provenance["temperature"] == 0.001
+    assert len(found.provenance.ranked_heads) == 19 * 9
+    assert [head.score for head in found.heads] == [
+        score for _, _, score in found.provenance.ranked_heads[:4]
+    ]
+    assert found.provenance.details["prompts"] == 6
+    assert found.provenance.details["temperature"] == 0.001
     scores = json.loads((folder / "found.scores.json").read_text())
     assert set(scores["core"]) == {"0.001", "0.1"}
     assert len(scores["qr"]) == 19 * 9
@@ -77,19 +79,19 @@ def test_a_second_run_writes_the_same_heads_without_the_model(
     run(*find(folder, "second"))
     first, second = (HeadSet.load(folder / f"{name}.json") for name in ("first", "second"))
     assert first.heads == second.heads
-    assert first.ranking == second.ranking
+    assert first.provenance.ranked_heads == second.provenance.ranked_heads
     run(*find(folder, "qr", "--method", "qr"))
-    assert HeadSet.load(folder / "qr.json").method == "qr"
+    assert HeadSet.load(folder / "qr.json").provenance.method == "qr"
 
 
 def test_heads_of_several_collections(folder: Path) -> None:
     run(*find(folder, "twice", "--data", str(HANDBOOK), "--run", str(folder / "run.trec")))
     run(*find(folder, "once"))
     twice, once = (HeadSet.load(folder / f"{name}.json") for name in ("twice", "once"))
-    assert (twice.provenance["questions"], twice.provenance["prompts"]) == (6, 12)
-    assert twice.provenance["data"] == ["data", "data"]
-    expected = {(layer, head): score for layer, head, score in once.ranking}
-    averaged = {(layer, head): score for layer, head, score in twice.ranking}
+    assert (twice.provenance.details["questions"], twice.provenance.details["prompts"]) == (6, 12)
+    assert twice.provenance.details["data"] == ["data", "data"]
+    expected = {(layer, head): score for layer, head, score in once.provenance.ranked_heads}
+    averaged = {(layer, head): score for layer, head, score in twice.provenance.ranked_heads}
     assert averaged == pytest.approx(expected), "the same twice is the same on average"
 
 
@@ -97,8 +99,8 @@ def test_heads_of_several_collections(folder: Path) -> None:
     ("options", "message"),
     [
         (("--negatives", "40"), "lower --questions or --negatives"),
-        (("--method", "icr"), "--method must be core or qr, got 'icr'"),
-        (("--prune", "0.5"), "give --max-layer or --prune, not both"),
+        (("--method", "icr"), "method must be core or qr, got 'icr'"),
+        (("--prune", "0.5"), "give a highest layer or a share to prune, not both"),
         (("--split", "train"), "cannot read"),
         (("--max-layer", "30"), "between 0 and 29"),
         (("--temperature", "0"), "temperatures must be above 0"),
@@ -143,20 +145,20 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     output = run(*fit(folder, "fit-small", "--l1", "0.05", "--l1", "0.2"))
     assert "nDCG@10 on dev" in output
     fitted = HeadSet.load(folder / "fit-small.json")
-    assert fitted.method == "fit"
-    assert fitted.window == 1
-    assert fitted.calibration is not None
-    assert not fitted.drop_outliers
+    assert fitted.provenance.method == "fit"
+    assert fitted.rule.window == 1
+    assert fitted.rule.calibration is not None
+    assert not fitted.rule.drop_outliers
     assert any(head.weight != 1 for head in fitted.heads)
-    assert fitted.provenance["lists"] == 6
-    assert fitted.first_stage_score_weight is not None
-    assert fitted.first_stage_weights == {}
+    assert fitted.provenance.details["lists"] == 6
+    assert fitted.rule.first_stage_score_weight is not None
+    assert fitted.rule.first_stage_weights == {}
 
-    assert not fitted.reverse
+    assert not fitted.rule.reverse
     run(*fit(folder, "reversed", "--l1", "0.05", "--reverse", "--window", "2"))
     reversed_fit = HeadSet.load(folder / "reversed.json")
-    assert (reversed_fit.reverse, reversed_fit.window) == (True, 2)
-    assert reversed_fit.calibration is None
+    assert (reversed_fit.rule.reverse, reversed_fit.rule.window) == (True, 2)
+    assert reversed_fit.rule.calibration is None
     assert reversed_fit.heads != fitted.heads
     run(*find(folder, "core-small", "--heads", "4"))
     report = folder / "report"

@@ -106,8 +106,6 @@ def test_score_is_the_softmax_at_the_relevant_document() -> None:
     assert scores.qr == pytest.approx([0.1, 0.0, 0.4, 0.2])
     assert scores.ranking("core", 0.1)[0][:2] == (1, 0)
     assert [place[:2] for place in scores.ranking("qr", max_layer=0)] == [(0, 0), (0, 1)]
-    with pytest.raises(InvalidInputError, match="method must be core or qr"):
-        scores.ranking("icr")
 
 
 def test_tiny_temperatures_do_not_overflow() -> None:

@@ -10,26 +10,28 @@ import pytest
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.finding.evaluation import (
-    JointReranker,
-    Method,
-    compare,
+from core_rerank_integrations.finding.evaluation import Evaluation, compare
+from core_rerank_integrations.finding.measures import (
     expected_calibration_error,
     mean_measures,
     measure,
-    rank_all,
     reliability,
-    save_report,
 )
-from core_rerank_integrations.heads import Calibration
+from core_rerank_integrations.finding.methods import JointReranker, Method, rank_all
+from core_rerank_integrations.finding.report import save_report
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.reading import Candidates
 from core_rerank_integrations.resources import resource_folder
 
 LOW = HeadSet.from_pairs(
-    [(2, 1), (5, 0)], name="low", template="chatml", window=2, first_stage_weight=0.1
+    [(2, 1), (5, 0)],
+    name="low",
+    template="chatml",
+    rule={"window": 2, "first_stage_weight": 0.1},
 )
-HIGH = HeadSet.from_pairs([(7, 3)], name="high", template="chatml", drop_outliers=False, window=3)
+HIGH = HeadSet.from_pairs(
+    [(7, 3)], name="high", template="chatml", rule={"window": 3, "drop_outliers": False}
+)
 
 
 def test_measures_against_their_definitions() -> None:
@@ -54,8 +56,8 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
         Method("low", LOW),
         Method("low+first-stage", LOW, ranked=True),
         Method("high", HIGH),
-        Method("reversed", LOW.model_copy(update={"reverse": True})),
-        Method("alone", LOW.model_copy(update={"window": 1}), ranked=True),
+        Method("reversed", LOW.with_rule(reverse=True)),
+        Method("alone", LOW.with_rule(window=1), ranked=True),
     ]
     joint = JointReranker(smollm2, methods, dtype="float32")
     lists = [Candidates(query, tuple(documents)), Candidates("Who bakes?", tuple(documents[1:]))]
@@ -107,13 +109,15 @@ def test_comparison_and_report(tmp_path: Path) -> None:
     assert oracle.p_value is not None
     assert oracle.p_value < 0.05
 
-    save_report(tmp_path / "report", results, {"queries": 8}, ["a.png"])
+    save_report(tmp_path / "report", Evaluation(results, {"queries": 8}), plots=True)
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert report["methods"]["oracle"]["mean"] == oracle.means
     assert set(report["methods"]["same"]["per_query"]) == set(queries)
     text = (tmp_path / "report/report.md").read_text()
     assert f"{oracle.means['nDCG@10']:.3f}" in text
-    assert "![a.png](a.png)" in text
+    assert "- queries: 8" in text
+    assert "![gains.png](gains.png)" in text
+    assert (tmp_path / "report/gains.png").exists()
     lines = (tmp_path / "report/oracle.trec").read_text().splitlines()
     assert len(lines) == sum(len(documents) for documents in run.values())
 
@@ -130,9 +134,7 @@ def test_calibration_error_against_its_definition() -> None:
 
 
 def test_calibrated_methods_are_judged_by_their_probabilities() -> None:
-    calibrated = LOW.model_copy(
-        update={"window": 1, "calibration": Calibration(slope=1.0, intercept=0.0)}
-    )
+    calibrated = LOW.with_rule(window=1, calibration={"slope": 1.0, "intercept": 0.0})
     methods = [Method("alone", calibrated), Method("ranked", calibrated, ranked=True)]
     rankings = {"q": [("a", 2.0), ("b", -2.0)]}
     alone, ranked = compare({"q": {"a": 1}}, methods, dict.fromkeys(("alone", "ranked"), rankings))

@@ -24,7 +24,7 @@ def test_features_of_a_head_are_its_scores(
         features = reader.read(QUERY, DOCUMENTS, window)
     assert features.attention.shape == (3, 5 * 9)
     for linear, values in ((False, features.scores), (True, features.sums)):
-        heads = HeadSet.from_pairs([(3, 7)], template="chatml", drop_outliers=not linear)
+        heads = HeadSet.from_pairs([(3, 7)], template="chatml", rule={"drop_outliers": not linear})
         with CoReReranker(smollm2.path, heads=heads, window=window, dtype="float32") as reranker:
             expected = reranker.score(QUERY, DOCUMENTS)
         np.testing.assert_allclose(values[:, 3 * 9 + 7], expected, rtol=0, atol=1e-6)

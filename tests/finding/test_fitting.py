@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,18 +8,18 @@ import pytest
 
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.finding.collection import Collection, Passage
-from core_rerank_integrations.finding.fitting import (
+from core_rerank_integrations.finding.ranking_rule import calibrate, choose_first_stage
+from core_rerank_integrations.finding.sources import Drawn, JudgedRun
+from core_rerank_integrations.finding.weights import (
     JudgedList,
     Trial,
     Weights,
     _Listwise,
-    calibrate,
-    choose_first_stage,
     choose_weights,
     fit_weights,
-    teaching,
+    with_contrast,
 )
-from core_rerank_integrations.heads import Ranked
+from core_rerank_integrations.rule import Ranked
 
 USEFUL, HARMFUL, HEADS = 3, 7, 12
 
@@ -55,7 +56,7 @@ def test_finds_the_heads_that_know_with_their_signs() -> None:
     assert weights.heads[USEFUL] > 0 > weights.heads[HARMFUL]
 
 
-def test_questions_whose_candidates_differ_in_nothing_teach_nothing() -> None:
+def test_questions_whose_candidates_do_not_differ_are_left_out() -> None:
     lists = judged(4, seed=0)
     collection = collection_of(lists)
     run = {item.query: [(name, 0.0) for name in item.documents] for item in lists}
@@ -63,8 +64,9 @@ def test_questions_whose_candidates_differ_in_nothing_teach_nothing() -> None:
     run["1"] = [item for item in run["1"] if item[0] != relevant["1"]]
     run["2"] = [(relevant["2"], 0.0)]
     run["3"] = [*(item for item in run["3"] if item[0] != relevant["3"]), (relevant["3"], 0.0)]
-    assert teaching(collection, run, ["0", "1", "2", "3"], 6) == ["0", "3"]
-    assert teaching(collection, run, ["3"], 5) == []
+    drawn = Drawn(JudgedRun(Path(), "train", Path()), collection, run, ["0", "1", "2", "3"])
+    assert with_contrast(drawn, 6).queries == ["0", "3"]
+    assert with_contrast(drawn._replace(queries=["3"]), 5).queries == []
 
 
 def test_more_penalty_leaves_fewer_heads() -> None:
@@ -99,28 +101,25 @@ def dev_of(relevant: dict[int, int], ranked: Ranked, trusted: float) -> tuple[An
 def test_a_first_stage_counts_as_much_as_it_must_and_no_more() -> None:
     heads = Weights(np.ones(1), 0.0)
     # ln 2 times the weight has to pass the heads' 1: from 1.5 on it does.
-    right = {"vectors": dev_of({0: 3}, "vectors", 1.0)}
+    right = [dev_of({0: 3}, "vectors", 1.0)]
     chosen = choose_first_stage(heads, right)
     assert chosen.first_stage_weight == 1.5
     assert chosen.first_stage_weights == {"vectors": 1.5}
     # The first stands 3 / sqrt(2) standard deviations above the second.
     assert chosen.first_stage_score_weight == 0.5
-    wrong = {"bm25": dev_of({1: 3}, "bm25", 1.0)}
+    wrong = [dev_of({1: 3}, "bm25", 1.0)]
     assert choose_first_stage(heads, wrong) == (0.0, {"bm25": 0.0}, 0.0)
 
 
 def test_one_weight_for_all_loses_least_where_it_loses_most() -> None:
     heads = Weights(np.ones(1), 0.0)
-    dev = {
-        "better": dev_of({0: 9, 1: 1}, "vectors", 1.0),
-        "worse": dev_of({0: 2, 1: 8}, "bm25", 1.0),
-        "in no order": dev_of({2: 5}, False, 1.0),
-    }
-    chosen = choose_first_stage(heads, dev)
+    better, worse = dev_of({0: 9, 1: 1}, "vectors", 1.0), dev_of({0: 2, 1: 8}, "bm25", 1.0)
+    in_no_order = dev_of({2: 5}, False, 1.0)
+    chosen = choose_first_stage(heads, [better, worse, in_no_order])
     # Trusting the order gives the first collection 8 lists of 10 more, and costs the other 6.
     assert chosen.first_stage_weight == 1.5
     assert chosen.first_stage_weights == {"vectors": 1.5, "bm25": 0.0}
-    assert choose_first_stage(heads, {"in no order": dev["in no order"]}) == (0.0, {}, None)
+    assert choose_first_stage(heads, [in_no_order]) == (0.0, {}, None)
 
 
 def test_a_layer_cap_is_a_choice_of_columns() -> None:
@@ -156,40 +155,36 @@ def test_the_choice_is_made_on_the_other_questions() -> None:
     train, dev = judged(40, seed=3), judged(80, seed=4)
     seen: list[Trial] = []
     best, trials = choose_weights(
-        train, {"dev": (collection_of(dev), dev)}, [0.0, 0.02, 0.05], progress=seen.append
+        train, [(collection_of(dev), dev)], [0.0, 0.02, 0.05], progress=seen.append
     )
     assert seen == trials
     assert best.score == max(trial.score for trial in trials)
     assert best.num_heads > 0
-    few, _ = choose_weights(
-        train, {"dev": (collection_of(dev), dev)}, [0.0, 0.02, 0.05], max_heads=4
-    )
+    few, _ = choose_weights(train, [(collection_of(dev), dev)], [0.0, 0.02, 0.05], max_heads=4)
     assert few.num_heads <= 4
     with pytest.raises(InvalidInputError, match="leaves between 1 and 2 heads"):
-        choose_weights(train, {"dev": (collection_of(dev), dev)}, [0.0], max_heads=2)
+        choose_weights(train, [(collection_of(dev), dev)], [0.0], max_heads=2)
 
 
-def test_lists_that_teach_nothing() -> None:
+def test_lists_without_a_contrast() -> None:
     empty = [item._replace(grades=np.zeros(6)) for item in judged(3, seed=0)]
     with pytest.raises(InvalidInputError, match="nothing to fit on"):
         fit_weights(empty, 0.01)
-    taught = judged(20, seed=0)
+    contrasted = judged(20, seed=0)
     np.testing.assert_array_equal(
-        fit_weights([*empty, *taught], 0.02).heads, fit_weights(taught, 0.02).heads
+        fit_weights([*empty, *contrasted], 0.02).heads, fit_weights(contrasted, 0.02).heads
     )
     with pytest.raises(InvalidInputError, match="must not be negative, got -1"):
-        fit_weights(taught, -1)
+        fit_weights(contrasted, -1)
 
 
-def test_head_set_of_weights() -> None:
+def test_heads_of_weights() -> None:
     weights = Weights(np.array([0.0, -2.5, 0.123456789, 0.0]), 0.01)
-    head_set = weights.head_set([(0, 0), (0, 1), (1, 0), (1, 1)], name="fit-x", window=5)
-    assert [(head.layer, head.head, head.weight) for head in head_set.heads] == [
+    heads = weights.chosen([(0, 0), (0, 1), (1, 0), (1, 1)])
+    assert [(head.layer, head.head, head.weight) for head in heads] == [
         (0, 1, -2.5),
         (1, 0, 0.123457),
     ]
-    assert not head_set.drop_outliers
-    assert (head_set.method, head_set.name, head_set.window) == ("fit", "fit-x", 5)
 
 
 def test_calibration_finds_the_line_that_made_the_judgments() -> None:

@@ -110,7 +110,7 @@ def _arguments(
         "architectures": [ARCHITECTURE_PREFIX + config.architectures[0]],
         HEADS_KEY: [[head.layer, head.head, head.weight] for head in head_set.heads],
     }
-    room = max((head_set.window or DEFAULT_WINDOW) * TOKENS_PER_DOCUMENT, LEAST_CONTEXT)
+    room = max((head_set.rule.window or DEFAULT_WINDOW) * TOKENS_PER_DOCUMENT, LEAST_CONTEXT)
     return engine_arguments(
         given,
         own={
