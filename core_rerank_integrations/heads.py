@@ -25,16 +25,21 @@ class ModelShape(NamedTuple):
 
 
 class Head(BaseModel):
-    """One attention head; both indices count from zero."""
+    """One attention head; both indices count from zero.
+
+    Attributes:
+        layer: The layer it lies in.
+        head: Its place among the query heads of that layer.
+        score: How well it told the relevant document from the others, where that is known.
+        weight: Factor of its attention in the sum over heads.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: int = Field(ge=0)
     head: int = Field(ge=0)
     score: float | None = None
-    """How well the head told the relevant document from the others, where it is known."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of the head's attention in the sum over heads."""
 
 
 class Provenance(BaseModel):

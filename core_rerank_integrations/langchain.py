@@ -27,10 +27,12 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
     probability is of question and document alone. Every call shows up in traces
     as a run of its own when callbacks are handed over, as retrievers do.
 
-    >>> from langchain_classic.retrievers import ContextualCompressionRetriever
-    >>> retriever = ContextualCompressionRetriever(
-    ...     base_compressor=CoReDocumentCompressor(top_n=5), base_retriever=vector_store_retriever
-    ... )
+    Examples:
+        >>> from langchain_classic.retrievers import ContextualCompressionRetriever
+        >>> retriever = ContextualCompressionRetriever(
+        ...     base_compressor=CoReDocumentCompressor(top_n=5),
+        ...     base_retriever=vector_store_retriever,
+        ... )
     """
 
     def compress_documents(
@@ -84,7 +86,8 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
     Documents pass through unchanged; see `CoReReranker.remember` for what is kept and the errors.
     The compressor must have the same model and heads, best by sharing one ``reranker``.
 
-    >>> store.add_documents(CoReDocumentIndexer().transform_documents(chunks))
+    Examples:
+        >>> store.add_documents(CoReDocumentIndexer().transform_documents(chunks))
     """
 
     def transform_documents(

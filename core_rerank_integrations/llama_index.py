@@ -43,9 +43,10 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     was too long to be read at once, ``metadata["best_passage"]`` holds the start and stop of the
     characters that it was ranked by, hidden from embeddings and models.
 
-    >>> index.as_query_engine(
-    ...     similarity_top_k=20, node_postprocessors=[CoReNodePostprocessor(top_n=5)]
-    ... )
+    Examples:
+        >>> index.as_query_engine(
+        ...     similarity_top_k=20, node_postprocessors=[CoReNodePostprocessor(top_n=5)]
+        ... )
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -133,7 +134,8 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
     see, metadata included. Nodes pass through unchanged; see `CoReReranker.remember` for what is
     kept and the errors. The postprocessor must have the same model and heads.
 
-    >>> IngestionPipeline(transformations=[SentenceSplitter(), CoReNodeIndexer(), embedding])
+    Examples:
+        >>> IngestionPipeline(transformations=[SentenceSplitter(), CoReNodeIndexer(), embedding])
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

@@ -43,7 +43,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What opens the user's turn (``prefix``), and what closes it and opens the assistant's."""
+    """What stands around the user's message.
+
+    Attributes:
+        name: Under this name a template of this package can be asked for.
+        prefix: What opens the user's turn.
+        suffix: What closes it, and opens the assistant's.
+    """
 
     name: str
     prefix: str

@@ -41,11 +41,12 @@ class CoReReranker:
     One prefill of a prompt that holds all documents and then the query, cut off above the
     highest head; no training and no generation (arXiv 2510.02219).
 
-    >>> reranker = CoReReranker()
-    >>> reranker.rerank("who invented the telephone?", ["a recipe", "Bell's patent"], top_n=1)
-    [RerankResult(index=1, score=..., document="Bell's patent")]
-
     Instances may be shared by threads and event loops, and are context managers.
+
+    Examples:
+        >>> reranker = CoReReranker()
+        >>> reranker.rerank("who invented the telephone?", ["a recipe", "Bell's patent"], top_n=1)
+        [RerankResult(index=1, score=..., document="Bell's patent")]
 
     Args:
         model: An alias (``core-rerank models list``), a hub id, a model folder or a GGUF file.

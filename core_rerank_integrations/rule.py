@@ -19,7 +19,12 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Calibration(BaseModel):
-    """From a document's score to the probability that it is relevant (Platt's logistic map)."""
+    """From a document's score to the probability that it is relevant (Platt's logistic map).
+
+    Attributes:
+        slope: What a score is multiplied by; above 0, so that the order stays.
+        intercept: What is added then.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
