@@ -4,70 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    field_serializer,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, model_validator
 
-from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.models import DEFAULT_MODEL
-from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
 from core_rerank_integrations.rule import Ranked
-from core_rerank_integrations.store import DocumentCache
+from core_rerank_integrations.settings import RerankerSettings
 
 # Not a field: a lock could be neither pickled nor copied, and building is rare.
 _building = threading.Lock()
 
 
-class ModelFields(BaseModel):
+class ModelFields(RerankerSettings):
     """Which model reads documents, and how: a `CoReReranker`, built when it is first needed.
 
     A ready one may be given as ``reranker`` instead, to share it between adapters; the other
     fields then take its settings.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    model: str | Path = Field(
-        default=DEFAULT_MODEL, description="Alias, hub id, model folder or GGUF file."
-    )
-    heads: HeadSet | str | Path | list[tuple[int, int]] | None = Field(
-        default=None,
-        description="Head set, its shipped name or file, or (layer, head) pairs; "
-        "None: the set shipped for the model.",
-    )
-    backend: str = Field(
-        default="auto",
-        description="Who runs the model: auto, openvino, transformers, vllm or vllm-shared.",
-    )
-    dtype: str = Field(default="auto", description="auto, float32, bfloat16, float16 or int8.")
-    device: str | None = Field(default=None, description="Torch device; None: CUDA if there.")
-    window: int | None = Field(
-        default=None, ge=1, description="Most documents per prompt; None: the head set's."
-    )
-    max_document_tokens: int | None = Field(
-        default=None, ge=1, description="Longer documents are cut to this, with a warning."
-    )
-    document_cache: DocumentCache | None = Field(
-        default=None,
-        description="How much is kept of documents that were read, in memory and on disk.",
-    )
-    template: str | PromptTemplate | None = Field(
-        default=None, description="Prompt template; None: the head set's."
-    )
-    engine_args: dict[str, Any] | None = Field(
-        default=None, description="Further arguments for vLLM's engine."
-    )
     reranker: CoReReranker | None = Field(
         default=None, exclude=True, repr=False, description="A ready reranker to share."
     )
@@ -78,8 +34,7 @@ class ModelFields(BaseModel):
     def _describe_reranker(cls, fields: Any) -> Any:
         if not isinstance(fields, dict) or not isinstance(fields.get("reranker"), CoReReranker):
             return fields
-        settings = fields["reranker"].settings
-        del settings["engine"], settings["reader"]  # What runs cannot be written down.
+        settings = dict(fields["reranker"].settings)
         for name, value in settings.items():
             if name in fields and fields[name] != value:
                 raise ValueError(
@@ -87,11 +42,6 @@ class ModelFields(BaseModel):
                     f"{name}={value!r}; leave it out"
                 )
         return {**fields, **settings}
-
-    @field_serializer("model", "heads", mode="wrap")
-    def _without_paths(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
-        """LlamaIndex writes fields as JSON, which knows no paths."""
-        return str(value) if isinstance(value, Path) else serialize(value)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
@@ -104,16 +54,7 @@ class ModelFields(BaseModel):
         with _building:
             if self._built is None:
                 self._built = CoReReranker(
-                    self.model,
-                    heads=self.heads,
-                    backend=self.backend,
-                    dtype=self.dtype,
-                    device=self.device,
-                    window=self.window,
-                    max_document_tokens=self.max_document_tokens,
-                    document_cache=self.document_cache,
-                    template=self.template,
-                    engine_args=self.engine_args,
+                    **{name: getattr(self, name) for name in RerankerSettings.model_fields}
                 )
             return self._built
 

@@ -13,19 +13,8 @@ from core_rerank_integrations.heads import HeadSet, default_head_set
 from core_rerank_integrations.models import LocalModel
 from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder, PromptTemplate
 from core_rerank_integrations.reading import Reader
+from core_rerank_integrations.settings import check_backend
 from core_rerank_integrations.store import DocumentCache
-
-BACKENDS = ("auto", "openvino", "transformers", "vllm", "vllm-shared")
-
-
-def check_backend(name: str) -> None:
-    """Refuse what is no backend.
-
-    Raises:
-        InvalidInputError: There is none of that name.
-    """
-    if name not in BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def chosen_backend(

@@ -15,7 +15,7 @@ import numpy as np
 
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
 from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
-from core_rerank_integrations.loading import check_backend, chosen_backend, load_reader
+from core_rerank_integrations.loading import chosen_backend, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
 from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
@@ -28,6 +28,7 @@ from core_rerank_integrations.scoring import (
     prior_of_order,
     prior_of_scores,
 )
+from core_rerank_integrations.settings import RerankerSettings, check_count
 from core_rerank_integrations.store import DocumentCache
 
 CONCURRENT_CALLS = 32
@@ -77,6 +78,11 @@ class CoReReranker:
         reader: A `Reader` of your own in place of all that says who runs the model and with
             which prompts; it must run this model with these heads, and stays yours to close.
 
+    Attributes:
+        settings: What it was made with.
+        heads: The heads it reads, under the rule that holds for it.
+        backend: The name of the backend that was chosen.
+
     Raises:
         InvalidInputError: An argument has no meaning.
         HeadSetError: No head set for the model, or one that does not belong to it.
@@ -87,6 +93,7 @@ class CoReReranker:
         self,
         model: str | Path = DEFAULT_MODEL,
         heads: Heads | None = None,
+        *,
         backend: str = "auto",
         dtype: str = "auto",
         device: str | None = None,
@@ -98,20 +105,20 @@ class CoReReranker:
         engine: Any = None,
         reader: Reader | None = None,
     ) -> None:
-        _check_count("window", window)
-        _check_count("max_document_tokens", max_document_tokens)
-        if not isinstance(document_cache, DocumentCache | None):
-            raise InvalidInputError(
-                f"document_cache must be a DocumentCache or None, got {document_cache!r}"
-            )
-        check_backend(backend)
-        if document_cache is not None and backend in ("vllm", "vllm-shared"):
-            raise InvalidInputError(
-                f"document_cache is not for {backend!r}, which keeps documents in vLLM's own "
-                "cache: set engine_args gpu_memory_utilization or kv_cache_memory_bytes"
-            )
-        if engine_args and backend not in ("vllm", "vllm-shared"):
-            raise InvalidInputError(f"engine_args are for the vLLM backends, not {backend!r}")
+        if isinstance(heads, Sequence) and not isinstance(heads, str):
+            HeadSet.from_pairs(heads)  # What is wrong with a list is said best there.
+        self.settings = RerankerSettings.checked(
+            model=model,
+            heads=heads,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            window=window,
+            max_document_tokens=max_document_tokens,
+            document_cache=document_cache,
+            template=template,
+            engine_args=engine_args,
+        )
         if engine is not None and (backend != "vllm-shared" or engine_args):
             raise InvalidInputError(
                 "an engine of your own is for backend='vllm-shared', and without engine_args: "
@@ -123,20 +130,7 @@ class CoReReranker:
                 "a reader of your own has its backend, dtype, device, document cache and template "
                 "already; leave them out"
             )
-        self._arguments = {
-            "model": model,
-            "heads": heads,
-            "backend": backend,
-            "dtype": dtype,
-            "device": device,
-            "window": window,
-            "max_document_tokens": max_document_tokens,
-            "document_cache": document_cache,
-            "template": template,
-            "engine_args": engine_args,
-            "engine": engine,
-            "reader": reader,
-        }
+        self._given = {"engine": engine, "reader": reader}
         local_model = resolve(model)
         self.model = str(model)
         self.heads = _head_set(heads, local_model)
@@ -163,11 +157,6 @@ class CoReReranker:
         )
         self._reader: Reader | None = reader or self._load()
         self._executor = ThreadPoolExecutor(CONCURRENT_CALLS, "core-rerank")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments this reranker was made with."""
-        return dict(self._arguments)
 
     @property
     def reader(self) -> Reader:
@@ -217,7 +206,7 @@ class CoReReranker:
                 ``top_n`` is less than 1, ``score_threshold`` is no probability, the first
                 stage's scores are not one number per document, or ``max_seconds`` is not above 0.
         """
-        _check_count("top_n", top_n)
+        check_count("top_n", top_n)
         _check_seconds(max_seconds)
         self._check_threshold(score_threshold)
         candidates = _check_request((query, documents))
@@ -233,7 +222,7 @@ class CoReReranker:
         ranked: Ranked = False,
     ) -> list[list[RerankResult]]:
         """`rerank` for several (query, documents) pairs, run through the model together."""
-        _check_count("top_n", top_n)
+        check_count("top_n", top_n)
         self._check_threshold(score_threshold)
         lists = [_check_request(request) for request in requests]
         priors = [self._prior(len(candidates.documents), ranked) for candidates in lists]
@@ -311,7 +300,7 @@ class CoReReranker:
             ClosedError: This reranker was closed.
             InvalidInputError: The backend or its engine is the caller's own.
         """
-        if self._arguments["reader"] is not None or self._arguments["engine"] is not None:
+        if any(own is not None for own in self._given.values()):
             raise InvalidInputError(
                 "this reranker runs on a reader or an engine of your own; start that anew and "
                 "make a new reranker with it"
@@ -324,7 +313,7 @@ class CoReReranker:
         reader, self._reader = self._reader, None
         if reader is not None:
             self._executor.shutdown()
-            if reader is not self._arguments["reader"]:
+            if reader is not self._given["reader"]:
                 reader.close()
 
     def __enter__(self) -> CoReReranker:
@@ -340,7 +329,7 @@ class CoReReranker:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the constructor's arguments: the model is loaded anew where it arrives."""
-        return _rebuild, (self._arguments,)
+        return _rebuild, ({**dict(self.settings), **self._given},)
 
     def __copy__(self) -> CoReReranker:
         return self
@@ -472,12 +461,6 @@ def _check_scores(scores: Sequence[float], count: int) -> Scores:
             f"got {scores!r}"
         )
     return given
-
-
-def _check_count(name: str, count: int | None) -> None:
-    is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if count is not None and not (is_whole and count >= 1):
-        raise InvalidInputError(f"{name} must be at least 1, or None, got {count!r}")
 
 
 def _check_seconds(seconds: float | None) -> None:

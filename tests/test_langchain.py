@@ -205,8 +205,8 @@ def test_nothing_is_loaded_before_it_is_needed() -> None:
 
 def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=reranker)
-    assert compressor.model == reranker.settings["model"]
-    assert compressor.heads == reranker.settings["heads"]
+    assert compressor.model == reranker.settings.model
+    assert compressor.heads == reranker.settings.heads
     with pytest.raises(ValidationError, match="contradicts the given reranker"):
         CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
 

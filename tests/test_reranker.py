@@ -154,7 +154,7 @@ def test_meaningless_input_is_refused_before_the_model_runs(
     [
         ({"window": 0}, "window must be at least 1"),
         ({"max_document_tokens": -1}, "max_document_tokens must be at least 1"),
-        ({"document_cache": 1 << 30}, "must be a DocumentCache or None, got 1073741824"),
+        ({"document_cache": 1 << 30}, "document_cache: .*DocumentCache, got 1073741824"),
         (
             {"document_cache": DocumentCache(disk_bytes=0), "backend": "vllm"},
             "document_cache is not for 'vllm'",

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from core_rerank_integrations.errors import CoReError
+from core_rerank_integrations.settings import RerankerSettings
 
-ModelOption = Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")]
-BackendOption = Annotated[
-    str, typer.Option(help="auto, openvino, transformers, vllm or vllm-shared.")
-]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or int8.")]
+
+def _described(name: str) -> Any:
+    return typer.Option(help=RerankerSettings.model_fields[name].description)
+
+
+ModelOption = Annotated[str, _described("model")]
+HeadsOption = Annotated[str | None, _described("heads")]
+BackendOption = Annotated[str, _described("backend")]
+DtypeOption = Annotated[str, _described("dtype")]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from core_rerank_integrations.cli.common import (
     BackendOption,
     DtypeOption,
+    HeadsOption,
     ModelOption,
     clear_errors,
 )
@@ -23,7 +24,7 @@ from core_rerank_integrations.store import DocumentCache
 def remember(
     documents: DocumentsFile,
     model: ModelOption = DEFAULT_MODEL,
-    heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
+    heads: HeadsOption = None,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     window: Annotated[

@@ -13,6 +13,7 @@ from rich.table import Table
 from core_rerank_integrations.cli.common import (
     BackendOption,
     DtypeOption,
+    HeadsOption,
     ModelOption,
     clear_errors,
 )
@@ -51,7 +52,7 @@ def rerank(
     documents: DocumentsFile,
     top_n: Annotated[int | None, typer.Option(min=1, help="Most results; default all.")] = None,
     model: ModelOption = DEFAULT_MODEL,
-    heads: Annotated[str | None, typer.Option(help="Shipped head set or head set file.")] = None,
+    heads: HeadsOption = None,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     window: Annotated[int | None, typer.Option(min=1, help="Most documents a prompt.")] = None,
