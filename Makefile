@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -68,6 +68,10 @@ bench-heads: $(VENV)/.installed
 bench-ranking: $(VENV)/.installed
 	$(BIN)/python benchmarks/ranking.py $(RANKING)
 
+# With PACKAGE=--environment, also a clean environment, which takes a minute or two.
+bench-package: $(VENV)/.installed
+	$(BIN)/python benchmarks/package.py $(PACKAGE)
+
 # In the environment at hand, which has CUDA, and vLLM or not; vLLM finds this package only where
 # it is installed. Where nothing can be fetched to build it, install a wheel made elsewhere and run
 # the script itself.
@@ -84,6 +88,10 @@ BEIR ?= ../shared/data/nq
 bench-precision: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/python \
 		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
+
+wheels: $(VENV)/.installed
+	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \
+		$(BIN)/python -m build --wheel --outdir dist $$source || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
