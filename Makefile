@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-gpu clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -20,8 +20,7 @@ test-newest: LIMITS := torch==2.13.0
 test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
-	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/test_examples.py \
-		--ignore tests/test_cli.py --ignore tests/finding
+	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/finding
 
 # vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
 # torchcodec are left out: text models need only torch, which is here.
@@ -72,6 +71,10 @@ bench-heads: $(VENV)/.installed
 bench-ranking: $(VENV)/.installed
 	$(BIN)/python benchmarks/ranking.py $(RANKING)
 
+# With PACKAGE=--environment, also a clean environment, which takes a minute or two.
+bench-package: $(VENV)/.installed
+	$(BIN)/python benchmarks/package.py $(PACKAGE)
+
 # In the environment at hand, which has CUDA, and vLLM or not; vLLM finds this package only where
 # it is installed. Where nothing can be fetched to build it, install a wheel made elsewhere and run
 # the script itself.
@@ -88,6 +91,10 @@ BEIR ?= ../shared/data/nq
 bench-precision: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/python \
 		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
+
+wheels: $(VENV)/.installed
+	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \
+		$(BIN)/python -m build --wheel --outdir dist $$source || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
