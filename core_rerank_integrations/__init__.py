@@ -8,7 +8,12 @@ from core_rerank_integrations.exports import lazy_exports
 
 if TYPE_CHECKING:
     from core_rerank_integrations.heads import Head, HeadSet
-    from core_rerank_integrations.langchain import CoReDocumentCompressor, CoReDocumentIndexer
+    from core_rerank_integrations.langchain import (
+        CoReDocumentCompressor,
+        CoReDocumentIndexer,
+        CoReRetriever,
+        create_reranked_search_tool,
+    )
     from core_rerank_integrations.llama_index import CoReNodeIndexer, CoReNodePostprocessor
     from core_rerank_integrations.prompt import PromptTemplate
     from core_rerank_integrations.reranker import CoReReranker
@@ -23,11 +28,13 @@ __all__ = [
     "CoReNodeIndexer",
     "CoReNodePostprocessor",
     "CoReReranker",
+    "CoReRetriever",
     "DocumentCache",
     "Head",
     "HeadSet",
     "PromptTemplate",
     "RerankResult",
+    "create_reranked_search_tool",
 ]
 
 _MODULES = {
@@ -36,11 +43,13 @@ _MODULES = {
     "CoReNodeIndexer": "llama_index",
     "CoReNodePostprocessor": "llama_index",
     "CoReReranker": "reranker",
+    "CoReRetriever": "langchain",
     "DocumentCache": "store",
     "Head": "heads",
     "HeadSet": "heads",
     "PromptTemplate": "prompt",
     "RerankResult": "results",
+    "create_reranked_search_tool": "langchain",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES)

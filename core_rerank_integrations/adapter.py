@@ -89,20 +89,29 @@ class RerankerFields(ModelFields):
     )
 
     def _rerank(
-        self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
+        self,
+        query: str,
+        texts: list[str],
+        first_stage_scores: list[float] | None = None,
+        top_n: int | None = None,
     ) -> list[RerankResult]:
-        return self._ready_reranker().rerank(query, texts, **self._settings(first_stage_scores))
+        request = self._request(first_stage_scores, top_n)
+        return self._ready_reranker().rerank(query, texts, **request)
 
     async def _arerank(
-        self, query: str, texts: list[str], first_stage_scores: list[float] | None = None
+        self,
+        query: str,
+        texts: list[str],
+        first_stage_scores: list[float] | None = None,
+        top_n: int | None = None,
     ) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
-        return await reranker.arerank(query, texts, **self._settings(first_stage_scores))
+        return await reranker.arerank(query, texts, **self._request(first_stage_scores, top_n))
 
-    def _settings(self, first_stage_scores: list[float] | None) -> dict[str, Any]:
+    def _request(self, first_stage_scores: list[float] | None, top_n: int | None) -> dict[str, Any]:
         """What `CoReReranker.rerank` is told besides a query and its documents."""
         return {
-            "top_n": self.top_n,
+            "top_n": self.top_n if top_n is None else top_n,
             "score_threshold": self.score_threshold,
             "ranked": self.ranked,
             "first_stage_scores": first_stage_scores,

@@ -1,4 +1,4 @@
-"""LangChain: a document compressor, and a transformer that reads documents ahead."""
+"""LangChain: a document compressor, a retriever and a search tool that rerank, an indexer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,56 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from core_rerank_integrations.adapter import ModelFields, RerankerFields
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.results import RerankResult
 
 with requires_extra("langchain"):
-    from langchain_core.callbacks import Callbacks
+    from langchain_core.callbacks import (
+        AsyncCallbackManagerForRetrieverRun,
+        CallbackManagerForRetrieverRun,
+        Callbacks,
+    )
     from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
-    from langchain_core.runnables import RunnableLambda
+    from langchain_core.prompts import BasePromptTemplate
+    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.runnables import RunnableConfig, RunnableLambda
+    from langchain_core.tools import BaseTool, create_retriever_tool
 
 
-class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
+class _DocumentRanker(RerankerFields):
+    """What ranks documents, in a run of its own."""
+
+    def _run(self, name: str) -> RunnableLambda[dict[str, Any], list[Document]]:
+        # A compressor is no Runnable: wrapped in one, it gets the run that traces show.
+        return RunnableLambda(self._ranked, self._aranked, name=name)
+
+    def _ranked(self, inputs: dict[str, Any]) -> list[Document]:
+        return self._scored(inputs["documents"], self._rerank(**_request(inputs)))
+
+    async def _aranked(self, inputs: dict[str, Any]) -> list[Document]:
+        return self._scored(inputs["documents"], await self._arerank(**_request(inputs)))
+
+    def _scored(
+        self, documents: Sequence[Document], results: Sequence[RerankResult]
+    ) -> list[Document]:
+        copies = []
+        for result in results:
+            document = documents[result.index]
+            metadata = dict(document.metadata)
+            if result.reranked:
+                metadata["relevance_score"] = self._score_of(result)
+            else:
+                metadata |= {"relevance_score": None, "reranked": False}
+            if result.passage is not None:
+                metadata["best_passage"] = list(result.passage)
+            copies.append(document.model_copy(update={"metadata": metadata}))
+        return copies
+
+
+class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
     """Reorders retrieved documents by CoRe scores, and keeps the best.
 
     Returns copies, with ``metadata["relevance_score"]``: the probability that the document is
@@ -39,7 +78,7 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Rank ``documents`` by ``query``; see `CoReReranker.rerank` for the errors."""
-        return self._run().invoke(
+        return self._run("CoReDocumentCompressor").invoke(
             {"query": query, "documents": documents}, config={"callbacks": callbacks}
         )
 
@@ -47,37 +86,87 @@ class CoReDocumentCompressor(RerankerFields, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """`compress_documents` without blocking the event loop."""
-        return await self._run().ainvoke(
+        return await self._run("CoReDocumentCompressor").ainvoke(
             {"query": query, "documents": documents}, config={"callbacks": callbacks}
         )
 
-    def _run(self) -> RunnableLambda[dict[str, Any], list[Document]]:
-        # A compressor is no Runnable: wrapped in one, it gets the run that traces show.
-        return RunnableLambda(self._compress, self._acompress, name=type(self).__name__)
 
-    def _compress(self, inputs: dict[str, Any]) -> list[Document]:
-        documents: Sequence[Document] = inputs["documents"]
-        return self._scored(documents, self._rerank(inputs["query"], _texts(documents)))
+class CoReRetriever(_DocumentRanker, BaseRetriever):
+    """A retriever that reranks what another one finds; for the rest see `CoReDocumentCompressor`.
 
-    async def _acompress(self, inputs: dict[str, Any]) -> list[Document]:
-        documents: Sequence[Document] = inputs["documents"]
-        return self._scored(documents, await self._arerank(inputs["query"], _texts(documents)))
+    ``invoke(query, k=3)`` takes three documents whatever ``top_n`` says; other keyword arguments
+    go to the retriever behind.
 
-    def _scored(
-        self, documents: Sequence[Document], results: Sequence[RerankResult]
+    Examples:
+        >>> retriever = CoReRetriever(
+        ...     retriever=store.as_retriever(search_kwargs={"k": 20}), ranked="vectors", top_n=5
+        ... )
+        >>> retriever.invoke("who invented the telephone?")
+    """
+
+    retriever: BaseRetriever = Field(description="Finds the candidates, more than are wanted.")
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
-        copies = []
-        for result in results:
-            document = documents[result.index]
-            metadata = dict(document.metadata)
-            if result.reranked:
-                metadata["relevance_score"] = self._score_of(result)
-            else:
-                metadata |= {"relevance_score": None, "reranked": False}
-            if result.passage is not None:
-                metadata["best_passage"] = list(result.passage)
-            copies.append(document.model_copy(update={"metadata": metadata}))
-        return copies
+        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        documents = self.retriever.invoke(query, config, **kwargs)
+        request = {"query": query, "documents": documents, "top_n": k}
+        return self._run("CoReReranker").invoke(request, config)
+
+    async def _aget_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        documents = await self.retriever.ainvoke(query, config, **kwargs)
+        request = {"query": query, "documents": documents, "top_n": k}
+        return await self._run("CoReReranker").ainvoke(request, config)
+
+
+def create_reranked_search_tool(
+    retriever: BaseRetriever,
+    name: str = "search",
+    description: str = "Searches the knowledge base for passages that answer a question.",
+    *,
+    top_n: int = 5,
+    document_prompt: BasePromptTemplate[str] | None = None,
+    **settings: Any,
+) -> BaseTool:
+    """A search tool for agents: what a retriever finds, reranked.
+
+    Examples:
+        >>> search = create_reranked_search_tool(store.as_retriever(search_kwargs={"k": 20}))
+        >>> agent = create_agent(model, [search])
+
+    Args:
+        retriever: Finds the candidates, more than are wanted.
+        name: By which the model calls the tool.
+        description: From which the model knows when to.
+        top_n: Passages that the model gets to read.
+        document_prompt: How a passage is written; ``None`` for its text alone.
+        **settings: Those of `CoReRetriever`; ``reranker``, say, or ``score_threshold``.
+
+    Returns:
+        A tool of one argument, ``query``; its artifact are the documents.
+    """
+    reranking = CoReRetriever(retriever=retriever, top_n=top_n, **settings)
+    return create_retriever_tool(
+        reranking,
+        name,
+        description,
+        document_prompt=document_prompt,
+        response_format="content_and_artifact",
+    )
 
 
 class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
@@ -104,6 +193,14 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
     ) -> Sequence[Document]:
         """`transform_documents` without blocking the event loop."""
         return await asyncio.to_thread(self.transform_documents, documents, **kwargs)
+
+
+def _request(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "query": inputs["query"],
+        "texts": _texts(inputs["documents"]),
+        "top_n": inputs.get("top_n"),
+    }
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:

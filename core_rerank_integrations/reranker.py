@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,14 @@ from typing import Any, get_args
 
 import numpy as np
 
+from core_rerank_integrations.checks import (
+    check_count,
+    check_documents,
+    check_request,
+    check_scores,
+    check_seconds,
+    check_threshold,
+)
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
 from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
 from core_rerank_integrations.loading import chosen_backend, load_reader
@@ -28,8 +36,9 @@ from core_rerank_integrations.scoring import (
     prior_of_order,
     prior_of_scores,
 )
-from core_rerank_integrations.settings import RerankerSettings, check_count
+from core_rerank_integrations.settings import RerankerSettings
 from core_rerank_integrations.store import DocumentCache
+from core_rerank_integrations.tracing import rerank_span
 
 CONCURRENT_CALLS = 32
 """Calls of `arerank` that are under way at once; more wait their turn."""
@@ -207,12 +216,15 @@ class CoReReranker:
                 stage's scores are not one number per document, or ``max_seconds`` is not above 0.
         """
         check_count("top_n", top_n)
-        _check_seconds(max_seconds)
-        self._check_threshold(score_threshold)
-        candidates = _check_request((query, documents))
+        check_seconds(max_seconds)
+        check_threshold(score_threshold, self.heads.rule.calibration is not None)
+        candidates = check_request((query, documents))
         prior = self._prior(len(documents), ranked, first_stage_scores)
-        (scored,) = self._score([candidates], max_seconds)
-        return self._results(candidates, scored, prior, top_n, score_threshold)
+        with rerank_span(self.model, query, candidates.documents, top_n) as finish:
+            (scored,) = self._score([candidates], max_seconds)
+            results = self._results(candidates, scored, prior, top_n, score_threshold)
+            finish(results)
+        return results
 
     def rerank_batch(
         self,
@@ -223,8 +235,8 @@ class CoReReranker:
     ) -> list[list[RerankResult]]:
         """`rerank` for several (query, documents) pairs, run through the model together."""
         check_count("top_n", top_n)
-        self._check_threshold(score_threshold)
-        lists = [_check_request(request) for request in requests]
+        check_threshold(score_threshold, self.heads.rule.calibration is not None)
+        lists = [check_request(request) for request in requests]
         priors = [self._prior(len(candidates.documents), ranked) for candidates in lists]
         return [
             self._results(candidates, scored, prior, top_n, score_threshold)
@@ -233,7 +245,7 @@ class CoReReranker:
 
     def score(self, query: str, documents: Sequence[str], ranked: Ranked = False) -> list[float]:
         """One score per document, in the order of ``documents``; see `RerankResult.score`."""
-        candidates = _check_request((query, documents))
+        candidates = check_request((query, documents))
         prior = self._prior(len(documents), ranked)
         (scored,) = self._score([candidates])
         scores: list[float] = (scored.scores + prior).tolist()
@@ -251,8 +263,7 @@ class CoReReranker:
     ) -> list[RerankResult]:
         """`rerank` without blocking the event loop; usable from any loop."""
         _ = self.reader  # A closed reranker has no threads left to say so.
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor,
+        call = partial(
             self.rerank,
             query,
             documents,
@@ -261,6 +272,10 @@ class CoReReranker:
             ranked,
             first_stage_scores,
             max_seconds,
+        )
+        # With the caller's context, so that traces know what this is a part of.
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, copy_context().run, call
         )
 
     def remember(self, documents: Sequence[str], show_progress: bool = False) -> int:
@@ -282,7 +297,7 @@ class CoReReranker:
                 (``window`` other than 1), and what is read of one depends on the others.
             StorageError: They cannot be written.
         """
-        texts = _check_documents(documents)
+        texts = check_documents(documents)
         if self._layout.size != 1:
             raise InvalidInputError(
                 f"documents can be remembered where each is read by itself; the heads "
@@ -344,17 +359,6 @@ class CoReReranker:
             f"backend={self.backend!r})"
         )
 
-    def _check_threshold(self, threshold: float | None) -> None:
-        if threshold is None:
-            return
-        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not is_number or math.isnan(threshold):
-            raise InvalidInputError(f"score_threshold must be a number or None, got {threshold!r}")
-        if self.heads.rule.calibration is not None and not 0 <= threshold <= 1:
-            raise InvalidInputError(
-                f"score_threshold is a probability between 0 and 1, got {threshold!r}"
-            )
-
     def _score(
         self, lists: Sequence[Candidates], max_seconds: float | None = None
     ) -> list[ScoredList]:
@@ -369,7 +373,7 @@ class CoReReranker:
                 f"got {ranked!r}"
             )
         if first_stage_scores is not None:
-            given = _check_scores(first_stage_scores, count)
+            given = check_scores(first_stage_scores, count)
             weight = self.heads.rule.first_stage_score_weight
             if weight is not None and isinstance(ranked, bool):
                 return prior_of_scores(given, weight)
@@ -426,48 +430,3 @@ def _head_set(heads: Heads | None, model: LocalModel) -> HeadSet:
     if isinstance(heads, str):
         return named_head_set(heads)
     return HeadSet.from_pairs(heads, model=model.model_id)
-
-
-def _check_request(request: tuple[str, Sequence[str]]) -> Candidates:
-    query, documents = request
-    if not isinstance(query, str):
-        raise InvalidInputError(f"the query must be a string, got {type(query).__name__}")
-    if not query.strip():
-        raise InvalidInputError(f"the query is empty: {query!r}; there is nothing to rank by")
-    return Candidates(query, _check_documents(documents))
-
-
-def _check_documents(documents: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(documents, str) or not isinstance(documents, Sequence):
-        raise InvalidInputError(
-            f"documents must be a list of strings, got {type(documents).__name__}"
-        )
-    for index, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise InvalidInputError(
-                f"document {index} must be a string, got {type(document).__name__}"
-            )
-    return tuple(documents)
-
-
-def _check_scores(scores: Sequence[float], count: int) -> Scores:
-    try:
-        given = np.asarray(scores, dtype=np.float64)
-    except (TypeError, ValueError):
-        given = np.array(np.nan)
-    if given.shape != (count,) or not np.isfinite(given).all():
-        raise InvalidInputError(
-            f"first_stage_scores must be one number for each of the {count} documents, "
-            f"got {scores!r}"
-        )
-    return given
-
-
-def _check_seconds(seconds: float | None) -> None:
-    if seconds is None:
-        return
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (is_number and 0 < seconds < math.inf):
-        raise InvalidInputError(
-            f"max_seconds must be a number of seconds above 0, or None, got {seconds!r}"
-        )

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from core_rerank_integrations.checks import check_count
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import DEFAULT_MODEL
@@ -37,17 +38,6 @@ def check_backend(name: str) -> str:
     if name not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
-
-
-def check_count(name: str, count: Any) -> None:
-    """Refuse what is neither a whole number from 1 on nor ``None``.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if count is not None and not (is_whole and count >= 1):
-        raise InvalidInputError(f"{name} must be at least 1, or None, got {count!r}")
 
 
 def _counted(count: Any, info: ValidationInfo) -> Any:

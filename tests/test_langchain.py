@@ -20,7 +20,9 @@ from core_rerank_integrations import (
     CoReDocumentCompressor,
     CoReDocumentIndexer,
     CoReReranker,
+    CoReRetriever,
     DocumentCache,
+    create_reranked_search_tool,
 )
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.models import LocalModel
@@ -225,8 +227,31 @@ def test_pickle(compressor: CoReDocumentCompressor) -> None:
     assert restored.model_dump() == lazy.model_dump() == compressor.model_dump()
 
 
-class TestAsRetriever(RetrieversIntegrationTests):
-    """LangChain's own tests for retrievers, on one that compresses with us."""
+def test_a_retriever_of_its_own(reranker: CoReReranker) -> None:
+    retriever = CoReRetriever(retriever=FixedRetriever(), reranker=reranker, top_n=2)
+    assert retriever.invoke(QUERY)[0].id == "bell"
+    assert len(retriever.invoke(QUERY)) == 2
+    assert len(asyncio.run(retriever.ainvoke(QUERY, k=3))) == 3
+
+    recorder = Recorder()
+    retriever.invoke(QUERY, config={"callbacks": [recorder]})
+    assert recorder.events == [("start", "CoReReranker"), ("end", 2)]
+    assert recorder.parents[0] is not None, "the run hangs below the retriever's"
+    with pytest.raises(ValidationError, match="retriever"):
+        CoReRetriever(reranker=reranker)
+
+
+def test_a_search_tool_for_agents(reranker: CoReReranker) -> None:
+    tool = create_reranked_search_tool(FixedRetriever(), reranker=reranker, top_n=1)
+    assert list(tool.args) == ["query"]
+    call = {"type": "tool_call", "id": "1", "name": tool.name, "args": {"query": QUERY}}
+    for message in (tool.invoke(call), asyncio.run(tool.ainvoke(call))):
+        assert message.content == "Bell patented the telephone in 1876."
+        assert [document.id for document in message.artifact] == ["bell"]
+
+
+class TestRetriever(RetrieversIntegrationTests):
+    """LangChain's own tests for retrievers."""
 
     @pytest.fixture(autouse=True)
     def _share_reranker(self, reranker: CoReReranker) -> None:
@@ -234,11 +259,8 @@ class TestAsRetriever(RetrieversIntegrationTests):
 
     @property
     def retriever_constructor(self) -> Any:
-        def build(k: int | None = None) -> ContextualCompressionRetriever:
-            return ContextualCompressionRetriever(
-                base_compressor=CoReDocumentCompressor(reranker=self._reranker, top_n=k),
-                base_retriever=FixedRetriever(),
-            )
+        def build(k: int | None = None) -> CoReRetriever:
+            return CoReRetriever(retriever=FixedRetriever(), reranker=self._reranker, top_n=k)
 
         return build
 
@@ -249,7 +271,3 @@ class TestAsRetriever(RetrieversIntegrationTests):
     @property
     def retriever_query_example(self) -> str:
         return QUERY
-
-    @pytest.mark.xfail(reason="a compression retriever hands no k per call to its compressor")
-    def test_invoke_with_k_kwarg(self, retriever: BaseRetriever) -> None:
-        super().test_invoke_with_k_kwarg(retriever)

@@ -1,5 +1,15 @@
 """The LangChain side of core-rerank-integrations, where LangChain's users look for it."""
 
-from core_rerank_integrations import CoReDocumentCompressor, CoReDocumentIndexer
+from core_rerank_integrations import (
+    CoReDocumentCompressor,
+    CoReDocumentIndexer,
+    CoReRetriever,
+    create_reranked_search_tool,
+)
 
-__all__ = ["CoReDocumentCompressor", "CoReDocumentIndexer"]
+__all__ = [
+    "CoReDocumentCompressor",
+    "CoReDocumentIndexer",
+    "CoReRetriever",
+    "create_reranked_search_tool",
+]
