@@ -1,7 +1,7 @@
 """What finding heads costs, against plain prefills of the same prompts; `make bench-heads`.
 
 Questions of 20 documents of about 110 tokens. The full model runs both ways; finding heads adds the
-attention of every head, the `N/A` twin that QR scores need, and the files that keep it all.
+attention of every head, the `N/A` baseline that QR scores need, and the files that keep it all.
 """
 
 from __future__ import annotations

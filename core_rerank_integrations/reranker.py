@@ -84,7 +84,7 @@ class CoReReranker:
         engine_args: Further arguments for vLLM's engine, as vLLM names them.
         engine: For ``vllm-shared``: a running `AsyncLLM` of your own to share, made with the
             ``worker_extension_cls`` that `backends.vllm.shared` names; it stays yours to stop.
-        reader: A `Reader` of your own in place of all that says who runs the model and with
+        reader: A `Reader` of your own in place of all that says what runs the model and with
             which prompts; it must run this model with these heads, and stays yours to close.
 
     Attributes:

@@ -32,7 +32,7 @@ def document_scores(
     Args:
         query_mass: Attention mass per prompt token, shape [..., tokens]; leading dimensions,
             such as heads, are scored each by itself.
-        baseline_mass: The same for the twin prompt that asks ``N/A``, shape [..., tokens]. Both
+        baseline_mass: The same for the baseline, which asks ``N/A``, shape [..., tokens]. Both
             must reach the end of the last document's span.
         document_spans: Token spans of the documents.
         drop_outliers: ``False`` sums all tokens, which makes the score linear in the heads.

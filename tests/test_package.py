@@ -48,6 +48,20 @@ def test_a_missing_extra_is_named(missing: str, use: str, extra: str, tmp_path) 
     assert f'pip install "core-rerank-integrations[{extra}]"' in run(code)
 
 
+@pytest.mark.parametrize(("own_logging", "shown"), [("", True), ("logging.basicConfig()", False)])
+def test_what_takes_long_is_shown_unless_the_program_logs(own_logging: str, shown: bool) -> None:
+    code = (
+        "import contextlib, io, logging\n"
+        "from core_rerank_integrations.progress import show_log\n"
+        f"{own_logging}\n"
+        "show_log(), show_log()\n"
+        "with contextlib.redirect_stderr(io.StringIO()) as error:\n"
+        "    logging.getLogger('core_rerank_integrations.models').info('Converting')\n"
+        "print(error.getvalue().splitlines())"
+    )
+    assert run(code).strip() == str(["Converting"] if shown else [])
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     import core_rerank_integrations
 

@@ -136,7 +136,7 @@ def test_what_is_known_of_a_document_reaches_to_the_query(
 
 
 @pytest.mark.vllm_v2
-def test_the_twin_reuses_the_prefix(vllm_reranker: CoReReranker, cached: list[int]) -> None:
+def test_the_baseline_reuses_the_prefix(vllm_reranker: CoReReranker, cached: list[int]) -> None:
     documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
     vllm_reranker.score("gulls", documents)
     prompt = vllm_reranker.reader.encoder.encode("gulls", documents)

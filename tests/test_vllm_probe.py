@@ -191,7 +191,7 @@ def test_a_self_test_wants_the_whole_prompt_in_one_step() -> None:
     assert error > 0.01, "random output is not attention times values"
 
 
-def test_drafts_and_twins_of_a_layer() -> None:
+def test_drafts_and_copies_of_a_layer() -> None:
     layers = Layers([8, 8])
     layers.names[1] = "draft_model.layers.0.self_attn.attn"
     probes = Probes(layers.config, [(0, 0, 1.0)])

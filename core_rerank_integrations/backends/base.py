@@ -1,4 +1,4 @@
-"""The line between what to score and who runs the model."""
+"""The line between what to score and what runs the model."""
 
 from __future__ import annotations
 

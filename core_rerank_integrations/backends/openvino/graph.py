@@ -1,8 +1,8 @@
 """A decoder as an OpenVINO model that answers with attention mass and not with logits.
 
 A row of a batch is a document: what is new of it, behind what is known of it. Everything that
-depends on lengths (positions, who sees whom, which rows are the query's) is an input, so the graph
-has no mask logic of its own, and one graph serves new documents and known ones.
+depends on lengths (positions, which token sees which, which rows are the query's) is an input, so
+the graph has no mask logic of its own, and one graph serves new documents and known ones.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Weights:
         return self._constant(self._find(name))
 
     def matrix(self, name: str) -> Node:
-        """What to multiply with, [out, in], float32 to who uses it."""
+        """What to multiply with, [out, in], as float32."""
         stored = self._find(name)
         if not self._eight_bit:
             return ops.convert(self._constant(stored), "f32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -32,7 +33,6 @@ from core_rerank_integrations.errors import (
     UnsupportedModelError,
     requires_extra,
 )
-from core_rerank_integrations.progress import say
 from core_rerank_integrations.prompt import Prompt, TokenIds
 from core_rerank_integrations.scoring import Mass
 
@@ -43,6 +43,8 @@ with requires_extra("vllm"):
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
+
+log = logging.getLogger(__name__)
 
 LIVENESS_SECONDS = 1.0
 """How often a waiting call looks whether the engine still lives."""
@@ -134,7 +136,7 @@ class EngineClient(ABC):
 
     def _start(self, arguments: dict[str, Any]) -> None:
         """Start an engine on the loop of this client's own."""
-        say(f"Starting vLLM with {arguments['model']} ...")
+        log.info("Starting vLLM with %s ...", arguments["model"])
         try:
             check_main_guard()
             with owned_engine():
@@ -169,7 +171,7 @@ class EngineClient(ABC):
                 f"attention read from vLLM running {config.model} differs from its own by "
                 f"{error:.2g}; it computes attention in a way that this package does not know"
             )
-        say("vLLM is ready: its probes agree with its own attention")
+        log.info("vLLM is ready: its probes agree with its own attention")
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._closed:

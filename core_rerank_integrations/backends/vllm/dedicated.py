@@ -38,7 +38,7 @@ class VLLMBackend(EngineClient):
     """CoRe attention mass from a vLLM engine of its own, cut above the highest head.
 
     Prompts of all calls, from any thread, reach the same continuous batching; prompts that
-    share a prefix share it through vLLM's prefix cache, the ``N/A`` twin first of all.
+    share a prefix share it through vLLM's prefix cache, the ``N/A`` baseline first of all.
 
     Args:
         model: The model's folder.

@@ -13,7 +13,7 @@ MODELS = "core_rerank_integrations.backends.vllm.model"
 
 
 def register() -> None:
-    """Register a probed twin of every decoder vLLM knows, resolved when one is asked for.
+    """Register a probed counterpart of every decoder vLLM knows, resolved when one is asked for.
 
     Every vLLM on the machine calls this, also where nobody reranks: one of a version that is
     not supported is left alone.
@@ -28,9 +28,9 @@ def register() -> None:
         if architecture.endswith("ForCausalLM") and not architecture.startswith(
             ARCHITECTURE_PREFIX
         ):
-            twin = ARCHITECTURE_PREFIX + architecture
-            ModelRegistry.register_model(twin, f"{MODELS}:{twin}")
+            counterpart = ARCHITECTURE_PREFIX + architecture
+            ModelRegistry.register_model(counterpart, f"{MODELS}:{counterpart}")
             if architecture in MODELS_CONFIG_MAP:  # What vLLM settles by a model's name.
-                MODELS_CONFIG_MAP.setdefault(twin, MODELS_CONFIG_MAP[architecture])
+                MODELS_CONFIG_MAP.setdefault(counterpart, MODELS_CONFIG_MAP[architecture])
     key_query_blocks_by_request()
     end_with_owner()

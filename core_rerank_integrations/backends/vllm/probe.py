@@ -1,4 +1,4 @@
-"""Keeps what attention layers were asked, and computes who their heads attend to."""
+"""Keeps what attention layers were asked, and computes what their heads attend to."""
 
 from __future__ import annotations
 
