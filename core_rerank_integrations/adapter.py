@@ -88,34 +88,21 @@ class RerankerFields(ModelFields):
         description="Hand out the scores that the list is sorted by instead of probabilities.",
     )
 
-    def _rerank(
-        self,
-        query: str,
-        texts: list[str],
-        first_stage_scores: list[float] | None = None,
-        top_n: int | None = None,
-    ) -> list[RerankResult]:
-        request = self._request(first_stage_scores, top_n)
-        return self._ready_reranker().rerank(query, texts, **request)
+    def _rerank(self, query: str, texts: list[str], **changes: Any) -> list[RerankResult]:
+        return self._ready_reranker().rerank(query, texts, **self._request(changes))
 
-    async def _arerank(
-        self,
-        query: str,
-        texts: list[str],
-        first_stage_scores: list[float] | None = None,
-        top_n: int | None = None,
-    ) -> list[RerankResult]:
+    async def _arerank(self, query: str, texts: list[str], **changes: Any) -> list[RerankResult]:
         reranker = await asyncio.to_thread(self._ready_reranker)
-        return await reranker.arerank(query, texts, **self._request(first_stage_scores, top_n))
+        return await reranker.arerank(query, texts, **self._request(changes))
 
-    def _request(self, first_stage_scores: list[float] | None, top_n: int | None) -> dict[str, Any]:
+    def _request(self, changes: dict[str, Any]) -> dict[str, Any]:
         """What `CoReReranker.rerank` is told besides a query and its documents."""
         return {
-            "top_n": self.top_n if top_n is None else top_n,
+            "top_n": self.top_n,
             "score_threshold": self.score_threshold,
             "ranked": self.ranked,
-            "first_stage_scores": first_stage_scores,
             "max_seconds": self.max_seconds,
+            **changes,
         }
 
     def _score_of(self, result: RerankResult) -> float:

@@ -116,7 +116,7 @@ class CoReRetriever(_DocumentRanker, BaseRetriever):
     ) -> list[Document]:
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
         documents = self.retriever.invoke(query, config, **kwargs)
-        request = {"query": query, "documents": documents, "top_n": k}
+        request = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
         return self._run("CoReReranker").invoke(request, config)
 
     async def _aget_relevant_documents(
@@ -129,7 +129,7 @@ class CoReRetriever(_DocumentRanker, BaseRetriever):
     ) -> list[Document]:
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
         documents = await self.retriever.ainvoke(query, config, **kwargs)
-        request = {"query": query, "documents": documents, "top_n": k}
+        request = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
         return await self._run("CoReReranker").ainvoke(request, config)
 
 
@@ -196,11 +196,9 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
 
 
 def _request(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "query": inputs["query"],
-        "texts": _texts(inputs["documents"]),
-        "top_n": inputs.get("top_n"),
-    }
+    """What a run is given, as `RerankerFields` takes it."""
+    others = {name: value for name, value in inputs.items() if name != "documents"}
+    return {**others, "texts": _texts(inputs["documents"])}
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:

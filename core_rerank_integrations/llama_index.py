@@ -67,7 +67,8 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            results = self._rerank(query, _texts(nodes), self._first_stage_scores(nodes))
+            given = self._first_stage_scores(nodes)
+            results = self._rerank(query, _texts(nodes), first_stage_scores=given)
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
 
@@ -76,7 +77,8 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            results = await self._arerank(query, _texts(nodes), self._first_stage_scores(nodes))
+            given = self._first_stage_scores(nodes)
+            results = await self._arerank(query, _texts(nodes), first_stage_scores=given)
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
 
