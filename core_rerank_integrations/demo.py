@@ -171,7 +171,7 @@ def run_demo(
         ]
         for pipeline in pipelines:
             for query in list(asked)[:SHOWN_QUESTIONS]:
-                console.print(_side_by_side(collection, pipeline, query), "")
+                console.print(side_by_side(collection, pipeline, query), "")
         summary = Table(title=f"All {len(asked)} questions", title_justify="left")
         for column in ("", "nDCG@10 before", "after", "MRR before", "after"):
             summary.add_column(column, justify="right" if column else "left")
@@ -190,7 +190,8 @@ def _remember(console: Console, collection: Collection, reranker: CoReReranker) 
     console.print(f"Every passage was read once, {milliseconds:,.0f} ms each, and is known now.")
 
 
-def _side_by_side(collection: Collection, pipeline: Pipeline, query: str) -> Table:
+def side_by_side(collection: Collection, pipeline: Pipeline, query: str) -> Table:
+    """The best passages of the question with that id, before and after."""
     question = collection.queries[query]
     table = Table(title=f"{pipeline.name}: [italic]{question}", title_justify="left")
     for column in ("", "before", "after"):

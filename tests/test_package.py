@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "openvino", "vllm", "langchain_core", "llama_index"]
 
 
@@ -60,6 +63,14 @@ def test_what_takes_long_is_shown_unless_the_program_logs(own_logging: str, show
         "print(error.getvalue().splitlines())"
     )
     assert run(code).strip() == str(["Converting"] if shown else [])
+
+
+def test_the_drawing_of_the_layers_is_what_lint_checks() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    checked = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    design = (ROOT / "docs/design.md").read_text()
+    drawn = design.partition("```layers\n")[2].partition("```")[0]
+    assert drawn.splitlines() == checked
 
 
 def test_unknown_names_are_attribute_errors() -> None:
