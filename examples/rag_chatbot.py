@@ -20,11 +20,7 @@ from langchain_huggingface import ChatHuggingFace, HuggingFaceEmbeddings, Huggin
 from langchain_openai import ChatOpenAI
 from langchain_qdrant import QdrantVectorStore
 
-from core_rerank_integrations import (
-    CoReDocumentCompressor,
-    CoReDocumentIndexer,
-    CoReReranker,
-)
+from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, CoReRetriever
 from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.models import resolve
 from core_rerank_integrations.resources import resource_folder
@@ -53,12 +49,17 @@ arguments = parser.parse_args()
 reranker = CoReReranker(arguments.model, window=1)
 handbook = Collection.load(resource_folder("examples/data"))
 documents = [Document(p.content, metadata={"title": p.title}) for p in handbook.passages.values()]
-retriever = QdrantVectorStore.from_documents(
+store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
     location=":memory:",
-).as_retriever(search_kwargs={"k": 20})
-compressor = CoReDocumentCompressor(reranker=reranker, ranked="vectors", top_n=3)
+)
+retriever = CoReRetriever(
+    retriever=store.as_retriever(search_kwargs={"k": 20}),
+    reranker=reranker,
+    ranked="vectors",
+    top_n=3,
+)
 llm = chat_model(arguments.llm_url, arguments.llm)
 history: list[BaseMessage] = []
 
@@ -68,7 +69,7 @@ def reply(question: str) -> None:
     before = [message.text for message in history if isinstance(message, HumanMessage)][-1:]
     search = " ".join([*before, question])
     start = time.perf_counter()
-    sources = compressor.compress_documents(retriever.invoke(search), search)
+    sources = retriever.invoke(search)
     seconds = time.perf_counter() - start
     passages = "\n\n".join(source.page_content for source in sources)
     system = SystemMessage(f"{INSTRUCTION}\n\nPassages:\n\n{passages}")

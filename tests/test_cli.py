@@ -92,6 +92,7 @@ def test_fetch_prints_the_folder() -> None:
 
 
 def test_demo() -> None:
+    pytest.importorskip("bm25s", reason="the demo needs the extra 'examples'")
     output = run("demo", "--questions", "2", "--candidates", "5")
     for part in ("LangChain, BM25", "LlamaIndex, MiniLM", "before", "after", "nDCG@10", "MRR"):
         assert part in output

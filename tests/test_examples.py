@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("bm25s", reason="examples need the extra of that name")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
