@@ -183,7 +183,7 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = vllm_reranker.reader.backend
-    encode = backend._sum
+    encode = backend._sum_of_rows
     asked: list[bool] = []
     repaired = True
 
@@ -194,7 +194,7 @@ def test_an_incomplete_answer_is_asked_again_and_never_used(
 
     documents = ["grey gulls over the pier", "a bowl of soup"]
     expected = vllm_reranker.score("gulls", documents)
-    monkeypatch.setattr(backend, "_sum", losing_a_row)
+    monkeypatch.setattr(backend, "_sum_of_rows", losing_a_row)
     forget(vllm_reranker)
     scores = vllm_reranker.score("gulls", documents)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)

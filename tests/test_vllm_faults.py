@@ -91,21 +91,23 @@ def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, bac
         prompts = [reranker.reader.encoder.encode(f"soup {n}", documents) for n in range(50)]
 
         async def abort_half_way() -> None:
-            tasks = [asyncio.ensure_future(engine._means([p], per_head=False)) for p in prompts]
+            tasks = [
+                asyncio.ensure_future(engine._means_of_rows([p], per_head=False)) for p in prompts
+            ]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in set(tasks) - done:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             assert sum(task.cancelled() for task in tasks) > 25
 
-        engine._run(abort_half_way())
+        engine._wait_for(abort_half_way())
         reranker.reader.forget()
         engine._masses.clear()
         scores = reranker.score("gulls", documents)
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
         if backend == "vllm-shared":
             pending = engine._engine.collective_rpc("core_rerank_pending")
-            assert engine._run(pending) == [0]
+            assert engine._wait_for(pending) == [0]
 
 
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])

@@ -96,11 +96,11 @@ class EngineClient(ABC):
 
     def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.attention_mass`."""
-        return self._run(self._masses_of(prompts))
+        return self._wait_for(self._weighed_means(prompts))
 
     def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """See `AttentionBackend.head_mass`."""
-        return self._run(self._means(prompts, per_head=True))
+        return self._wait_for(self._means_of_rows(prompts, per_head=True))
 
     def remember(self, prompts: Sequence[Prompt]) -> int:
         """See `AttentionBackend.remember`; the engine's own prefix cache is what keeps them."""
@@ -109,23 +109,23 @@ class EngineClient(ABC):
 
     def forget(self) -> None:
         """See `AttentionBackend.forget`; the engine's own prefix cache stays."""
-        self._run(self._forget())
+        self._wait_for(self._forget())
 
     def close(self) -> None:
         """Stop what was started. Waiting calls end with an error."""
         if not self._closed:
             self._closed = True
-            ending = asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
+            ending = asyncio.run_coroutine_threadsafe(self._cancel_calls(), self._loop)
             if not running_on(self._loop):
                 ending.result()
             try:
-                self._release()
+                self._release_engine()
             finally:
                 self._engine = None
                 self._stop_loop()
 
     @abstractmethod
-    def _release(self) -> None:
+    def _release_engine(self) -> None:
         """Let go of the engine."""
 
     @abstractmethod
@@ -140,7 +140,7 @@ class EngineClient(ABC):
         try:
             check_main_guard()
             with owned_engine():
-                self._engine = self._run(_started(arguments))
+                self._engine = self._wait_for(_started(arguments))
             close_at_exit(self)
         except BaseException:
             self._closed = True
@@ -173,7 +173,7 @@ class EngineClient(ABC):
             )
         log.info("vLLM is ready: its probes agree with its own attention")
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         if self._closed:
             work.close()
             raise ClosedError("the vLLM engine of this reranker is closed")
@@ -183,7 +183,7 @@ class EngineClient(ABC):
                 "this call would block the event loop that the vLLM engine runs on; use "
                 "`await reranker.arerank(...)` there"
             )
-        future = asyncio.run_coroutine_threadsafe(self._call(work), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._tracked(work), self._loop)
         try:
             # vLLM does not wake every waiting request when its process is killed.
             while not wait([future], timeout=LIVENESS_SECONDS).done:
@@ -197,7 +197,7 @@ class EngineClient(ABC):
             future.cancel()  # An interrupted call aborts its requests.
             raise
 
-    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
@@ -210,7 +210,7 @@ class EngineClient(ABC):
         self._masses.clear()
         self._openings.clear()
 
-    async def _end_calls(self) -> None:
+    async def _cancel_calls(self) -> None:
         """Cancel what waits, while the engine can still be told that nobody does."""
         for call in self._calls:
             call.cancel()
@@ -230,7 +230,7 @@ class EngineClient(ABC):
             self._thread.join()
             self._loop.close()
 
-    async def _masses_of(self, prompts: Sequence[Prompt]) -> list[Mass]:
+    async def _weighed_means(self, prompts: Sequence[Prompt]) -> list[Mass]:
         """Mean over all query rows, weighed, [prefix tokens + 1]; kept ones are not asked."""
         asked = [
             len(prompt.prefix).to_bytes(4) + prompt.prefix.tobytes() + prompt.suffix.tobytes()
@@ -238,13 +238,13 @@ class EngineClient(ABC):
         ]
         known = {key: self._masses[key] for key in asked if key in self._masses}
         new = {key: prompt for key, prompt in zip(asked, prompts, strict=True) if key not in known}
-        means = await self._means(list(new.values()), per_head=False)
+        means = await self._means_of_rows(list(new.values()), per_head=False)
         for key, (mass,) in zip(new, means, strict=True):
             known[key] = mass
             _keep(self._masses, key, mass)
         return [known[key] for key in asked]
 
-    async def _means(self, prompts: Sequence[Prompt], per_head: bool) -> list[Mass]:
+    async def _means_of_rows(self, prompts: Sequence[Prompt], per_head: bool) -> list[Mass]:
         """Mean over all query rows, shape [heads or 1, prefix tokens + 1].
 
         Of a prompt of one document, which may well come again with another question, the rows
@@ -258,7 +258,7 @@ class EngineClient(ABC):
         new = [opening for key, opening in shared.items() if key not in before]
         # Openings first: what a step computes for one request, a later one of it has already.
         work = [*new, *(question for _, question in requests)]
-        sums = await self._all(self._complete(request, per_head) for request in work)
+        sums = await self._together(self._whole_sum(request, per_head) for request in work)
         for opening, mass in zip(new, sums, strict=False):
             before[opening.key] = mass
             _keep(self._openings, (opening.key, per_head), mass)
@@ -268,16 +268,16 @@ class EngineClient(ABC):
             means.append((mass if of is None else mass + before[of.key]) / rows)
         return means
 
-    async def _all(self, work: Iterable[Coroutine[Any, Any, Mass]]) -> list[Mass]:
+    async def _together(self, work: Iterable[Coroutine[Any, Any, Mass]]) -> list[Mass]:
         return await asyncio.gather(*work)
 
-    async def _complete(self, request: _Request, per_head: bool) -> Mass:
+    async def _whole_sum(self, request: _Request, per_head: bool) -> Mass:
         """Sum over all rows of a request, shape [heads or 1, columns]."""
         rows = 0
         for read_cache in (True, False):
             # A second time if rows came from the prefix cache, or from a graph that no probe sees
             # into: their queries were never computed, or not seen.
-            summed, rows = await self._sum(request, per_head, read_cache)
+            summed, rows = await self._sum_of_rows(request, per_head, read_cache)
             if rows == request.rows:
                 return summed
         raise BackendError(
@@ -285,7 +285,9 @@ class EngineClient(ABC):
             f"{len(request.tokens)}; a score from these would be wrong"
         )
 
-    async def _sum(self, request: _Request, per_head: bool, read_cache: bool) -> tuple[Mass, int]:
+    async def _sum_of_rows(
+        self, request: _Request, per_head: bool, read_cache: bool
+    ) -> tuple[Mass, int]:
         if self._engine is None:
             raise ClosedError("the vLLM engine of this reranker is closed")
         options = {

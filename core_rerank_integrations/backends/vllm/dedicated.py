@@ -67,12 +67,12 @@ class VLLMBackend(EngineClient):
         self.max_context: int = arguments["max_model_len"]
         self._start(arguments)
         try:
-            self._run(self._test_probes())
+            self._wait_for(self._test_probes())
         except BaseException:
             self.close()
             raise
 
-    def _release(self) -> None:
+    def _release_engine(self) -> None:
         self._shut_down()
 
     async def _ask(

@@ -99,9 +99,11 @@ class SharedVLLMBackend(EngineClient):
         Raises:
             BackendError: The engine has died.
         """
-        return self._run(self._generate(TextPrompt(prompt=prompt), parameters, self._next_id()))
+        return self._wait_for(
+            self._generate(TextPrompt(prompt=prompt), parameters, self._next_id())
+        )
 
-    def _release(self) -> None:
+    def _release_engine(self) -> None:
         if self._thread is not None:
             self._shut_down()
         elif self._engine is not None and not self._engine.errored:
@@ -119,9 +121,9 @@ class SharedVLLMBackend(EngineClient):
             raise UnsupportedModelError(problem)
         await self._test_probes()
 
-    async def _all(self, work: Any) -> list[Mass]:
+    async def _together(self, work: Any) -> list[Mass]:
         await asyncio.wrap_future(self._installed)
-        return await super()._all(work)
+        return await super()._together(work)
 
     async def _ask(
         self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
