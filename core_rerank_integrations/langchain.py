@@ -51,6 +51,7 @@ class _DocumentRanker(RerankerFields):
                 metadata |= {"relevance_score": None, "reranked": False}
             if result.passage is not None:
                 metadata["best_passage"] = list(result.passage)
+            metadata |= self._evidence_of(result)
             copies.append(document.model_copy(update={"metadata": metadata}))
         return copies
 

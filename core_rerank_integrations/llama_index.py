@@ -121,6 +121,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
                 added[RETRIEVAL_SCORE_KEY] = retrieved.score
             if result.passage is not None:
                 added[BEST_PASSAGE_KEY] = list(result.passage)
+            added |= self._evidence_of(result)
             if not result.reranked:
                 added[RERANKED_KEY] = False
             node = _copy(retrieved.node, added)

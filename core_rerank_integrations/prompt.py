@@ -113,12 +113,15 @@ class Prompt:
             span may end with the first token of the suffix (see `PromptEncoder.encode`).
         instruction: How many tokens of the suffix come before the query. They and the prefix are
             the same whatever is asked.
+        document_starts: Per document, the character of its text that each token of its span
+            begins at, shape [tokens]; its length for tokens that begin behind it.
     """
 
     prefix: TokenIds
     suffix: TokenIds
     document_spans: tuple[Span, ...]
     instruction: int = 0
+    document_starts: tuple[npt.NDArray[np.int64], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prefix) + len(self.suffix)
@@ -186,6 +189,11 @@ class PromptEncoder:
             Span(int(np.searchsorted(starts, start)), int(np.searchsorted(starts, end)) + 1)
             for start, end in bounds
         )
+        # The space in front of a document is not its own.
+        document_starts = tuple(
+            np.clip(starts[span.start : span.stop] - start - 1, 0, end - start - 1)
+            for span, (start, end) in zip(spans, bounds, strict=True)
+        )
         # The space before the query goes with its first token, or is one of its own.
         instruction_stop = int(np.searchsorted(starts, query_start - 1))
         return Prompt(
@@ -193,6 +201,7 @@ class PromptEncoder:
             ids[first_query_token:stop],
             spans,
             max(instruction_stop - first_query_token, 0),
+            document_starts,
         )
 
     def document_lengths(self, documents: Sequence[str]) -> list[int]:

@@ -17,6 +17,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.evidence import TokenScores
 from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.prompt import BASELINE_QUERY, PromptEncoder, Span
 from core_rerank_integrations.scoring import Mass, Scores, document_scores
@@ -56,9 +57,28 @@ class WindowReading(NamedTuple):
         spans = self.window.prompt.document_spans
         return document_scores(self.mass, self.baseline, spans, drop_outliers)
 
+    def token_scores(self) -> list[TokenScores]:
+        """Calibrated mass on the tokens of each document, shape [..., tokens]."""
+        window = self.window
+        scored = []
+        for passage, text, starts, (first, stop) in zip(
+            window.passages,
+            window.texts,
+            window.prompt.document_starts,
+            window.prompt.document_spans,
+            strict=True,
+        ):
+            scores = self.mass[..., first:stop].astype(np.float64) - self.baseline[..., first:stop]
+            scored.append(TokenScores(passage.start, text, starts, scores))
+        return scored
+
     def weighed(self, weights: Mass) -> WindowReading:
         """A reading by heads, summed: ``weights`` has shape [heads]."""
         return WindowReading(self.window, weights @ self.mass, weights @ self.baseline)
+
+    def sum(self, place: int) -> WindowReading:
+        """One of several sums."""
+        return WindowReading(self.window, self.mass[place], self.baseline[place])
 
 
 Readings = Iterable[tuple[int, WindowReading]]
@@ -80,10 +100,13 @@ class ScoredList(NamedTuple):
         scores: Shape [documents]; minus infinity for those that were not read in time.
         passages: Of documents that were read passage by passage, the best one's characters;
             ``None`` for those that were read whole.
+        tokens: Per document, what its tokens were given, passage by passage; empty where that was
+            not asked for.
     """
 
     scores: Scores
     passages: list[Span | None]
+    tokens: list[list[TokenScores]]
 
 
 class Reader:
@@ -98,7 +121,7 @@ class Reader:
         self.encoder = encoder
         self.backend = backend
         self._planner = WindowPlanner(encoder, backend.max_context)
-        self._baselines: LRUCache[tuple[bytes, bool], Mass] = LRUCache(
+        self._baselines: LRUCache[tuple[bytes, bytes], Mass] = LRUCache(
             BASELINE_CACHE_VALUES, getsizeof=np.size
         )
         self._lock = threading.Lock()
@@ -114,7 +137,9 @@ class Reader:
             planned.append(self._planner.windows(candidates.query, candidates.documents, layout))
         return planned
 
-    def read(self, windows: Sequence[Window], by_head: bool = False) -> list[WindowReading]:
+    def read(
+        self, windows: Sequence[Window], by_head: bool = False, sums: Mass | None = None
+    ) -> list[WindowReading]:
         """Run the model over ``windows``, all together.
 
         The attention under ``N/A`` depends on the documents alone: what was computed once is kept.
@@ -123,20 +148,25 @@ class Reader:
             windows: The prompts.
             by_head: Whether heads are reported one by one, unweighted, instead of their
                 weighted sum.
+            sums: Weights of several sums in place of the head set's own, shape [sums, heads].
         """
         if not windows:
             return []
-        baselines = self._known_baselines(windows, by_head)
+        kind = b"heads" if by_head else b"" if sums is None else sums.tobytes()
+        baselines = self._known_baselines(windows, kind)
         missing = {
             window.key: self._planner.baseline(window)
             for window in windows
             if window.key not in baselines
         }
+        by_head = by_head or sums is not None
         run = self.backend.head_mass if by_head else self.backend.attention_mass
         masses = run([*(window.prompt for window in windows), *missing.values()])
+        if sums is not None:
+            masses = [sums @ mass for mass in masses]
         for (key, prompt), mass in zip(missing.items(), masses[len(windows) :], strict=True):
             baselines[key] = mass[..., : prompt.documents_stop]
-        self._keep_baselines({key: baselines[key] for key in missing}, by_head)
+        self._keep_baselines({key: baselines[key] for key in missing}, kind)
         return [
             WindowReading(window, mass, baselines[window.key])
             for window, mass in zip(windows, masses, strict=False)
@@ -169,6 +199,7 @@ class Reader:
         heads: HeadSet,
         layout: Layout,
         max_seconds: float | None = None,
+        evidence: bool = False,
     ) -> list[ScoredList]:
         """Score every list by the weighted sum of the heads; their order plays no part.
 
@@ -178,23 +209,18 @@ class Reader:
             layout: How the lists become prompts.
             max_seconds: Time for all lists, which are then read in their order, document by
                 document, until it is over; ``None`` reads everything.
+            evidence: Whether to tell what each token was given, by the heads' evidence weights.
         """
         planned = self.plan(lists, layout)
         windows = [window for windows in planned for window in windows]
+        sums = np.stack([heads.weights, heads.evidence_weights]) if evidence else None
         if max_seconds is None:
-            readings = iter(self.read(windows))
+            readings = iter(self.read(windows, sums=sums))
         else:
-            readings = iter(self._read_within(max_seconds, windows))
+            readings = iter(self._read_within(max_seconds, windows, sums))
         return [
-            collected(
-                windows,
-                [
-                    reading.scores(heads.rule.drop_outliers)
-                    for reading in islice(readings, len(windows))
-                ],
-                len(candidates.documents),
-            )
-            for candidates, windows in zip(lists, planned, strict=True)
+            self._scored(windows, list(islice(readings, len(windows))), heads, len(documents))
+            for (_, documents), windows in zip(lists, planned, strict=True)
         ]
 
     def remember(self, documents: Sequence[str], layout: Layout) -> Iterator[int]:
@@ -223,14 +249,35 @@ class Reader:
         """Free the model."""
         self.backend.close()
 
-    def _read_within(self, seconds: float, windows: Sequence[Window]) -> list[WindowReading]:
+    @staticmethod
+    def _scored(
+        windows: Sequence[Window],
+        readings: Sequence[WindowReading],
+        heads: HeadSet,
+        documents: int,
+    ) -> ScoredList:
+        with_evidence = bool(readings) and readings[0].mass.ndim > 1
+        summed = [reading.sum(0) for reading in readings] if with_evidence else readings
+        scores = [reading.scores(heads.rule.drop_outliers) for reading in summed]
+        scored = collected(windows, scores, documents)
+        if with_evidence:
+            for window, reading in zip(windows, readings, strict=False):
+                tokens = reading.sum(1).token_scores()
+                for index, of_document in zip(window.indices, tokens, strict=True):
+                    scored.tokens[index].append(of_document)
+        return scored
+
+    def _read_within(
+        self, seconds: float, windows: Sequence[Window], sums: Mass | None
+    ) -> list[WindowReading]:
         """Readings of the first windows, at least one, until the next would take too long."""
         end = time.perf_counter() + seconds
         readings: list[WindowReading] = []
         count = 1
         while len(readings) < len(windows):
             begun = time.perf_counter()
-            readings += self.read(windows[len(readings) : len(readings) + count])
+            part = windows[len(readings) : len(readings) + count]
+            readings += self.read(part, sums=sums)
             now = time.perf_counter()
             fitting = int(count * (end - now) / max(now - begun, 1e-9))
             if fitting < 1:
@@ -239,19 +286,19 @@ class Reader:
             count = min(2 * count, ceil(fitting / 2))
         return readings
 
-    def _known_baselines(self, windows: Sequence[Window], by_head: bool) -> dict[bytes, Mass]:
+    def _known_baselines(self, windows: Sequence[Window], kind: bytes) -> dict[bytes, Mass]:
         with self._lock:
             return {
                 window.key: mass
                 for window in windows
-                if (mass := self._baselines.get((window.key, by_head))) is not None
+                if (mass := self._baselines.get((window.key, kind))) is not None
             }
 
-    def _keep_baselines(self, masses: dict[bytes, Mass], by_head: bool) -> None:
+    def _keep_baselines(self, masses: dict[bytes, Mass], kind: bytes) -> None:
         with self._lock:
             for key, mass in masses.items():
                 if mass.size <= self._baselines.maxsize:
-                    self._baselines[key, by_head] = mass
+                    self._baselines[key, kind] = mass
 
 
 def layout_of(heads: HeadSet, max_document_tokens: int | None = None) -> Layout:
@@ -282,4 +329,4 @@ def collected(windows: Sequence[Window], scores: Sequence[Scores], documents: in
     for window in windows[len(scores) :]:
         for index in window.indices:
             collected_scores[index], passages[index] = -np.inf, None
-    return ScoredList(collected_scores, passages)
+    return ScoredList(collected_scores, passages, [[] for _ in range(documents)])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from core_rerank_integrations.checks import (
     check_threshold,
 )
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
+from core_rerank_integrations.evidence import evidence_in
 from core_rerank_integrations.heads import HeadSet, default_head_set, named_head_set
 from core_rerank_integrations.loading import chosen_backend, load_reader
 from core_rerank_integrations.models import DEFAULT_MODEL, LocalModel, model_shape, resolve
@@ -187,6 +189,7 @@ class CoReReranker:
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
         max_seconds: float | None = None,
+        evidence: bool = False,
     ) -> list[RerankResult]:
         """Rank ``documents`` by their relevance to ``query``.
 
@@ -206,6 +209,8 @@ class CoReReranker:
                 their turn come back behind the others, in the order they came in, whatever the
                 threshold, with ``reranked=False``. At least one prompt is read, however long it
                 takes; ``None`` reads everything.
+            evidence: Whether to tell which sentences of each result speak for it. It takes no
+                further pass of the model.
 
         Returns:
             Results sorted by score, best first.
@@ -221,7 +226,7 @@ class CoReReranker:
         candidates = check_request((query, documents))
         prior = self._prior(len(documents), ranked, first_stage_scores)
         with rerank_span(self.model, query, candidates.documents, top_n) as finish:
-            (scored,) = self._score([candidates], max_seconds)
+            (scored,) = self._score([candidates], max_seconds, evidence)
             results = self._results(candidates, scored, prior, top_n, score_threshold)
             finish(results)
         return results
@@ -260,6 +265,7 @@ class CoReReranker:
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
         max_seconds: float | None = None,
+        evidence: bool = False,
     ) -> list[RerankResult]:
         """`rerank` without blocking the event loop; usable from any loop."""
         _ = self.reader  # A closed reranker has no threads left to say so.
@@ -272,6 +278,7 @@ class CoReReranker:
             ranked,
             first_stage_scores,
             max_seconds,
+            evidence,
         )
         # With the caller's context, so that traces know what this is a part of.
         return await asyncio.get_running_loop().run_in_executor(
@@ -360,9 +367,12 @@ class CoReReranker:
         )
 
     def _score(
-        self, lists: Sequence[Candidates], max_seconds: float | None = None
+        self,
+        lists: Sequence[Candidates],
+        max_seconds: float | None = None,
+        evidence: bool = False,
     ) -> list[ScoredList]:
-        return self.reader.score(lists, self.heads, self._layout, max_seconds)
+        return self.reader.score(lists, self.heads, self._layout, max_seconds, evidence)
 
     def _prior(
         self, count: int, ranked: Ranked, first_stage_scores: Sequence[float] | None = None
@@ -413,7 +423,13 @@ class CoReReranker:
                 for result in results
                 if result.relevance >= score_threshold or not result.reranked
             ]
-        return results[:top_n]
+        results = results[:top_n]
+        if not any(scored.tokens):
+            return results
+        return [
+            replace(result, evidence=evidence_in(result.document, scored.tokens[result.index]))
+            for result in results
+        ]
 
 
 def _rebuild(arguments: dict[str, Any]) -> CoReReranker:

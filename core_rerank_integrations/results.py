@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
+
+from core_rerank_integrations.evidence import Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class RerankResult:
             is longer than what the heads read at once; ``None`` where all of it was read.
         reranked: ``False`` where ``max_seconds`` were over before the candidate was read. It then
             stands behind all that were, in the order it came in; its score is minus infinity.
+        evidence: The candidate's sentences, those that speak most for it first, where they were
+            asked for.
     """
 
     index: int
@@ -29,6 +34,23 @@ class RerankResult:
     probability: float | None = None
     passage: tuple[int, int] | None = None
     reranked: bool = True
+    evidence: tuple[Evidence, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the document, its words shaded by how much they speak for it."""
+        words = sorted(word for part in self.evidence for word in part.words)
+        strongest = max((word.score for word in words), default=0.0)
+        pieces, place = [], 0
+        for word in words:
+            if word.score <= 0:
+                continue
+            shade = f"background: rgba(255, 200, 0, {word.score / strongest:.2f})"
+            pieces.append(escape(self.document[place : word.start]))
+            text = escape(self.document[word.start : word.stop])
+            pieces.append(f'<span style="{shade}">{text}</span>')
+            place = word.stop
+        pieces.append(escape(self.document[place:]))
+        return f"<p><b>{self.relevance:.3f}</b> {''.join(pieces)}</p>"
 
     @property
     def relevance(self) -> float:

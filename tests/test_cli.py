@@ -68,6 +68,15 @@ def test_text_and_trec_from_standard_input() -> None:
     assert float(score) > 0
 
 
+def test_evidence_of_each_document() -> None:
+    two = f"{BREAD} {BELL}"
+    arguments = ("rerank", "--query", QUERY, "--documents", "-", "--evidence")
+    (row,) = json.loads(run(*arguments, "--output", "json", typed=f"{two}\n"))
+    best = row["evidence"][0]
+    assert two[best["start"] : best["stop"]] == BELL
+    assert BELL in " ".join(run(*arguments, typed=f"{two}\n").split())
+
+
 def test_errors_are_sentences(tmp_path: Path) -> None:
     rerank = ("rerank", "--query", QUERY, "--documents")
     assert "cannot read documents from /nowhere" in failed(*rerank, "/nowhere")

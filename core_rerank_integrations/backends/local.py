@@ -8,8 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
-
 from core_rerank_integrations.backends.known_documents import KnownDocuments
 from core_rerank_integrations.backends.prompt_groups import PromptGroup
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
@@ -33,7 +31,7 @@ class LocalBackend(ABC):
     max_context: int
 
     def __init__(self, head_set: HeadSet, known: KnownDocuments, keeps: bool = True) -> None:
-        self._weights = np.array([head.weight for head in head_set.heads], dtype=np.float32)
+        self._weights = head_set.weights
         self._known = known
         self._keeps = keeps
         self._lock = threading.Lock()

@@ -16,7 +16,12 @@ from core_rerank_integrations.cli.common import (
     clear_errors,
 )
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads import PUBLISHED_CORE_HEADS, HeadSet, shipped_head_sets
+from core_rerank_integrations.heads import (
+    PUBLISHED_CORE_HEADS,
+    HeadSet,
+    named_head_set,
+    shipped_head_sets,
+)
 from core_rerank_integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -207,6 +212,44 @@ def fit(
             )
         fitted.head_set.save(output)
     _print_heads(fitted.head_set)
+    print(f"Wrote {output}")
+
+
+@app.command()
+def evidence(
+    heads: Annotated[str, typer.Option(help="Shipped head set or head set file.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder in the layout of BEIR, with answers in queries.jsonl.")
+    ],
+    output: Annotated[Path, typer.Option(help="The head set file to write.")],
+    split: Annotated[str, typer.Option(help="Which judgments.")] = "train",
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Relevant documents to draw; by default all.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    seed: SeedOption = 0,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Fit by which weights the heads tell the sentence with the answer from the others.
+
+    How the head set ranks stays as it is; the weights are those of its evidence.
+    """
+    from core_rerank_integrations.finding import fit_evidence
+
+    with clear_errors():
+        fitted = fit_evidence(
+            named_head_set(heads),
+            data,
+            split,
+            questions,
+            model,
+            seed=seed,
+            backend=backend,
+            dtype=dtype,
+            show_progress=True,
+        )
+        fitted.save(output)
     print(f"Wrote {output}")
 
 

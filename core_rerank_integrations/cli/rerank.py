@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from core_rerank_integrations.cli.common import (
     BackendOption,
@@ -21,6 +22,8 @@ from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.results import RerankResult
 from core_rerank_integrations.rule import Ranked
+
+STRONGEST_WORDS = 3
 
 
 class Format(StrEnum):
@@ -60,6 +63,9 @@ def rerank(
         FirstStageName | None,
         typer.Option(help="What ranked the documents, best first; default: nothing did."),
     ] = None,
+    evidence: Annotated[
+        bool, typer.Option(help="Tell which sentences of each document speak for it.")
+    ] = False,
     query_id: Annotated[str, typer.Option(help="Query id in TREC output.")] = "1",
     output: Annotated[Format, typer.Option(help="text, json or trec.")] = Format.TEXT,
 ) -> None:
@@ -71,7 +77,9 @@ def rerank(
         with CoReReranker(
             model, heads=heads, backend=backend, dtype=dtype, window=window
         ) as reranker:
-            results = reranker.rerank(query, texts, top_n=top_n, ranked=RANKED[first_stage])
+            results = reranker.rerank(
+                query, texts, top_n=top_n, ranked=RANKED[first_stage], evidence=evidence
+            )
     _print_results(results, ids, query_id, output)
 
 
@@ -87,6 +95,7 @@ def _print_results(
                 "probability": result.probability,
                 "passage": result.passage,
                 "document": result.document,
+                **({"evidence": _spans(result)} if result.evidence else {}),
             }
             for result in results
         ]
@@ -99,5 +108,22 @@ def _print_results(
         label = "probability" if calibrated else "score"
         table = Table("rank", label, "document", box=None, pad_edge=False)
         for rank, result in enumerate(results, start=1):
-            table.add_row(str(rank), f"{result.relevance:.4f}", result.document)
+            table.add_row(str(rank), f"{result.relevance:.4f}", _highlighted(result))
         Console().print(table)
+
+
+def _spans(result: RerankResult) -> list[dict[str, float]]:
+    return [
+        {"start": part.start, "stop": part.stop, "score": part.score} for part in result.evidence
+    ]
+
+
+def _highlighted(result: RerankResult) -> Text:
+    """The document, with its best sentence in bold and the strongest words of it in colour."""
+    text = Text(result.document)
+    for best in result.evidence[:1]:
+        text.stylize("bold", best.start, best.stop)
+        strongest = sorted(best.words, key=lambda word: -word.score)[:STRONGEST_WORDS]
+        for word in strongest:
+            text.stylize("green", word.start, word.stop)
+    return text

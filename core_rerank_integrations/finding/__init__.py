@@ -4,6 +4,7 @@
     sources.py       which of them are drawn, with which candidates
     features.py      what every head gives to every document
     detection.py     SCoRe and QR: the best heads                    `find_heads`
+    evidence.py      weights that tell sentences apart               `fit_evidence`
     weights.py       a weight for each of them
     ranking_rule.py  a first stage's part, and probabilities
     fitting.py       from judged candidates to a head set            `fit_heads`
@@ -26,6 +27,7 @@ from core_rerank_integrations.exports import lazy_exports
 if TYPE_CHECKING:
     from core_rerank_integrations.finding.detection import FoundHeads, find_heads
     from core_rerank_integrations.finding.evaluation import Evaluation, MethodResult, evaluate
+    from core_rerank_integrations.finding.evidence import fit_evidence
     from core_rerank_integrations.finding.features import HeadReader
     from core_rerank_integrations.finding.fitting import FittedHeads, fit_heads
     from core_rerank_integrations.finding.methods import Method
@@ -42,6 +44,7 @@ __all__ = [
     "MethodResult",
     "evaluate",
     "find_heads",
+    "fit_evidence",
     "fit_heads",
     "save_report",
 ]
@@ -56,6 +59,7 @@ _MODULES = {
     "MethodResult": "evaluation",
     "evaluate": "evaluation",
     "find_heads": "detection",
+    "fit_evidence": "evidence",
     "fit_heads": "fitting",
     "save_report": "report",
 }
