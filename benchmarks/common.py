@@ -42,18 +42,27 @@ def machine(*packages: str) -> str:
 
 
 def requests(
-    count: int, documents: int, words: int = WORDS, label: str = ""
+    count: int,
+    documents: int,
+    words: int = WORDS,
+    label: str = "",
+    longest_query: int | None = None,
 ) -> list[tuple[str, list[str]]]:
     """Queries of the demo, each with ``documents`` passages, none of them twice.
 
     A passage is a stretch of ``words`` words of the demo's handbook. ``label`` sets the lists of
-    one call apart from those of another.
+    one call apart from those of another. ``longest_query`` leaves longer queries out, in words.
     """
     collection = Collection.load(resource_folder("examples/data"))
     stream = cycle(
         word for passage in collection.passages.values() for word in passage.text.split()
     )
-    queries = islice(cycle(collection.queries.values()), count)
+    chosen = [
+        query
+        for query in collection.queries.values()
+        if longest_query is None or len(query.split()) <= longest_query
+    ]
+    queries = islice(cycle(chosen), count)
     return [
         (
             f"{query} {label}",

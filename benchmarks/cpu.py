@@ -113,10 +113,10 @@ class Engine:
         self.reranker.score(query, documents)
 
 
-def compare(words: int, rounds: int, running: Sequence[Engine]) -> None:
+def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int | None) -> None:
     """The tables of one length of documents."""
     model = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
-    new = requests(rounds + 1, DOCUMENTS, words)
+    new = requests(rounds + 1, DOCUMENTS, words, longest_query=query_words)
     ((_, known),) = requests(1, DOCUMENTS, words, label="known ")
     encoder = running[0].reranker.reader.encoder
     prompts = [encoder.encode(query, documents) for query, documents in new]
@@ -155,7 +155,8 @@ def compare(words: int, rounds: int, running: Sequence[Engine]) -> None:
         return f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
 
     print(
-        f"\n{words} words a document, {np.mean([t.shape[1] for t in tokens]):.0f} tokens a list.\n"
+        f"\n{words} words a document, {np.mean([t.shape[1] for t in tokens]):.0f} tokens a list, "
+        f"questions of {np.mean([len(query.split()) for query, _ in new]):.0f} words.\n"
     )
     print("| what | s | of the plain prefill | of the cross-encoder of its engine |")
     print("| --- | --- | --- | --- |")
@@ -221,13 +222,19 @@ def resident() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--query-words",
+        type=int,
+        default=11,
+        help="questions of at most that; those of Natural Questions have nine on average",
+    )
     parser.add_argument("--knowledge-base", type=int, metavar="PASSAGES")
     arguments = parser.parse_args()
     print(machine("torch", "transformers", "openvino", "sentence-transformers"))
     with TemporaryDirectory() as folder:
         running = [Engine(*names, Path(folder)) for names in engines()]
         for words in (WORDS, LONG_WORDS):
-            compare(words, arguments.rounds, running)
+            compare(words, arguments.rounds, running, arguments.query_words)
         best = Engine("openvino", "auto", Path(folder))
         known_lists(best, arguments.rounds)
         if arguments.knowledge_base:

@@ -95,6 +95,23 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
             assert [result.index for result in ranked] == expected["ranking"], case["name"]
 
 
+@pytest.mark.vllm_v2
+def test_evidence_is_that_of_transformers(
+    vllm_reranker: CoReReranker, reranker: CoReReranker
+) -> None:
+    documents = ["Gulls fly. Bell patented the telephone in 1876. Tides turn.", "Bread. Flour."]
+    told, expected = (
+        {
+            (result.index, part.start): part.score
+            for result in ranking.rerank("Who patented the telephone?", documents, evidence=True)
+            for part in result.evidence
+        }
+        for ranking in (vllm_reranker, reranker)
+    )
+    assert len(told) == 5
+    assert told == pytest.approx(expected, abs=TOLERANCE)
+
+
 @pytest.fixture
 def cached(vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every request that ends, how many tokens came from the engine's cache."""
