@@ -28,6 +28,8 @@ HEADS = HeadSet.from_pairs(
 """Always the same, so that figures of different days stand side by side."""
 WORDS = 78
 """Words of a document: about 110 tokens."""
+NQ_WORDS = 11
+"""Longest question, in words, where they are to be like Natural Questions', of nine on average."""
 LONG_WORDS = 290
 """Words of a document of about 400 tokens."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from common import LONG_WORDS, MODEL, WORDS, machine, requests, tracked
+from common import LONG_WORDS, MODEL, NQ_WORDS, WORDS, machine, requests, tracked
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
@@ -225,8 +225,8 @@ def main() -> None:
     parser.add_argument(
         "--query-words",
         type=int,
-        default=11,
-        help="questions of at most that; those of Natural Questions have nine on average",
+        default=NQ_WORDS,
+        help="questions of at most that many; by default as long as Natural Questions'",
     )
     parser.add_argument("--knowledge-base", type=int, metavar="PASSAGES")
     arguments = parser.parse_args()

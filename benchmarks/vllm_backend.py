@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import torch
-from common import HEADS, LONG_WORDS, MODEL, alternate, machine, requests
+from common import HEADS, LONG_WORDS, MODEL, NQ_WORDS, WORDS, alternate, machine, requests
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
@@ -88,22 +88,35 @@ def concurrency(reranker: CoReReranker, rounds: int) -> None:
     row(f"{CONCURRENT} reranks at once : in a row", ours, serial, "at most 1.0")
 
 
-def warm_documents(reranker: CoReReranker, rounds: int, words: int, goal: str) -> None:
-    """Documents seen before, each in a prompt of its own, against new ones in one prompt."""
-    label = f"w{words}"
+def known_documents(alone: CoReReranker, rounds: int, words: int, goals: Sequence[str]) -> None:
+    """Documents asked about before, each by itself: against new ones in one prompt, and a prefill.
+
+    The prefill is that of the same list in one prompt by the full model, in Transformers and
+    float32, logits of the last token only. Questions are as long as Natural Questions'.
+    """
     ((_, known),) = requests(1, 20, words, label=f"k{words}")
-    work = requests(rounds + 1, 20, words, label=label)
+    work = requests(rounds + 1, 20, words, label=f"w{words}", longest_query=NQ_WORDS)
+    encode = alone.reader.encoder.encode
+    together = CoReReranker(MODEL, heads=HEADS, reader=alone.reader)
+    model = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
 
-    def warm(number: int) -> None:
-        reranker.window = 1
-        reranker.score(work[number][0], known)
+    def prefill(number: int) -> None:
+        prompt = encode(*work[number])
+        tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+        with torch.inference_mode():
+            model(tokens, use_cache=False, logits_to_keep=1)
 
-    def cold(number: int) -> None:
-        reranker.window = 20
-        reranker.score(*work[number])
-
-    ours, other = alternate(warm, cold, rounds)
-    row(f"20 known documents of {words} words, window 1 : 20 new, one window", ours, other, goal)
+    others = {
+        "20 new, one window": lambda number: together.score(*work[number]),
+        "plain float32 prefill": prefill,
+    }
+    for place, (name, other) in enumerate(others.items()):
+        ours, theirs = alternate(
+            lambda number, place=place: alone.score(f"{work[number][0]} {place}", known),
+            other,
+            rounds,
+        )
+        row(f"20 known documents of {words} words : {name}", ours, theirs, goals[place])
 
 
 def weights(dtype: str) -> None:
@@ -145,7 +158,6 @@ def weights(dtype: str) -> None:
 
 def list_lengths(reranker: CoReReranker, rounds: int) -> None:
     print("\n| documents | rerank s | ms a document |\n| --- | --- | --- |")
-    reranker.window = 20
     for count in LIST_LENGTHS:
         seconds = []
         for request in requests(rounds, count, label=f"l{count}."):
@@ -174,8 +186,9 @@ def main() -> None:
         against_generation(reranker, rounds, dtype)
         against_transformers(reranker, rounds, dtype)
         concurrency(reranker, max(rounds // 2, 1))
-        warm_documents(reranker, rounds, 78, "at most 0.6")
-        warm_documents(reranker, max(rounds // 2, 1), LONG_WORDS, "at most 0.25")
+        with CoReReranker(MODEL, heads=HEADS, window=1, reader=reranker.reader) as alone:
+            known_documents(alone, rounds, WORDS, ("at most 0.6", "at most 0.10"))
+            known_documents(alone, rounds, LONG_WORDS, ("at most 0.25", ""))
         list_lengths(reranker, max(rounds // 2, 1))
     weights(dtype)
 
