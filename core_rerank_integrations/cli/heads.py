@@ -25,6 +25,7 @@ from core_rerank_integrations.heads import (
 from core_rerank_integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from core_rerank_integrations.finding import HeadReader
     from core_rerank_integrations.finding.detection import Detection
     from core_rerank_integrations.finding.weights import Trial
 
@@ -102,7 +103,7 @@ def find(
     Beside it, ``<output>.scores.json`` holds the scores of all heads. An interrupted run goes
     on where it was.
     """
-    from core_rerank_integrations.finding import HeadReader, JudgedRun, find_heads
+    from core_rerank_integrations.finding import JudgedRun, find_heads
     from core_rerank_integrations.finding.detection import DEFAULT_TEMPERATURES
 
     with clear_errors():
@@ -110,7 +111,7 @@ def find(
             raise InvalidInputError(
                 f"every --data needs a --run of its own: got {len(data)} and {len(run)}"
             )
-        with HeadReader(model, max_layer, prune, template, backend, dtype, cache=cache) as reader:
+        with _reader(model, max_layer, prune, template, backend, dtype, cache) as reader:
             found = find_heads(
                 reader,
                 [
@@ -187,13 +188,13 @@ def fit(
 
     What the model says about a list is kept on disk: a second fit takes seconds.
     """
-    from core_rerank_integrations.finding import HeadReader, JudgedRun, fit_heads
+    from core_rerank_integrations.finding import JudgedRun, fit_heads
     from core_rerank_integrations.finding.weights import DEFAULT_STRENGTHS
 
     with clear_errors():
         fitted_on = [JudgedRun.parse(text) for text in train]
         judged_by = [JudgedRun.parse(text) for text in dev]
-        with HeadReader(model, max_layer, prune, template, backend, dtype, cache=cache) as reader:
+        with _reader(model, max_layer, prune, template, backend, dtype, cache) as reader:
             fitted = fit_heads(
                 reader,
                 fitted_on,
@@ -251,6 +252,28 @@ def evidence(
         )
         fitted.save(output)
     print(f"Wrote {output}")
+
+
+def _reader(
+    model: str,
+    max_layer: int | None,
+    prune: float | None,
+    template: str | None,
+    backend: str,
+    dtype: str,
+    cache: Path | None,
+) -> HeadReader:
+    from core_rerank_integrations.finding import HeadReader
+
+    return HeadReader(
+        model,
+        max_layer=max_layer,
+        prune=prune,
+        template=template,
+        backend=backend,
+        dtype=dtype,
+        cache=cache,
+    )
 
 
 def _print_trial(trial: Trial) -> None:

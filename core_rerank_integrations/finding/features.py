@@ -74,6 +74,7 @@ class HeadReader:
     def __init__(
         self,
         model: str | Path,
+        *,
         max_layer: int | None = None,
         prune: float | None = None,
         template: str | PromptTemplate | None = None,

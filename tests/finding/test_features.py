@@ -20,7 +20,9 @@ DOCUMENTS = ["Eighteen minutes by ferry.", "Bread rises.", "No crossings in a ga
 def test_features_of_a_head_are_its_scores(
     smollm2: LocalModel, tmp_path: Path, window: int | None
 ) -> None:
-    with HeadReader(smollm2.path, 4, "chatml", dtype="float32", cache=tmp_path) as reader:
+    with HeadReader(
+        smollm2.path, max_layer=4, template="chatml", dtype="float32", cache=tmp_path
+    ) as reader:
         features = reader.read(QUERY, DOCUMENTS, window)
     assert features.attention.shape == (3, 5 * 9)
     for linear, values in ((False, features.scores), (True, features.sums)):
@@ -33,18 +35,20 @@ def test_features_of_a_head_are_its_scores(
 def test_what_was_read_is_not_computed_again(
     smollm2: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with HeadReader(smollm2.path, 2, "chatml", cache=tmp_path) as reader:
+    with HeadReader(smollm2.path, max_layer=2, template="chatml", cache=tmp_path) as reader:
         first = reader.read(QUERY, DOCUMENTS)
         with monkeypatch.context() as patched:
             patched.setattr(Reader, "read", lambda *_: pytest.fail("computed again"))
             np.testing.assert_array_equal(reader.read(QUERY, DOCUMENTS).sums, first.sums)
-    with HeadReader(smollm2.path, 1, "chatml", cache=tmp_path) as other:
+    with HeadReader(smollm2.path, max_layer=1, template="chatml", cache=tmp_path) as other:
         assert other.read(QUERY, DOCUMENTS).sums.shape == (3, 18), "other heads, other files"
         assert other.read(QUERY, []).sums.shape == (0, 18)
 
 
 def test_damaged_and_unwritable_files_are_named(smollm2: LocalModel, tmp_path: Path) -> None:
-    with HeadReader(smollm2.path, 1, "chatml", cache=tmp_path / "cache") as reader:
+    with HeadReader(
+        smollm2.path, max_layer=1, template="chatml", cache=tmp_path / "cache"
+    ) as reader:
         reader.read(QUERY, DOCUMENTS)
         (path,) = (tmp_path / "cache").rglob("*.npz")
         path.write_bytes(path.read_bytes()[:100])
@@ -53,7 +57,7 @@ def test_damaged_and_unwritable_files_are_named(smollm2: LocalModel, tmp_path: P
     blocked = tmp_path / "file"
     blocked.write_text("")
     with (
-        HeadReader(smollm2.path, 1, "chatml", cache=blocked) as reader,
+        HeadReader(smollm2.path, max_layer=1, template="chatml", cache=blocked) as reader,
         pytest.raises(StorageError),
     ):
         reader.read(QUERY, DOCUMENTS)
