@@ -79,7 +79,7 @@ class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Rank ``documents`` by ``query``; see `CoReReranker.rerank` for the errors."""
-        return self._run("CoReDocumentCompressor").invoke(
+        return self._run(type(self).__name__).invoke(
             {"query": query, "documents": documents}, config={"callbacks": callbacks}
         )
 
@@ -87,7 +87,7 @@ class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """`compress_documents` without blocking the event loop."""
-        return await self._run("CoReDocumentCompressor").ainvoke(
+        return await self._run(type(self).__name__).ainvoke(
             {"query": query, "documents": documents}, config={"callbacks": callbacks}
         )
 

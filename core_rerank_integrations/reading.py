@@ -219,7 +219,7 @@ class Reader:
         else:
             readings = iter(self._read_within(max_seconds, windows, sums))
         return [
-            self._scored(windows, list(islice(readings, len(windows))), heads, len(documents))
+            _scored(windows, list(islice(readings, len(windows))), heads, len(documents), evidence)
             for (_, documents), windows in zip(lists, planned, strict=True)
         ]
 
@@ -248,24 +248,6 @@ class Reader:
     def close(self) -> None:
         """Free the model."""
         self.backend.close()
-
-    @staticmethod
-    def _scored(
-        windows: Sequence[Window],
-        readings: Sequence[WindowReading],
-        heads: HeadSet,
-        documents: int,
-    ) -> ScoredList:
-        with_evidence = bool(readings) and readings[0].mass.ndim > 1
-        summed = [reading.sum(0) for reading in readings] if with_evidence else readings
-        scores = [reading.scores(heads.rule.drop_outliers) for reading in summed]
-        scored = collected(windows, scores, documents)
-        if with_evidence:
-            for window, reading in zip(windows, readings, strict=False):
-                tokens = reading.sum(1).token_scores()
-                for index, of_document in zip(window.indices, tokens, strict=True):
-                    scored.tokens[index].append(of_document)
-        return scored
 
     def _read_within(
         self, seconds: float, windows: Sequence[Window], sums: Mass | None
@@ -330,3 +312,22 @@ def collected(windows: Sequence[Window], scores: Sequence[Scores], documents: in
         for index in window.indices:
             collected_scores[index], passages[index] = -np.inf, None
     return ScoredList(collected_scores, passages, [[] for _ in range(documents)])
+
+
+def _scored(
+    windows: Sequence[Window],
+    readings: Sequence[WindowReading],
+    heads: HeadSet,
+    documents: int,
+    evidence: bool,
+) -> ScoredList:
+    """From the readings of one list; with ``evidence`` these hold two sums, see `Reader.score`."""
+    summed = [reading.sum(0) for reading in readings] if evidence else readings
+    scores = [reading.scores(heads.rule.drop_outliers) for reading in summed]
+    scored = collected(windows, scores, documents)
+    if evidence:
+        for window, reading in zip(windows, readings, strict=False):
+            tokens = reading.sum(1).token_scores()
+            for index, of_document in zip(window.indices, tokens, strict=True):
+                scored.tokens[index].append(of_document)
+    return scored

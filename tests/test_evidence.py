@@ -64,7 +64,7 @@ def test_what_stands_behind_a_sentence_speaks_for_it() -> None:
     first, second = evidence_in(text, [passage])
     assert (text[first.start : first.stop], first.score) == ("One.", 6.0)
     assert text[second.start : second.stop] == "Two."
-    assert second.score == pytest.approx((2.0 * 3 + 4.0 * 4) / 4, abs=1)
+    assert second.score == pytest.approx(5.5), "three of the four characters of ' Two', and the end"
     assert [text[word.start : word.stop] for word in second.words] == ["Two"]
 
 
@@ -135,6 +135,11 @@ def test_weights_of_its_own(calibrated: CoReReranker) -> None:
     other = own.rerank(QUERY, [DOCUMENT], evidence=True)[0]
     assert other.score == pytest.approx(plain.score, abs=1e-6)
     assert [part.score for part in other.evidence] != [part.score for part in plain.evidence]
+    calibrated.reader.forget()  # What is kept of `N/A` is kept for each of them.
+    afresh = own.rerank(QUERY, [DOCUMENT], evidence=True)[0]
+    assert [part.score for part in afresh.evidence] == pytest.approx(
+        [part.score for part in other.evidence], abs=1e-6
+    )
     assert Head(layer=0, head=0).evidence is None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import HEADS, prompts, tiny
+from tiny_models import HEADS, VOCABULARY, prompts, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core_rerank_integrations import DocumentCache, HeadSet
@@ -19,7 +19,7 @@ from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
 from core_rerank_integrations.backends.transformers import TransformersBackend
 from core_rerank_integrations.errors import ClosedError, StorageError
 from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.prompt import Prompt, Span
 from core_rerank_integrations.scoring import Mass
 
 Load = Callable[..., LocalBackend]
@@ -71,6 +71,30 @@ def test_of_known_documents_the_question_runs_alone(load: Load, tmp_path: Path) 
     assert_close(backend.attention_mass([second]), [expected_mass])
     backend.forget()
     assert counted(backend, [second])[1] == len(second), "read anew"
+
+
+def test_batches_do_not_follow_the_order_of_documents(load: Load, tmp_path: Path) -> None:
+    """So neither does what rounding does to a score."""
+    backend = load(tiny(tmp_path, "llama"))
+    draw = np.random.default_rng(0)
+    asked = [
+        Prompt(draw.integers(3, VOCABULARY, 20), draw.integers(3, VOCABULARY, 5), (Span(0, 1),))
+        for _ in range(6)
+    ]
+    passes: list[list[bytes]] = []
+    forward = backend._forward
+
+    def noting(groups: Any, keep: bool) -> Any:
+        passes.append([group.key for group in groups])
+        return forward(groups, keep)
+
+    backend._forward = noting
+    backend.attention_mass(asked)
+    backend.forget()
+    backend.attention_mass(asked[::-1])
+    half = len(passes) // 2
+    assert passes[:half] == passes[half:]
+    assert len({key for keys in passes for key in keys}) > 1
 
 
 def test_the_memory_of_known_documents_is_bounded(load: Load, tmp_path: Path) -> None:
