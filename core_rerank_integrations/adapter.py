@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from core_rerank_integrations.extraction import ExtractBy
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
 from core_rerank_integrations.rule import Ranked
@@ -88,6 +89,18 @@ class RerankerFields(ModelFields):
         description="Say in the metadata, as 'evidence', which sentences speak for a document: "
         "[start, stop, score] in its characters, the strongest first.",
     )
+    extract: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Cut documents to their strongest sentences, this share of each one's tokens "
+        "at most. The metadata says as 'extracted' which characters were kept, [start, stop].",
+    )
+    extract_by: ExtractBy = Field(
+        default="tokens",
+        description="What `extract` is a share of: 'tokens', or 'score', which keeps as many "
+        "sentences as it takes to hold that share of what all were given.",
+    )
     raw_scores: bool = Field(
         default=False,
         description="Hand out the scores that the list is sorted by instead of probabilities.",
@@ -107,7 +120,7 @@ class RerankerFields(ModelFields):
             "score_threshold": self.score_threshold,
             "ranked": self.ranked,
             "max_seconds": self.max_seconds,
-            "evidence": self.evidence,
+            "evidence": self.evidence or self.extract is not None,
             **changes,
         }
 

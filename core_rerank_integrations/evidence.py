@@ -37,12 +37,14 @@ class Evidence(NamedTuple):
         score: What the heads gave to it; comparable within one document. See
             `TokenScores.gathered`.
         words: Its words, in their order, each with what its own tokens were given.
+        tokens: How many tokens of the model it is.
     """
 
     start: int
     stop: int
     score: float
     words: tuple[Word, ...] = ()
+    tokens: int = 0
 
 
 class TokenScores(NamedTuple):
@@ -71,6 +73,10 @@ class TokenScores(NamedTuple):
         """
         return self._replace(starts=self.starts[:-1], scores=self.scores[..., 1:])
 
+    def counted(self) -> TokenScores:
+        """To each token 1."""
+        return self._replace(scores=np.ones(len(self.starts)))
+
 
 def evidence_in(document: str, passages: Sequence[TokenScores]) -> tuple[Evidence, ...]:
     """The document's sentences, the strongest first; of equals, the earlier.
@@ -84,10 +90,13 @@ def evidence_in(document: str, passages: Sequence[TokenScores]) -> tuple[Evidenc
     """
     characters = character_scores(document, passages)
     gathered = character_scores(document, [passage.gathered() for passage in passages])
+    counted = character_scores(document, [passage.counted() for passage in passages])
     read = max((passage.begin + len(passage.text) for passage in passages), default=0)
     borders = sentences(document[:read])
     found = []
-    for (start, stop), score in zip(borders, sums(gathered, borders), strict=True):
+    for (start, stop), score, tokens in zip(
+        borders, sums(gathered, borders), sums(counted, borders), strict=True
+    ):
         words = [
             (start + word.start(), start + word.end())
             for word in WORD.finditer(document[start:stop])
@@ -99,6 +108,7 @@ def evidence_in(document: str, passages: Sequence[TokenScores]) -> tuple[Evidenc
                 stop,
                 float(score),
                 tuple(Word(*place, part) for place, part in zip(words, given, strict=True)),
+                round(tokens),
             )
         )
     return tuple(sorted(found, key=lambda evidence: -evidence.score))

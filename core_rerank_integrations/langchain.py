@@ -52,7 +52,12 @@ class _DocumentRanker(RerankerFields):
             if result.passage is not None:
                 metadata["best_passage"] = list(result.passage)
             metadata |= self._evidence_of(result)
-            copies.append(document.model_copy(update={"metadata": metadata}))
+            changes: dict[str, Any] = {"metadata": metadata}
+            if self.extract is not None and result.reranked:
+                extract = result.extract(self.extract, self.extract_by)
+                metadata["extracted"] = [list(span) for span in extract.spans]
+                changes["page_content"] = extract.text
+            copies.append(document.model_copy(update=changes))
         return copies
 
 
@@ -62,10 +67,11 @@ class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
     Returns copies, with ``metadata["relevance_score"]``: the probability that the document is
     relevant, or its score where the heads are not calibrated. Of a document that was too long to
     be read at once, ``metadata["best_passage"]`` holds the start and stop of the characters that
-    it was ranked by. Ids, types and all other metadata stay, and the documents passed in are not
-    touched. Results are sorted by score, which a retriever's order may have a part in; the
-    probability is of question and document alone. Every call shows up in traces
-    as a run of its own when callbacks are handed over, as retrievers do.
+    it was ranked by. With ``extract=0.3`` documents come back cut to their strongest sentences, the
+    characters that were kept in ``metadata["extracted"]``. Ids, types and all other metadata stay,
+    and the documents passed in are not touched. Results are sorted by score, which a retriever's
+    order may have a part in; the probability is of question and document alone. Every call shows up
+    in traces as a run of its own when callbacks are handed over, as retrievers do.
 
     Examples:
         >>> from langchain_classic.retrievers import ContextualCompressionRetriever

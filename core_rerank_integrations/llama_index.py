@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 
 from core_rerank_integrations.adapter import ModelFields, RerankerFields
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations.extraction import Extract, evidence_within, extract
 from core_rerank_integrations.results import RerankResult
 
 with requires_extra("llama-index"):
@@ -31,6 +32,7 @@ _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defi
 
 RETRIEVAL_SCORE_KEY = "retrieval_score"
 BEST_PASSAGE_KEY = "best_passage"
+EXTRACTED_KEY = "extracted"
 RERANKED_KEY = "reranked"
 
 
@@ -41,7 +43,9 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     not touched. Their score is the probability that they are relevant, from question and node
     alone, or where the heads are not calibrated the score that they are sorted by. Of a text that
     was too long to be read at once, ``metadata["best_passage"]`` holds the start and stop of the
-    characters that it was ranked by, hidden from embeddings and models.
+    characters that it was ranked by, hidden from embeddings and models. With ``extract=0.3`` texts
+    come back cut to their strongest sentences, the characters that were kept in
+    ``metadata["extracted"]``, hidden likewise.
 
     Examples:
         >>> index.as_query_engine(
@@ -68,7 +72,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
             given = self._first_stage_scores(nodes)
-            results = self._rerank(query, _texts(nodes), first_stage_scores=given)
+            results = self._rerank(query, self._texts(nodes), first_stage_scores=given)
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
 
@@ -78,9 +82,16 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
             given = self._first_stage_scores(nodes)
-            results = await self._arerank(query, _texts(nodes), first_stage_scores=given)
+            results = await self._arerank(query, self._texts(nodes), first_stage_scores=given)
             ranked_nodes += self._scored(nodes, results)
         return ranked_nodes
+
+    def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
+        texts = [_text(node.node) for node in nodes]
+        if self.extract is not None:
+            for node, text in zip(nodes, texts, strict=True):
+                _own_text(node.node, text)  # What cannot be cut is refused before it is read.
+        return texts
 
     def _first_stage_scores(self, nodes: Sequence[NodeWithScore]) -> list[float] | None:
         """The retriever's, where its order counts and they are what it is ordered by."""
@@ -124,7 +135,15 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
             added |= self._evidence_of(result)
             if not result.reranked:
                 added[RERANKED_KEY] = False
+            kept: Extract | None = None
+            if self.extract is not None and result.reranked:
+                text, start = _own_text(retrieved.node, result.document)
+                evidence = evidence_within(result.evidence, start, start + len(text))
+                kept = extract(text, evidence, self.extract, self.extract_by)
+                added[EXTRACTED_KEY] = [list(span) for span in kept.spans]
             node = _copy(retrieved.node, added)
+            if kept is not None:
+                node.set_content(kept.text)
             score = self._score_of(result) if result.reranked else None
             scored.append(NodeWithScore(node=node, score=score))
         return scored
@@ -166,12 +185,25 @@ def _query(query_bundle: QueryBundle | None) -> str:
     return query_bundle.query_str
 
 
-def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
-    return [_text(node.node) for node in nodes]
-
-
 def _text(node: BaseNode) -> str:
     return node.get_content(metadata_mode=MetadataMode.EMBED)
+
+
+def _own_text(node: BaseNode, ranked_text: str) -> tuple[str, int]:
+    """A node's own text, and where it begins in what it is ranked by, its metadata before it.
+
+    Raises:
+        InvalidInputError: It does not stand there as it is.
+    """
+    own_text = node.get_content(metadata_mode=MetadataMode.NONE)
+    start = ranked_text.rfind(own_text.strip())
+    if start < 0:
+        raise InvalidInputError(
+            f"node {node.node_id!r} cannot be cut to its sentences: its text_template changes its "
+            "text; leave extract out"
+        )
+    # The whole may have been stripped.
+    return own_text, start - (len(own_text) - len(own_text.lstrip()))
 
 
 def _copy(node: BaseNode, added: dict[str, Any]) -> BaseNode:

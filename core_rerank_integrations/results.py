@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.evidence import Evidence
+from core_rerank_integrations.extraction import Extract, ExtractBy, extract
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,20 @@ class RerankResult:
     passage: tuple[int, int] | None = None
     reranked: bool = True
     evidence: tuple[Evidence, ...] = ()
+
+    def extract(self, share: float, by: ExtractBy = "tokens") -> Extract:
+        """The document, cut to the sentences that speak most for it; see `extraction.extract`.
+
+        Raises:
+            InvalidInputError: ``share`` is not above 0 and at most 1, there is no such ``by``, or
+                evidence was not asked for.
+        """
+        if not self.evidence and self.document.strip():
+            raise InvalidInputError(
+                f"nothing is known of the sentences of document {self.index}: rerank with "
+                "evidence=True"
+            )
+        return extract(self.document, self.evidence, share, by)
 
     def _repr_html_(self) -> str:
         """For notebooks: the document, its words shaded by how much they speak for it."""
