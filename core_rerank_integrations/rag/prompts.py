@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 NO_ANSWER = "Nothing here answers this."
 """What stands for an answer where the passages hold none."""
@@ -27,7 +27,7 @@ REMEMBERED_MESSAGES = 6
 """Messages of a conversation that a model gets to read with a question."""
 
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
-_CONTROL = re.compile(r"<(?=[|｜]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
+_CONTROL = re.compile(r"<(?=[|\uff5c]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
 
 class Citation(NamedTuple):
@@ -52,6 +52,13 @@ def numbered_passages(passages: Sequence[tuple[str, str]]) -> str:
         f"[{number}] {_plain(' '.join(title.split()))}\n{_quoted(text)}"
         for number, (title, text) in enumerate(passages, start=1)
     )
+
+
+def passage_name(metadata: Mapping[str, Any]) -> str:
+    """What a passage is called by its metadata: title, file and page, as far as they are there."""
+    page = metadata.get("page")
+    parts = (metadata.get("title"), metadata.get("source"), page and f"page {page}")
+    return ", ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
 def question_with_passages(question: str, passages: Sequence[tuple[str, str]]) -> str:
