@@ -107,40 +107,45 @@ def build_app(
     app = gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True)
     with app:
         turns = gr.State([])
-        gr.HTML(
+        _html(
             f'<header class="core-head"><h1>{TITLE}</h1><p>Answers from your documents, and what '
             "they rest on.</p></header>"
         )
         with gr.Row(elem_classes="core-room"):
             with gr.Column(scale=4, min_width=300, elem_classes="core-left"):
-                talk = gr.HTML(rendering.conversation([]), js_on_load=JUMP)
+                talk = _html(rendering.conversation([]), JUMP)
                 with gr.Column(elem_classes="core-try", visible=HANDBOOK in knowledge.sources) as t:
                     tries = [gr.Button(question, size="sm") for question in QUESTIONS]
                 with gr.Row(elem_classes="core-ask"):
                     question = gr.Textbox(
                         label="Your question",
+                        show_label=False,
+                        container=False,
                         placeholder="Ask about the documents …",
                         autofocus=True,
-                        scale=5,
+                        scale=6,
                         max_lines=4,
                         elem_id="core-question",
                     )
                     button = gr.Button("Ask", variant="primary", scale=1, min_width=72)
                 with gr.Accordion("Documents", open=False):
                     upload = gr.File(
-                        label=f"Add {', '.join(SUFFIXES)}; {MAX_FILE_BYTES >> 20} MiB each",
+                        label="Add documents",
                         file_count="multiple",
-                        type="filepath",
-                        height=110,
+                        height=150,
                         elem_id="core-upload",
                     )
-                    said = gr.HTML()
+                    _html(
+                        f'<p class="core-note">{", ".join(SUFFIXES)}; {MAX_FILE_BYTES >> 20} MiB '
+                        "each at most.</p>"
+                    )
+                    said = _html()
                     listed = gr.CheckboxGroup(label="In the knowledge base (passages)")
                     removal = gr.Button("Remove the chosen ones", size="sm")
                 with gr.Accordion("Settings", open=False):
                     reranks = gr.Checkbox(True, label="Rerank", elem_id="core-rerank")
                     way = gr.Radio(list(by_name), value=generators[0].name, label="Answer by")
-                    about = gr.HTML(note(generators[0].name))
+                    about = _html(note(generators[0].name))
                     wishes = Wishes()
                     candidates = gr.Slider(
                         5, 50, wishes.candidates, step=1, label="Candidates", info="of vectors"
@@ -153,7 +158,7 @@ def build_app(
                         0.3,
                         wishes.score_threshold,
                         step=0.005,
-                        label="Least probability",
+                        label="Lowest probability",
                         info="Where no passage reaches it, nothing answers. 0: always answer.",
                     )
                     extract = gr.Slider(
@@ -166,7 +171,7 @@ def build_app(
                         "sentences.",
                     )
             with gr.Column(scale=6, min_width=300, elem_classes="core-right"):
-                found = gr.HTML(rendering.findings([]))
+                found = _html(rendering.findings([]))
 
         asked = [question, turns, way, reranks, candidates, top_n, threshold, extract]
         shown = [question, turns, talk, found]
@@ -191,6 +196,29 @@ def build_app(
     return app
 
 
+def _theme() -> gr.themes.Base:
+    """Calm, with enough contrast, and fonts that no other server is asked for."""
+    theme = gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="stone",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+        radius_size="lg",
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        checkbox_background_color_selected="*primary_700",
+        slider_color="*primary_700",
+        slider_color_dark="*primary_400",
+    )
+
+
+def _html(content: str = "", script: str | None = None) -> gr.HTML:
+    return gr.HTML(content, js_on_load=script, apply_default_css=False)
+
+
 def launch(app: gr.Blocks, host: str, port: int | None, opens: bool) -> None:
     """Serve the page until the program is interrupted.
 
@@ -203,7 +231,6 @@ def launch(app: gr.Blocks, host: str, port: int | None, opens: bool) -> None:
     Raises:
         InvalidInputError: The address cannot be had.
     """
-    fonts = ("system-ui", "sans-serif")
     try:
         app.queue(default_concurrency_limit=CONCURRENT).launch(
             server_name=host,
@@ -215,12 +242,7 @@ def launch(app: gr.Blocks, host: str, port: int | None, opens: bool) -> None:
             prevent_thread_lock=True,
             max_file_size=4 * MAX_FILE_BYTES,
             footer_links=[],
-            theme=gr.themes.Base(
-                primary_hue="teal",
-                neutral_hue="stone",
-                font=fonts,
-                font_mono=("ui-monospace", "monospace"),
-            ),
+            theme=_theme(),
             css_paths=STYLE,
         )
     except OSError as error:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 SHOWN_RANKS = 5
 """Of each order; the rest unfolds."""
-STRENGTHS = ((0.85, "strong"), (0.5, "some"))
-"""A sentence of at least that share of the strongest one's score is marked so."""
+MARKED_SHARE = 0.7
+"""Sentences of a passage that were given so much of what its strongest was given are marked."""
+STRONG_SHARE = 0.5
+"""In passages that are so probable, measured by the best, they are marked strongly."""
 STAGES = {
-    "search": "question",
+    "search": "rewriting",
     "candidates": "first stage",
     "reranked": "reranking",
     "answer": "answer",
@@ -92,14 +94,17 @@ def passages(number: int, turn: Turn) -> str:
     if not turn.documents:
         return ""
     whole = {document.id: document.page_content for document in turn.candidates}
+    scores = [document.metadata.get("relevance_score", 0.0) for document in turn.documents]
+    best = max(scores)
     cards = "".join(
         f'<li id="{_anchor(number, place)}" class="core-passage" tabindex="-1">'
         f'<header><span class="core-number">{place}</span><span class="core-title">'
         f"{text(_title(document.metadata))}</span>"
         f"{_probability(document.metadata)}</header>"
         f'<p class="core-source">{text(_source(document.metadata))}</p>'
-        f'<p class="core-text">{_marked(whole.get(document.id, ""), document.metadata)}</p></li>'
-        for place, document in enumerate(turn.documents, start=1)
+        f'<p class="core-text {"core-strong" if score >= STRONG_SHARE * best else ""}">'
+        f"{_marked(whole.get(document.id, ''), document.metadata)}</p></li>"
+        for place, (document, score) in enumerate(zip(turn.documents, scores, strict=True), start=1)
     )
     return (
         '<section class="core-passages" aria-label="Evidence"><h2>What the answer rests on</h2>'
@@ -153,7 +158,7 @@ def _stages(turn: Turn) -> str:
     spent = " · ".join(
         f"{name} {turn.milliseconds[stage]:,.0f} ms"
         for stage, name in STAGES.items()
-        if stage in turn.milliseconds
+        if turn.milliseconds.get(stage, 0) >= 1
     )
     return f'<p class="core-stages">{text(turn.generator)} · {spent}</p>'
 
@@ -205,26 +210,27 @@ def _source(metadata: Mapping[str, Any]) -> str:
 
 
 def _marked(content: str, metadata: Mapping[str, Any]) -> str:
-    """A passage without its heading, its sentences marked by strength, what was left out pale."""
-    title = metadata.get("title") or ""
-    begin = len(title) if title and content.startswith(f"{title}\n\n") else 0
-    evidence = metadata.get("evidence") or []
-    strongest = max((score for start, _, score in evidence if start >= begin), default=0.0)
-    kept = metadata.get("extracted")
-    borders = {begin, len(content)}
-    for start, stop, *_ in [*evidence, *(kept or [])]:
-        borders |= {max(begin, int(start)), max(begin, int(stop))}
+    """A passage without its heading, its strongest sentences marked, what was left out pale."""
+    heading = f"{metadata.get('title')}\n\n"
+    begin = len(heading) if content.startswith(heading) else 0
+    evidence = [part for part in metadata.get("evidence") or [] if part[0] >= begin]
+    least = MARKED_SHARE * max((score for _, _, score in evidence), default=0.0)
+    marked = [(start, stop) for start, stop, score in evidence if score >= least > 0]
+    kept = metadata.get("extracted") or [(begin, len(content))]
+    places = [place for span in [*marked, *kept] for place in span if place > begin]
     pieces = []
-    for start, stop in pairwise(sorted(borders)):
+    for start, stop in pairwise(sorted({begin, len(content), *places})):
         shown = text(content[start:stop])
-        score = next((s for a, b, s in evidence if a <= start and stop <= b), 0.0)
-        strength = next((name for share, name in STRENGTHS if 0 < share * strongest <= score), None)
-        if strength:
-            shown = f'<mark class="core-{strength}">{shown}</mark>'
-        elif kept is not None and not any(a <= start and stop <= b for a, b in kept):
+        if _within(start, stop, marked):
+            shown = f"<mark>{shown}</mark>"
+        elif not _within(start, stop, kept):
             shown = f'<span class="core-left-out">{shown}</span>'
         pieces.append(shown)
-    return "".join(pieces).strip()
+    return "".join(pieces)
+
+
+def _within(start: int, stop: int, spans: Sequence[Sequence[int]]) -> bool:
+    return any(begin <= start and stop <= end for begin, end in spans)
 
 
 def _anchor(turn: int, place: int) -> str:
