@@ -92,9 +92,7 @@ class KnowledgeBase:
         self._client = QdrantClient(":memory:")
         self._client.create_collection(
             COLLECTION,
-            vectors_config=models.VectorParams(
-                size=DIMENSIONS, distance=models.Distance.COSINE
-            ),
+            vectors_config=models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE),
         )
         self.store = QdrantVectorStore(self._client, COLLECTION, self._embeddings)
         self._sources: dict[str, int] = {}
@@ -144,7 +142,9 @@ class KnowledgeBase:
     def add_handbook(self) -> Iterator[Progress]:
         """Take in the handbook of a museum that does not exist, which comes with the package."""
         passages = Collection.load(resource_folder("examples/data")).passages.values()
-        chunks = [Chunk(f"{passage.title}\n\n{passage.text}", passage.title) for passage in passages]
+        chunks = [
+            Chunk(f"{passage.title}\n\n{passage.text}", passage.title) for passage in passages
+        ]
         yield from self._add(HANDBOOK, chunks)
 
     def remove(self, source: str) -> None:

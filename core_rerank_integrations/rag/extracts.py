@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_SENTENCES = 3
-SHARE_OF_BEST = 0.5
-"""A passage, or a sentence of one, has a say if it is at least so much worth as the best."""
+PASSAGE_SHARE = 0.75
+"""Of the best passage's relevance; passages that have less of it do not speak."""
+SENTENCE_SHARE = 0.5
+"""Of what the strongest sentence was given; the best passage's others speak from there on."""
 
 
 class RankedPassage(NamedTuple):
@@ -29,7 +31,7 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
     """The sentences that answer, each with its citation, in the order they are to be read in.
 
     From the first passage its strongest sentence and those that come near it, in the order of
-    the text; from the next ones, where they are as good as the best by half, their strongest.
+    the text; from the next ones, where they are nearly as good, their strongest.
     Where nothing is known of sentences, the first passage as it is.
 
     Args:
@@ -40,11 +42,11 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
     best = max((passage.relevance for passage in passages), default=0.0)
     found: list[str] = []
     for number, passage in enumerate(passages, start=1):
-        if passage.relevance < SHARE_OF_BEST * best or not passage.evidence:
+        if passage.relevance < PASSAGE_SHARE * best or not passage.evidence:
             continue
         strongest = passage.evidence[0][2]
         room = MOST_SENTENCES - len(found)
-        near = [part for part in passage.evidence if part[2] >= SHARE_OF_BEST * strongest]
+        near = [part for part in passage.evidence if part[2] >= SENTENCE_SHARE * strongest]
         chosen = near[: min(room, 2 if number == 1 else 1)]
         found += [
             _cited(passage.text[int(start) : int(stop)], number)
