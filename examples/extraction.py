@@ -37,7 +37,7 @@ def chat_model(url: str | None, name: str) -> BaseChatModel:
         max_length=None,
         do_sample=False,
         temperature=None,
-        repetition_penalty=1.2,
+        repetition_penalty=1.1,
     )
     return ChatHuggingFace(llm=HuggingFacePipeline(pipeline=generator, model_id=folder))
 
