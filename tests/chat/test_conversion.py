@@ -50,8 +50,8 @@ def test_headings_of_docx_html_and_markdown(tmp_path: Path, write_docx: Write) -
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 def test_encodings_of_text(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "greetings.txt"
-    path.write_bytes("Grüße aus Köln – 5 €".encode(encoding))
-    assert [chunk.text for chunk in read(path)] == ["Grüße aus Köln – 5 €"]
+    path.write_bytes("Grüße aus Köln: 5 €".encode(encoding))
+    assert [chunk.text for chunk in read(path)] == ["Grüße aus Köln: 5 €"]
 
 
 def test_what_a_markdown_file_says_stays_as_it_is(tmp_path: Path) -> None:

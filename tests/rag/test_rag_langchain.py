@@ -12,6 +12,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
+from pydantic import Field
 
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.errors import InvalidInputError
@@ -25,7 +26,7 @@ STAGES = ["search", "candidates", "reranked", "answer"]
 class Echo(BaseChatModel):
     """Says what it was told, in pieces; a question it is to rewrite becomes one about ears."""
 
-    heard: list[list[BaseMessage]] = []
+    heard: list[list[BaseMessage]] = Field(default_factory=list)
 
     @property
     def _llm_type(self) -> str:
