@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from core_rerank_integrations.extraction import ExtractBy
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
-from core_rerank_integrations.rule import Ranked
+from core_rerank_integrations.rule import Finite, Ranked
 from core_rerank_integrations.settings import RerankerSettings
 
 # Not a field: a lock could be neither pickled nor copied, and building is rare.
@@ -71,11 +71,10 @@ class RerankerFields(ModelFields):
     top_n: int | None = Field(
         default=None, ge=1, description="Most documents to return; None: all."
     )
-    score_threshold: float | None = Field(
+    score_threshold: Finite | Literal["auto"] | None = Field(
         default=None,
-        allow_inf_nan=False,
-        description="Documents of a lower probability are left out; "
-        "of a lower score, where the heads are not calibrated.",
+        description="Documents of a lower probability are left out; of a lower score, where the "
+        "heads are not calibrated. 'auto': all are, where none of them answers.",
     )
     max_seconds: float | None = Field(
         default=None,

@@ -10,6 +10,7 @@ import numpy as np
 
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.reading import Candidates
+from core_rerank_integrations.rule import Abstention, RankingRule, Threshold
 from core_rerank_integrations.scoring import Scores
 
 
@@ -89,22 +90,38 @@ def check_seconds(seconds: float | None) -> None:
         )
 
 
-def check_threshold(threshold: float | None, of_probabilities: bool) -> None:
-    """Refuse what is no threshold.
-
-    Args:
-        threshold: Of scores; ``None`` for none.
-        of_probabilities: Whether it is one of probabilities.
+def check_threshold(threshold: Threshold, rule: RankingRule) -> None:
+    """Refuse what is no threshold for results of this rule.
 
     Raises:
-        InvalidInputError: It is no number, or no probability.
+        InvalidInputError: It is neither a number, nor ``"auto"``, nor ``None``; it is no
+            probability where the rule has such; or it is ``"auto"`` where the rule knows none.
     """
     if threshold is None:
         return
+    if threshold == "auto":
+        check_abstention(rule)
+        return
     is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold):
-        raise InvalidInputError(f"score_threshold must be a number or None, got {threshold!r}")
-    if of_probabilities and not 0 <= threshold <= 1:
+        raise InvalidInputError(
+            f"score_threshold must be a number, 'auto' or None, got {threshold!r}"
+        )
+    if rule.calibration is not None and not 0 <= threshold <= 1:
         raise InvalidInputError(
             f"score_threshold is a probability between 0 and 1, got {threshold!r}"
         )
+
+
+def check_abstention(rule: RankingRule) -> Abstention:
+    """When a list is said to hold nothing relevant.
+
+    Raises:
+        InvalidInputError: The rule does not know.
+    """
+    if rule.abstention is None:
+        raise InvalidInputError(
+            "these heads do not know when nothing in a list is relevant: take the default ones in "
+            "prompts of one document, or fit it with `core-rerank heads abstention`"
+        )
+    return rule.abstention

@@ -209,7 +209,7 @@ class HeadSet(BaseModel):
         """
         if size == self.rule.window:
             return self
-        return self.with_rule(window=size, calibration=None)
+        return self.with_rule(window=size, calibration=None, abstention=None)
 
     def with_rule(self, **changes: Any) -> HeadSet:
         """The same heads under a rule with ``changes``; see `RankingRule`."""

@@ -10,11 +10,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
 from core_rerank_integrations.checks import (
+    check_abstention,
     check_count,
     check_documents,
     check_request,
@@ -31,7 +32,7 @@ from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.prompt import PromptTemplate
 from core_rerank_integrations.reading import Candidates, Reader, ScoredList, layout_of
 from core_rerank_integrations.results import RerankResult
-from core_rerank_integrations.rule import FirstStage, Ranked
+from core_rerank_integrations.rule import FirstStage, Ranked, Threshold
 from core_rerank_integrations.scoring import (
     Scores,
     best_places,
@@ -92,6 +93,8 @@ class CoReReranker:
     Attributes:
         settings: What it was made with.
         heads: The heads it reads, under the rule that holds for it.
+        auto_threshold: What ``score_threshold="auto"`` asks of `answerable`: that something
+            relevant in the list is more probable than not.
         backend: The name of the backend that was chosen.
 
     Raises:
@@ -99,6 +102,8 @@ class CoReReranker:
         HeadSetError: No head set for the model, or one that does not belong to it.
         ModelError: The model is not to be had, or cannot be read exactly.
     """
+
+    auto_threshold: ClassVar[float] = 0.5
 
     def __init__(
         self,
@@ -185,7 +190,7 @@ class CoReReranker:
         query: str,
         documents: Sequence[str],
         top_n: int | None = None,
-        score_threshold: float | None = None,
+        score_threshold: Threshold = None,
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
         max_seconds: float | None = None,
@@ -198,7 +203,8 @@ class CoReReranker:
             documents: The candidates; of equals, the first stays first.
             top_n: Results to return at most; ``None`` returns all.
             score_threshold: Results of a lower probability are left out; where the heads are
-                not calibrated, of a lower score.
+                not calibrated, of a lower score. ``"auto"`` leaves out all where `answerable`
+                says less than `auto_threshold`, and else none.
             ranked: Whether the documents come in the order of a first stage, its best first:
                 ``True``, or what that stage is, ``"bm25"`` or ``"vectors"``. Their ranks then
                 count as much as the head set says.
@@ -217,12 +223,13 @@ class CoReReranker:
 
         Raises:
             InvalidInputError: The query is empty or too long, a document is not a string,
-                ``top_n`` is less than 1, ``score_threshold`` is no probability, the first
-                stage's scores are not one number per document, or ``max_seconds`` is not above 0.
+                ``top_n`` is less than 1, ``score_threshold`` is no probability, or ``"auto"``
+                with heads that do not know, the first stage's scores are not one number per
+                document, or ``max_seconds`` is not above 0.
         """
         check_count("top_n", top_n)
         check_seconds(max_seconds)
-        check_threshold(score_threshold, self.heads.rule.calibration is not None)
+        check_threshold(score_threshold, self.heads.rule)
         candidates = check_request((query, documents))
         prior = self._prior(len(documents), ranked, first_stage_scores)
         with rerank_span(self.model, query, candidates.documents, top_n) as finish:
@@ -235,12 +242,12 @@ class CoReReranker:
         self,
         requests: Iterable[tuple[str, Sequence[str]]],
         top_n: int | None = None,
-        score_threshold: float | None = None,
+        score_threshold: Threshold = None,
         ranked: Ranked = False,
     ) -> list[list[RerankResult]]:
         """`rerank` for several (query, documents) pairs, run through the model together."""
         check_count("top_n", top_n)
-        check_threshold(score_threshold, self.heads.rule.calibration is not None)
+        check_threshold(score_threshold, self.heads.rule)
         lists = [check_request(request) for request in requests]
         priors = [self._prior(len(candidates.documents), ranked) for candidates in lists]
         return [
@@ -261,7 +268,7 @@ class CoReReranker:
         query: str,
         documents: Sequence[str],
         top_n: int | None = None,
-        score_threshold: float | None = None,
+        score_threshold: Threshold = None,
         ranked: Ranked = False,
         first_stage_scores: Sequence[float] | None = None,
         max_seconds: float | None = None,
@@ -283,6 +290,22 @@ class CoReReranker:
         # With the caller's context, so that traces know what this is a part of.
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, copy_context().run, call
+        )
+
+    def answerable(self, results: Sequence[RerankResult]) -> float:
+        """How probable it is that a list holds something relevant.
+
+        By how far the best probability stands above the others; see `Abstention`. Half of the
+        lists that this was fitted on had their relevant document taken out.
+
+        Args:
+            results: Of one list, all of them, in any order. What was not read has no part in it.
+
+        Raises:
+            InvalidInputError: The heads do not know.
+        """
+        return check_abstention(self.heads.rule).probability(
+            [result.probability for result in results if result.probability is not None]
         )
 
     def remember(self, documents: Sequence[str], show_progress: bool = False) -> int:
@@ -395,7 +418,7 @@ class CoReReranker:
         scored: ScoredList,
         prior: Scores,
         top_n: int | None,
-        score_threshold: float | None,
+        score_threshold: Threshold,
     ) -> list[RerankResult]:
         scores = scored.scores + prior
         probabilities: list[float | None] = [None] * len(scores)
@@ -417,7 +440,10 @@ class CoReReranker:
             )
             for place in best_places(scores, len(scores))
         ]
-        if score_threshold is not None:
+        if score_threshold == "auto":
+            found = self.answerable(results) >= self.auto_threshold
+            results = [result for result in results if found or not result.reranked]
+        elif score_threshold is not None:
             results = [
                 result
                 for result in results

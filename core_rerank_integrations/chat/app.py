@@ -13,6 +13,7 @@ from core_rerank_integrations.chat.generators import Generator
 from core_rerank_integrations.chat.knowledge import HANDBOOK, KnowledgeBase, printable
 from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
 from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.rule import Threshold
 
 with requires_extra("chat"):
     import gradio as gr
@@ -21,6 +22,8 @@ TITLE = "CoRe reranker"
 STYLE = Path(__file__).with_name("style.css")
 CONCURRENT = 8
 """Visitors that are answered at once; more wait their turn."""
+LOWEST_PROBABILITY = 0.015
+"""Where heads do not know when nothing answers: most right passages have more."""
 QUESTIONS = (
     "I've paid for the boat and the museum. What happens to my money if fog stops the crossing?",
     "What ear protection is compulsory when you run the compressors?",
@@ -53,6 +56,7 @@ def build_app(
         reranker: Ranks what is found.
         generators: The ways to an answer; the first is chosen.
     """
+    knows = reranker.heads.rule.abstention is not None
     by_name = {generator.name: generator for generator in generators}
 
     def ask(
@@ -62,10 +66,12 @@ def build_app(
         reranks: bool,
         candidates: int,
         top_n: int,
+        by_heads: bool,
         threshold: float,
         extract: float,
     ) -> Iterator[tuple[Any, ...]]:
-        wishes = Wishes(candidates, top_n, threshold, extract, reranks)
+        least: Threshold = "auto" if by_heads else threshold or None
+        wishes = Wishes(candidates, top_n, least, extract, reranks)
         for turn in answer(question, turns, knowledge, reranker, by_name[way], wishes):
             now = [*turns, turn]
             yield "", now, rendering.conversation(now), rendering.findings(now)
@@ -153,10 +159,15 @@ def build_app(
                     top_n = gr.Slider(
                         1, 10, wishes.top_n, step=1, label="Passages that the answer is drawn from"
                     )
+                    by_heads = gr.Checkbox(
+                        knows,
+                        label="Judge by all passages whether anything here answers",
+                        visible=knows,
+                    )
                     threshold = gr.Slider(
                         0,
                         0.3,
-                        wishes.score_threshold,
+                        0.0 if knows else LOWEST_PROBABILITY,
                         step=0.005,
                         label="Lowest probability",
                         info="Where no passage reaches it, nothing answers. 0: always answer.",
@@ -173,7 +184,7 @@ def build_app(
             with gr.Column(scale=6, min_width=300, elem_classes="core-right"):
                 found = _html(rendering.findings([]))
 
-        asked = [question, turns, way, reranks, candidates, top_n, threshold, extract]
+        asked = [question, turns, way, reranks, candidates, top_n, by_heads, threshold, extract]
         shown = [question, turns, talk, found]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on(
@@ -217,6 +228,13 @@ def _theme() -> gr.themes.Base:
 
 def _html(content: str = "", script: str | None = None) -> gr.HTML:
     return gr.HTML(content, js_on_load=script, apply_default_css=False)
+
+
+def warm_up(knowledge: KnowledgeBase, reranker: CoReReranker) -> None:
+    """Ask something, so that no visitor's first question pays for what libraries put off."""
+    question = "What is this about?"
+    found = knowledge.nearest(question, Wishes.candidates)
+    reranker.rerank(question, [document.page_content for document in found], evidence=True)
 
 
 def launch(app: gr.Blocks, host: str, port: int | None, opens: bool) -> None:

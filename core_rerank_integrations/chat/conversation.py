@@ -10,6 +10,7 @@ from core_rerank_integrations.chat.knowledge import KnowledgeBase
 from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
 from core_rerank_integrations.rag.langchain import RagOutput, create_rag_chain
 from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.rule import Threshold
 
 with requires_extra("chat"):
     from langchain_core.documents import Document
@@ -25,14 +26,15 @@ class Wishes:
     Attributes:
         candidates: Passages that the first stage finds.
         top_n: Passages that the answer is drawn from, at most.
-        score_threshold: Probability that the best one must reach; 0 always answers.
+        score_threshold: Probability that the best one must reach; ``"auto"`` leaves it to the
+            heads, ``None`` always answers.
         extract: Share of each passage that a model gets to read; 1 for all.
         rerank: Whether candidates are reranked.
     """
 
     candidates: int = 20
     top_n: int = 5
-    score_threshold: float = 0.015
+    score_threshold: Threshold = "auto"
     extract: float = 1.0
     rerank: bool = True
 
@@ -47,6 +49,7 @@ class Turn:
     search: str = ""
     candidates: list[Document] = field(default_factory=list)
     reranked: list[Document] = field(default_factory=list)
+    answerable: float | None = None
     documents: list[Document] = field(default_factory=list)
     answer: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Turn:
         self.search = part.get("search", self.search)
         self.candidates = part.get("candidates", self.candidates)
         self.reranked = part.get("reranked", self.reranked)
+        self.answerable = part.get("answerable", self.answerable)
         self.documents = part.get("documents", self.documents)
         self.answer += part.get("answer", "")
         self.milliseconds |= part.get("milliseconds", {})
@@ -101,7 +105,7 @@ def answer(
             rerank=wishes.rerank,
             rewrite=generator.rewrites,
             top_n=wishes.top_n,
-            score_threshold=wishes.score_threshold or None,
+            score_threshold=wishes.score_threshold,
             extract=wishes.extract if wishes.extract < 1 else None,
         )
         history = [message for before in earlier for message in before.messages()]

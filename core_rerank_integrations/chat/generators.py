@@ -120,7 +120,6 @@ def _embedded_model() -> BaseChatModel:
     generation = {
         "max_new_tokens": EMBEDDED_ANSWER_TOKENS,
         "do_sample": False,
-        "repetition_penalty": 1.2,
         "return_full_text": False,
     }
     pipeline = HuggingFacePipeline.from_model_id(

@@ -160,7 +160,8 @@ def _stages(turn: Turn) -> str:
         for stage, name in STAGES.items()
         if turn.milliseconds.get(stage, 0) >= 1
     )
-    return f'<p class="core-stages">{text(turn.generator)} · {spent}</p>'
+    odds = "" if turn.answerable is None else f" · an answer is here: {turn.answerable:.0%}"
+    return f'<p class="core-stages">{text(turn.generator)} · {spent}{odds}</p>'
 
 
 def _column(title: str, note: str, places: Sequence[str]) -> str:

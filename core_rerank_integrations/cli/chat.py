@@ -58,7 +58,7 @@ def chat(
 ) -> None:
     """A chatbot in the browser, over a handbook or documents of your own."""
     with clear_errors():
-        from core_rerank_integrations.chat.app import build_app, launch
+        from core_rerank_integrations.chat.app import build_app, launch, warm_up
         from core_rerank_integrations.chat.generators import generators
         from core_rerank_integrations.chat.knowledge import KnowledgeBase
         from core_rerank_integrations.reranker import CoReReranker
@@ -75,6 +75,7 @@ def chat(
                 _show(console, knowledge.add_handbook())
             for path in files or []:
                 _show(console, knowledge.add_file(path))
+            warm_up(knowledge, reranker)
             launch(build_app(knowledge, reranker, ways), host, port, open_browser)
 
 

@@ -254,6 +254,41 @@ def evidence(
     print(f"Wrote {output}")
 
 
+@app.command()
+def abstention(
+    heads: Annotated[str, typer.Option(help="Shipped head set or head set file, calibrated.")],
+    lists: Annotated[
+        list[str],
+        typer.Option(help="Judged lists: FOLDER:SPLIT:RUN[:N][:KIND], as for fit. Repeatable."),
+    ],
+    output: Annotated[Path, typer.Option(help="The head set file to write.")],
+    candidates: Annotated[int, typer.Option(min=2, help="Candidates a question.")] = 20,
+    model: ModelOption = DEFAULT_MODEL,
+    seed: SeedOption = 0,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Fit when nothing in a list is relevant, on lists whose relevant documents are taken out.
+
+    How the head set ranks stays as it is.
+    """
+    from core_rerank_integrations.finding import JudgedRun, fit_abstention
+
+    with clear_errors():
+        fitted = fit_abstention(
+            named_head_set(heads),
+            [JudgedRun.parse(text) for text in lists],
+            model,
+            candidates=candidates,
+            seed=seed,
+            backend=backend,
+            dtype=dtype,
+            show_progress=True,
+        )
+        fitted.save(output)
+    print(f"Wrote {output}")
+
+
 def _reader(
     model: str,
     max_layer: int | None,

@@ -5,6 +5,7 @@
     features.py      what every head gives to every document
     detection.py     SCoRe and QR: the best heads                    `find_heads`
     evidence.py      weights that tell sentences apart               `fit_evidence`
+    abstention.py    when nothing in a list is relevant              `fit_abstention`
     weights.py       a weight for each of them
     ranking_rule.py  a first stage's part, and probabilities
     fitting.py       from judged candidates to a head set            `fit_heads`
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 from core_rerank_integrations.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from core_rerank_integrations.finding.abstention import fit_abstention
     from core_rerank_integrations.finding.detection import FoundHeads, find_heads
     from core_rerank_integrations.finding.evaluation import Evaluation, MethodResult, evaluate
     from core_rerank_integrations.finding.evidence import fit_evidence
@@ -44,6 +46,7 @@ __all__ = [
     "MethodResult",
     "evaluate",
     "find_heads",
+    "fit_abstention",
     "fit_evidence",
     "fit_heads",
     "save_report",
@@ -59,6 +62,7 @@ _MODULES = {
     "MethodResult": "evaluation",
     "evaluate": "evaluation",
     "find_heads": "detection",
+    "fit_abstention": "abstention",
     "fit_evidence": "evidence",
     "fit_heads": "fitting",
     "save_report": "report",

@@ -53,6 +53,17 @@ class AnsweredDocument(NamedTuple):
     answers: npt.NDArray[np.bool_]
 
 
+def answers_of(folder: Path) -> dict[str, list[str]]:
+    """By query id, the answers of a collection's ``queries.jsonl``; none where it has none."""
+    with (folder / "queries.jsonl").open(encoding="utf-8") as lines:
+        return {record["_id"]: record.get("answers", []) for record in map(json.loads, lines)}
+
+
+def holds_any(answers: Sequence[str], text: str) -> bool:
+    """Whether one of the answers stands in ``text``, in capitals or not."""
+    return any(answer.casefold() in text.casefold() for answer in answers)
+
+
 def answered_documents(
     folder: str | Path, split: str, questions: int | None = None, seed: int = 0
 ) -> list[AnsweredDocument]:
@@ -72,10 +83,7 @@ def answered_documents(
     """
     folder = Path(folder)
     collection = Collection.load(folder, split)
-    answers: dict[str, list[str]] = {}
-    with (folder / "queries.jsonl").open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            answers[record["_id"]] = [text.casefold() for text in record.get("answers", [])]
+    answers = answers_of(folder)
     pairs = [
         (query, document)
         for query, grades in collection.qrels.items()
@@ -87,12 +95,7 @@ def answered_documents(
     for query, name in islice(pairs, questions):
         text = collection.passages[name].content
         borders = sentences(text)
-        hits = np.array(
-            [
-                any(answer in text[start:stop].casefold() for answer in answers[query])
-                for start, stop in borders
-            ]
-        )
+        hits = np.array([holds_any(answers[query], text[start:stop]) for start, stop in borders])
         if len(borders) >= 3 and hits.any() and not hits.all():
             found.append(AnsweredDocument(collection.queries[query], text, borders, hits))
     if not found:

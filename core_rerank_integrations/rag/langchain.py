@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any, TypedDict, cast
 
-from core_rerank_integrations.checks import check_count
+from core_rerank_integrations.checks import check_count, check_threshold
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.rag.extracts import RankedPassage, extracted_answer
@@ -22,7 +22,8 @@ from core_rerank_integrations.rag.prompts import (
     question_with_passages,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.rule import Ranked
+from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.rule import Ranked, Threshold
 
 with requires_extra("langchain"):
     from langchain_core.documents import Document
@@ -48,6 +49,7 @@ class RagOutput(TypedDict, total=False):
         search: What was searched for: the question, rewritten where it follows up another.
         candidates: What the retriever found, in its order.
         reranked: All of these in the reranker's order, with their probability and evidence.
+        answerable: How probable it is that an answer is among them, where the heads know.
         documents: Those that the answer is drawn from, and that its ``[1]`` cites; none where
             nothing answers.
         answer: The answer, piece by piece.
@@ -57,6 +59,7 @@ class RagOutput(TypedDict, total=False):
     search: str
     candidates: list[Document]
     reranked: list[Document]
+    answerable: float
     documents: list[Document]
     answer: str
     milliseconds: dict[str, float]
@@ -71,7 +74,7 @@ def create_rag_chain(
     rerank: bool = True,
     rewrite: bool = True,
     top_n: int = 5,
-    score_threshold: float | None = 0.015,
+    score_threshold: Threshold = "auto",
     extract: float | None = None,
 ) -> Runnable[RagInput, RagOutput]:
     """Answers to questions, from what a retriever finds and this package reranks.
@@ -89,13 +92,14 @@ def create_rag_chain(
         retriever: Finds the candidates, more than are wanted.
         llm: Writes the answer. ``None`` answers with the passages' own sentences, those that the
             reranker's evidence is strongest for; nothing is generated then.
-        reranker: One to share; ``None`` makes the default one when it is first needed.
+        reranker: One to share; ``None`` makes the default one.
         ranked: What the retriever is: ``"vectors"``, ``"bm25"``, or ``True`` for anything else.
         rerank: Whether candidates are reranked; ``False`` answers from the retriever's order.
         rewrite: Whether the ``llm`` rewrites follow-ups. Very small models do more harm than good.
         top_n: Passages that the answer is drawn from, at most.
         score_threshold: Where no candidate's probability reaches it, nothing answers, and the
-            ``llm`` is not asked; ``None`` always answers.
+            ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and always answers
+            with heads that do not know; so does ``None``.
         extract: Share of each passage's tokens that the ``llm`` gets to read, in its strongest
             sentences; ``None`` for all.
 
@@ -103,9 +107,15 @@ def create_rag_chain(
         A runnable that takes a `RagInput` and streams a `RagOutput`.
 
     Raises:
-        InvalidInputError: ``top_n`` is less than 1. Called: the question is empty.
+        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` no probability.
+            Called: the question is empty.
     """
     check_count("top_n", top_n)
+    reranker = reranker or CoReReranker()
+    knows = reranker.heads.rule.abstention is not None
+    if score_threshold == "auto" and not knows:
+        score_threshold = None
+    check_threshold(score_threshold, reranker.heads.rule)
     compressor = CoReDocumentCompressor(
         reranker=reranker, ranked=ranked, evidence=True, extract=extract if llm else None
     )
@@ -120,26 +130,38 @@ def create_rag_chain(
         else RunnableLambda(_joined_search)
     )
 
-    def chosen(documents: list[Document]) -> list[Document]:
-        best = max((document.metadata["relevance_score"] for document in documents), default=0.0)
-        below = score_threshold is not None and best < score_threshold
-        return [] if below else documents[:top_n]
+    def judged(documents: list[Document]) -> AddableDict:
+        """How probable an answer is, and the documents that it is to be drawn from."""
+        results = [
+            RerankResult(place, relevance, document.page_content, relevance)
+            for place, document in enumerate(documents)
+            for relevance in [document.metadata["relevance_score"]]
+        ]
+        answerable = reranker.answerable(results) if knows else None
+        if score_threshold == "auto":
+            answers = answerable is not None and answerable >= reranker.auto_threshold
+        else:
+            best = max((result.relevance for result in results), default=0.0)
+            answers = score_threshold is None or best >= score_threshold
+        given = {} if answerable is None else {"answerable": answerable}
+        return AddableDict(given, documents=documents[:top_n] if answers else [])
 
     def stream(chunks: Iterator[RagInput]) -> Iterator[AddableDict]:
         given = _checked(chunks)
         lap = _stopwatch()
-        query = search.invoke(given) if given["history"] else given["question"]
+        rewritten = search.invoke(given) if given["history"] else ""
+        query = rewritten or given["question"]
         yield lap(search=query)
         candidates = retriever.invoke(query)
         yield lap(candidates=candidates)
-        documents = candidates[:top_n]
+        chosen = AddableDict(documents=candidates[:top_n])
         if rerank:
             reranked = list(compressor.compress_documents(candidates, query))
             yield lap(reranked=reranked)
-            documents = chosen(reranked)
-        yield AddableDict(documents=documents)
-        if documents:
-            for piece in answer.stream({**given, "documents": documents}):
+            chosen = judged(reranked)
+        yield chosen
+        if chosen["documents"]:
+            for piece in answer.stream({**given, "documents": chosen["documents"]}):
                 yield AddableDict(answer=piece)
         else:
             yield AddableDict(answer=NO_ANSWER)
@@ -148,18 +170,19 @@ def create_rag_chain(
     async def astream(chunks: AsyncIterator[RagInput]) -> AsyncIterator[AddableDict]:
         given = _checked([chunk async for chunk in chunks])
         lap = _stopwatch()
-        query = await search.ainvoke(given) if given["history"] else given["question"]
+        rewritten = await search.ainvoke(given) if given["history"] else ""
+        query = rewritten or given["question"]
         yield lap(search=query)
         candidates = await retriever.ainvoke(query)
         yield lap(candidates=candidates)
-        documents = candidates[:top_n]
+        chosen = AddableDict(documents=candidates[:top_n])
         if rerank:
             reranked = list(await compressor.acompress_documents(candidates, query))
             yield lap(reranked=reranked)
-            documents = chosen(reranked)
-        yield AddableDict(documents=documents)
-        if documents:
-            async for piece in answer.astream({**given, "documents": documents}):
+            chosen = judged(reranked)
+        yield chosen
+        if chosen["documents"]:
+            async for piece in answer.astream({**given, "documents": chosen["documents"]}):
                 yield AddableDict(answer=piece)
         else:
             yield AddableDict(answer=NO_ANSWER)

