@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo chat test test-browser screenshots test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-package bench-gpu wheels clean
+.PHONY: demo chat test test-browser screenshots test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -13,7 +13,7 @@ chat: $(VENV)/.installed
 	$(BIN)/core-rerank chat $(CHAT)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow and not vllm and not browser"
+	$(BIN)/pytest -m "not slow and not vllm and not browser and not examples"
 
 # In a browser that is there already; $$CHROMIUM names another one.
 test-browser: $(VENV)/.installed chromium
@@ -29,6 +29,14 @@ chromium:
 		{ [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y chromium; } || \
 		{ echo "Chromium is missing: install it, or name one that is there: make $@ CHROMIUM=..."; exit 1; }
 
+# Every example and notebook, the one on vLLM too.
+test-examples: $(VENV)/.vllm-cpu
+	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m examples
+
+# Runs the notebooks and keeps what they say.
+notebooks: $(VENV)/.installed
+	WRITE_NOTEBOOKS=1 $(BIN)/pytest -m examples -k notebook_says
+
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
 
@@ -38,7 +46,7 @@ test-newest: LIMITS := torch==2.13.0
 test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
-	.venv-$@/bin/python -m pytest -m "not slow and not vllm and not browser" --ignore tests/finding
+	.venv-$@/bin/python -m pytest -m "not slow and not vllm and not browser and not examples" --ignore tests/finding
 
 # vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
 # torchcodec are left out: text models need only torch, which is here.

@@ -18,6 +18,7 @@ from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.llms.huggingface import HuggingFaceLLM
 from llama_index.llms.openai_like import OpenAILike
 from llama_index.vector_stores.qdrant import QdrantVectorStore
+from openai import APIError
 from qdrant_client import QdrantClient
 
 from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor, CoReReranker
@@ -62,7 +63,10 @@ engine = index.as_query_engine(
     similarity_top_k=20,
     node_postprocessors=[CoReNodePostprocessor(reranker=reranker, top_n=3)],
 )
-response = engine.query(arguments.question)
+try:
+    response = engine.query(arguments.question)
+except APIError as error:
+    raise SystemExit(f"{arguments.llm_url} did not answer: {error}") from error
 print(response)
 for node in response.source_nodes:
     print(f"{node.score:7.4f}  {node.metadata['title']}")
