@@ -110,7 +110,7 @@ class DiesWhileStreaming(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         piece = b'data: {"choices": [{"index": 0, "delta": {"content": "The last"}}]}\n\n'
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

@@ -15,7 +15,8 @@ from core_rerank_integrations.chat import rendering
 from core_rerank_integrations.chat.conversation import Turn
 from core_rerank_integrations.rag.prompts import NO_ANSWER
 
-OURS = set("a article details div h2 h3 header li mark ol p section small span summary".split())
+OURS = {"a", "article", "details", "div", "h2", "h3", "header", "li", "mark", "ol", "p", "section"}
+OURS |= {"small", "span", "summary"}
 HOSTILE = st.text(st.sampled_from("<>&\"'`${}[]()=/ \n1ascript"), max_size=60) | st.sampled_from(
     [
         "<script>alert(1)</script>",
@@ -98,7 +99,9 @@ def test_the_strongest_sentences_are_marked_and_what_was_left_out_is_pale() -> N
     cut = Document("Strong. Near.", id=text, metadata={**shown.metadata, "extracted": [[12, 25]]})
     turn = Turn("Who?", "x", candidates=[passage(text)], documents=[cut])
     html = rendering.passages(0, turn)
-    assert '<span class="core-left-out">Weak. </span><mark>Strong.</mark> <mark>Near.</mark>' in html
+    assert (
+        '<span class="core-left-out">Weak. </span><mark>Strong.</mark> <mark>Near.</mark>' in html
+    )
     turn.documents = [shown]
     assert "Weak. <mark>Strong.</mark> <mark>Near.</mark>" in rendering.passages(0, turn)
 
