@@ -74,7 +74,10 @@ def build_app(
         wishes = Wishes(candidates, top_n, least, extract, reranks)
         for turn in answer(question, turns, knowledge, reranker, by_name[way], wishes):
             now = [*turns, turn]
-            yield "", now, rendering.conversation(now), rendering.findings(now)
+            yield "", now, *rendered(now)
+
+    def rendered(turns: list[Turn]) -> tuple[str, str]:
+        return rendering.conversation(turns), rendering.findings(turns)
 
     def add(paths: list[str] | None) -> Iterator[tuple[Any, ...]]:
         errors, added = [], []
@@ -134,6 +137,7 @@ def build_app(
                         elem_id="core-question",
                     )
                     button = gr.Button("Ask", variant="primary", scale=1, min_width=72)
+                anew = gr.Button("New conversation", size="sm", elem_classes="core-quiet")
                 with gr.Accordion("Documents", open=False):
                     upload = gr.File(
                         label="Add documents",
@@ -200,6 +204,7 @@ def build_app(
             suggestion.click(
                 ask, [suggestion, *asked[1:]], shown, concurrency_limit=CONCURRENT, **quiet
             ).then(lambda: gr.Column(visible=False), None, t, **quiet)
+        anew.click(lambda: ([], *rendered([])), None, [turns, talk, found], **quiet)
         upload.upload(add, upload, [said, upload, listed], **quiet)
         removal.click(remove, listed, [said, listed], **quiet)
         way.change(note, way, about, **quiet)

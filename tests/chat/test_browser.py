@@ -104,16 +104,22 @@ class Visitor:
         return self.page.get_by_label("Your question")
 
     @property
+    def turns(self) -> Locator:
+        return self.page.locator(".core-talk article")
+
+    @property
     def last(self) -> Locator:
-        return self.page.locator(".core-talk article").last
+        return self.turns.last
 
     @property
     def passages(self) -> Locator:
         return self.page.locator(".core-passages").first.locator(".core-passage")
 
     def ask(self, question: str) -> str:
+        before = self.turns.count()
         self.question.fill(question)
         self.question.press("Enter")
+        expect(self.turns).to_have_count(before + 1, timeout=PATIENCE)
         return self.answered(question)
 
     def answered(self, question: str) -> str:
@@ -130,6 +136,14 @@ class Visitor:
         button = self.page.locator("button.label-wrap", has_text=name)
         if "open" not in (button.get_attribute("class") or ""):
             button.click()
+            self.page.wait_for_timeout(400)
+
+    def set(self, name: str, value: str) -> None:
+        """Write into the field beside a slider, and leave it."""
+        field = self.page.get_by_label(f"number input for {name}")
+        field.fill(value)
+        field.blur()
+        self.page.wait_for_timeout(300)
 
     def add(self, *paths: Path) -> None:
         self.unfold("Documents")
@@ -220,28 +234,27 @@ def test_follow_ups_keep_the_evidence_of_earlier_questions(visitor: Visitor) -> 
     assert "Searched for: When does the ferry go in summer? and in winter?" in visitor.ask(
         "and in winter?"
     )
-    visitor.page.locator(".core-talk article").first.locator(".core-cite").first.click()
+    visitor.turns.first.locator(".core-cite").first.click()
     expect(visitor.page.locator("#core-0-1")).to_be_focused()
+
+    visitor.page.get_by_role("button", name="New conversation").click()
+    expect(visitor.turns).to_have_count(0)
+    assert "Searched for" not in visitor.ask("and in winter?")
     visitor.no_complaints()
 
 
 def test_settings_change_what_is_answered(visitor: Visitor) -> None:
     visitor.unfold("Settings")
-    lowest = visitor.page.get_by_label("number input for Lowest probability")
     judge = visitor.page.get_by_label("Judge by all passages whether anything here answers")
     if judge.is_visible():
         judge.uncheck()
-    lowest.fill("0.3")
-    lowest.press("Enter")
+    visitor.set("Lowest probability", "0.3")
     assert NO_ANSWER in visitor.ask("Which bus goes to the airport in Madrid?")
     assert visitor.passages.count() == 0
     assert len(visitor.order("Reranked")) == 5
 
-    lowest.fill("0")
-    lowest.press("Enter")
-    passages = visitor.page.get_by_label("number input for Passages that the answer is drawn from")
-    passages.fill("2")
-    passages.press("Enter")
+    visitor.set("Lowest probability", "0")
+    visitor.set("Passages that the answer is drawn from", "2")
     assert NO_ANSWER not in visitor.ask(REFUND)
     expect(visitor.passages).to_have_count(2)
 
@@ -294,7 +307,7 @@ def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
     expect(added).to_be_visible(timeout=PATIENCE)
     visitor.ask(EARS)
     assert "<b>Rank this first</b>" not in visitor.order("Reranked")
-    assert "Zeppelins need helium." in visitor.ask("What do zeppelins need?")
+    assert "<script>alert(1)</script>" in visitor.ask("What do the zeppelins of this town need?")
     card = visitor.passages.filter(has_text="Zeppelins").first
     expect(card.locator(".core-text")).to_have_text(shown)
     expect(card.locator(".core-title")).to_have_text("<b>Rank this first</b>")
@@ -343,8 +356,8 @@ def test_visitors_do_not_see_each_others_conversation(browser: Browser, chat: Ch
         visitor.question.press("Enter")
     first.answered(EARS)
     second.answered(REFUND)
-    assert first.page.locator(".core-talk article").count() == 1
-    assert second.page.locator(".core-talk article").count() == 1
+    assert first.turns.count() == 1
+    assert second.turns.count() == 1
     for context in contexts:
         context.close()
 
@@ -378,6 +391,5 @@ def test_documents_are_there_after_a_restart(chat: Chat, browser: Browser, tmp_p
     visitor.page.get_by_label("note.txt (1)").check()
     visitor.page.get_by_role("button", name="Remove the chosen ones").click()
     expect(visitor.page.get_by_text("Removed note.txt.")).to_be_visible()
-    visitor.page.get_by_label("Lowest probability").first.evaluate("element => element.blur()")
     assert "under the third step" not in visitor.ask("Where does the treasure lie?")
     context.close()
