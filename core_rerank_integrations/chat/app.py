@@ -22,11 +22,9 @@ TITLE = "CoRe reranker"
 STYLE = Path(__file__).with_name("style.css")
 CONCURRENT = 8
 """Visitors that are answered at once; more wait their turn."""
-LOWEST_PROBABILITY = 0.015
-"""Where heads do not know when nothing answers: most right passages have more."""
 QUESTIONS = (
+    "What did they rub the glass with in the old days, when men still lived there?",
     "I've paid for the boat and the museum. What happens to my money if fog stops the crossing?",
-    "What ear protection is compulsory when you run the compressors?",
     "What is the capital of Australia?",
 )
 """Of the handbook; nothing there answers the last."""
@@ -171,7 +169,7 @@ def build_app(
                     threshold = gr.Slider(
                         0,
                         0.3,
-                        0.0 if knows else LOWEST_PROBABILITY,
+                        0,
                         step=0.005,
                         label="Lowest probability",
                         info="Where no passage reaches it, nothing answers. 0: always answer.",

@@ -38,7 +38,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-REFUND, EARS, _ = QUESTIONS
+OLD_DAYS, REFUND, _ = QUESTIONS
+EARS = "What ear protection is compulsory when you run the compressors?"
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 360, "height": 740}
 PATIENCE = 60_000
 
@@ -202,7 +203,7 @@ def test_pictures(
 ) -> None:
     context = browser.new_context(viewport=size, color_scheme=scheme)
     visitor = Visitor(context.new_page(), chat.url)
-    visitor.ask(REFUND)
+    assert "spirits of wine" in visitor.ask(OLD_DAYS)
     for fold in ("Documents", "Settings"):
         visitor.unfold(fold)
     width = visitor.page.evaluate("document.documentElement.scrollWidth")
@@ -210,6 +211,7 @@ def test_pictures(
     for fold in ("Settings", "Documents"):
         visitor.page.locator("button.label-wrap", has_text=fold).click()
     visitor.page.wait_for_timeout(400)
+    visitor.page.evaluate("scrollTo(0, 0)")
     folder = Path(os.environ.get("CHAT_SCREENSHOTS", tmp_path))
     visitor.page.screenshot(path=folder / f"chat-{size['width']}-{scheme}.png")
     visitor.no_complaints()
