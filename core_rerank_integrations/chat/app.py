@@ -22,11 +22,9 @@ TITLE = "CoRe reranker"
 STYLE = Path(__file__).with_name("style.css")
 CONCURRENT = 8
 """Visitors that are answered at once; more wait their turn."""
-LOWEST_PROBABILITY = 0.015
-"""Where heads do not know when nothing answers: most right passages have more."""
 QUESTIONS = (
+    "What did they rub the glass with in the old days, when men still lived there?",
     "I've paid for the boat and the museum. What happens to my money if fog stops the crossing?",
-    "What ear protection is compulsory when you run the compressors?",
     "What is the capital of Australia?",
 )
 """Of the handbook; nothing there answers the last."""
@@ -74,7 +72,10 @@ def build_app(
         wishes = Wishes(candidates, top_n, least, extract, reranks)
         for turn in answer(question, turns, knowledge, reranker, by_name[way], wishes):
             now = [*turns, turn]
-            yield "", now, rendering.conversation(now), rendering.findings(now)
+            yield "", now, *rendered(now)
+
+    def rendered(turns: list[Turn]) -> tuple[str, str]:
+        return rendering.conversation(turns), rendering.findings(turns)
 
     def add(paths: list[str] | None) -> Iterator[tuple[Any, ...]]:
         errors, added = [], []
@@ -134,6 +135,7 @@ def build_app(
                         elem_id="core-question",
                     )
                     button = gr.Button("Ask", variant="primary", scale=1, min_width=72)
+                anew = gr.Button("New conversation", size="sm", elem_classes="core-quiet")
                 with gr.Accordion("Documents", open=False):
                     upload = gr.File(
                         label="Add documents",
@@ -167,7 +169,7 @@ def build_app(
                     threshold = gr.Slider(
                         0,
                         0.3,
-                        0.0 if knows else LOWEST_PROBABILITY,
+                        0,
                         step=0.005,
                         label="Lowest probability",
                         info="Where no passage reaches it, nothing answers. 0: always answer.",
@@ -200,6 +202,7 @@ def build_app(
             suggestion.click(
                 ask, [suggestion, *asked[1:]], shown, concurrency_limit=CONCURRENT, **quiet
             ).then(lambda: gr.Column(visible=False), None, t, **quiet)
+        anew.click(lambda: ([], *rendered([])), None, [turns, talk, found], **quiet)
         upload.upload(add, upload, [said, upload, listed], **quiet)
         removal.click(remove, listed, [said, listed], **quiet)
         way.change(note, way, about, **quiet)

@@ -80,8 +80,8 @@ def create_rag_chain(
     """Answers to questions, from what a retriever finds and this package reranks.
 
     A question that follows up others is rewritten by the ``llm``, so that it can be searched for
-    by itself. Without one, it is searched for together with the question before it: simple, and
-    wrong where the subject has changed.
+    by itself. Without one, a short question is searched for together with the one before it:
+    simple, and wrong where the subject has changed.
 
     Examples:
         >>> chain = create_rag_chain(store.as_retriever(search_kwargs={"k": 20}), ChatOpenAI())

@@ -26,6 +26,9 @@ not answer it. Reply with the question alone."""
 REMEMBERED_MESSAGES = 6
 """Messages of a conversation that a model gets to read with a question."""
 
+STANDS_ALONE_WORDS = 6
+"""Questions of that many words are seldom in need of the one before."""
+
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
 _CONTROL = re.compile(r"<(?=[|\uff5c]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
@@ -67,7 +70,12 @@ def question_with_passages(question: str, passages: Sequence[tuple[str, str]]) -
 
 
 def follow_up_search(question: str, earlier_questions: Sequence[str]) -> str:
-    """What to search for where no model rewrites a follow-up: the question before it, and it."""
+    """What to search for where no model rewrites a follow-up: the question before it, and it.
+
+    A question of some length is taken to stand for itself.
+    """
+    if len(question.split()) >= STANDS_ALONE_WORDS:
+        return question
     return " ".join([*earlier_questions[-1:], question])
 
 
