@@ -28,6 +28,7 @@ TOLERANCE = 0.02
 
 def cleaned(notebook: Any) -> Any:
     """Without what differs from run to run and from machine to machine."""
+    notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -73,8 +74,10 @@ def test_there_are_two() -> None:
 def test_a_notebook_says_what_it_is_kept_with(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     kept = [said(cell) for cell in notebook.cells if cell.cell_type == "code"]
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
-    client.execute(cwd=str(FOLDER), env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", coalesce_streams=True
+    )
+    client.execute(cwd=str(FOLDER))
     if os.environ.get("WRITE_NOTEBOOKS"):
         nbformat.write(cleaned(notebook), path)
         return
