@@ -70,12 +70,16 @@ def build_app(
     ) -> Iterator[tuple[Any, ...]]:
         least: Threshold = "auto" if by_heads else threshold or None
         wishes = Wishes(candidates, top_n, least, extract, reranks)
+        shown = ""
         for turn in answer(question, turns, knowledge, reranker, by_name[way], wishes):
             now = [*turns, turn]
-            yield "", now, *rendered(now)
+            before, shown = shown, rendering.findings(now)
+            # Pieces of an answer change nothing there, and it is long.
+            beside = gr.skip() if shown == before else shown
+            yield "", now, rendering.conversation(now), beside
 
-    def rendered(turns: list[Turn]) -> tuple[str, str]:
-        return rendering.conversation(turns), rendering.findings(turns)
+    def begin_anew() -> tuple[Any, ...]:
+        return [], rendering.conversation([]), rendering.findings([])
 
     def add(paths: list[str] | None) -> Iterator[tuple[Any, ...]]:
         errors, added = [], []
@@ -202,7 +206,7 @@ def build_app(
             suggestion.click(
                 ask, [suggestion, *asked[1:]], shown, concurrency_limit=CONCURRENT, **quiet
             ).then(lambda: gr.Column(visible=False), None, t, **quiet)
-        anew.click(lambda: ([], *rendered([])), None, [turns, talk, found], **quiet)
+        anew.click(begin_anew, None, [turns, talk, found], **quiet)
         upload.upload(add, upload, [said, upload, listed], **quiet)
         removal.click(remove, listed, [said, listed], **quiet)
         way.change(note, way, about, **quiet)

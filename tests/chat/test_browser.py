@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
@@ -316,6 +317,28 @@ def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
     assert card.locator("img, script, a, b").count() == 0
     assert visitor.last.locator("img, script, b").count() == 0
     visitor.no_complaints()
+
+
+def test_no_file_of_the_server_can_be_asked_for(
+    visitor: Visitor, chat: Chat, tmp_path: Path
+) -> None:
+    """An upload is what came in, whatever path a request names."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("The safe opens with 4711.")
+    api, session = f"{chat.url}/gradio_api", "a-session"
+    events = httpx.get(f"{chat.url}/config").json()["dependencies"]
+    (upload,) = (
+        event["id"] for event in events for _, name in event["targets"] if name == "upload"
+    )
+    file = {"path": str(secret), "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
+    request = {"data": [[file]], "fn_index": upload, "session_hash": session}
+    assert httpx.post(f"{api}/queue/join", json=request).is_success
+    assert '"success":false' in httpx.get(f"{api}/queue/data?session_hash={session}").text
+    assert httpx.get(f"{api}/file={secret}").status_code == 403
+    assert secret.exists()
+    visitor.unfold("Documents")
+    expect(visitor.page.get_by_label(f"{HANDBOOK} (72)")).to_be_visible()
+    expect(visitor.page.get_by_label("secret.txt (1)")).to_have_count(0)
 
 
 def test_the_keyboard_is_enough(visitor: Visitor) -> None:
