@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -193,3 +194,28 @@ def test_what_cannot_be_asked_is_refused(make: Any) -> None:
         make(top_n=0)
     with pytest.raises(InvalidInputError, match="not empty, got '  '"):
         make().chat("  ")
+
+
+# LlamaIndex raises it in the thread that remembers the answer, too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_question_whose_answer_failed_is_not_remembered(make: Any) -> None:
+    openai_like = pytest.importorskip("llama_index.llms.openai_like")
+    from openai import APIConnectionError
+
+    with socket.socket() as free:  # Nobody listens there once this is closed.
+        free.bind(("localhost", 0))
+        url = f"http://localhost:{free.getsockname()[1]}/v1"
+    engine = make(
+        openai_like.OpenAILike(
+            model="none", api_base=url, api_key="none", is_chat_model=True, max_retries=0
+        )
+    )
+    with pytest.raises(APIConnectionError):
+        engine.chat(QUESTION)
+    with pytest.raises(APIConnectionError):
+        await engine.achat(QUESTION)
+    with pytest.raises(APIConnectionError):
+        list(engine.stream_chat(QUESTION).response_gen)
+    with pytest.raises(APIConnectionError):
+        [piece async for piece in (await engine.astream_chat(QUESTION)).async_response_gen()]
+    assert engine.chat_history == []

@@ -173,9 +173,10 @@ class CoReChatEngine(BaseChatEngine):
             pieces = self._llm.stream_chat(_answer_prompt(message, history, found.source_nodes))
         else:
             pieces = _at_once(_without_model(found.source_nodes))
-        self._memory.put(_from_user(message))
         response = StreamingAgentChatResponse(
-            chat_stream=pieces, sources=found.sources, source_nodes=found.source_nodes
+            chat_stream=self._remembering(message, pieces),
+            sources=found.sources,
+            source_nodes=found.source_nodes,
         )
         writer = Thread(target=response.write_response_to_history, args=(self._memory,))
         response.write_response_to_history_thread = writer
@@ -194,14 +195,27 @@ class CoReChatEngine(BaseChatEngine):
             )
         else:
             pieces = _aat_once(_without_model(found.source_nodes))
-        await self._memory.aput(_from_user(message))
         response = StreamingAgentChatResponse(
-            achat_stream=pieces, sources=found.sources, source_nodes=found.source_nodes
+            achat_stream=self._aremembering(message, pieces),
+            sources=found.sources,
+            source_nodes=found.source_nodes,
         )
         response.awrite_response_to_history_task = asyncio.create_task(
             response.awrite_response_to_history(self._memory)
         )
         return response
+
+    def _remembering(self, message: str, pieces: ChatResponseGen) -> ChatResponseGen:
+        """A question is remembered when its answer is there: one that failed was not asked."""
+        yield from pieces
+        self._memory.put(_from_user(message))
+
+    async def _aremembering(
+        self, message: str, pieces: ChatResponseAsyncGen
+    ) -> ChatResponseAsyncGen:
+        async for piece in pieces:
+            yield piece
+        await self._memory.aput(_from_user(message))
 
     def _found(
         self, message: str, chat_history: History
