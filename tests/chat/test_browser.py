@@ -327,11 +327,9 @@ def test_no_file_of_the_server_can_be_asked_for(
     secret.write_text("The safe opens with 4711.")
     api, session = f"{chat.url}/gradio_api", "a-session"
     events = httpx.get(f"{chat.url}/config").json()["dependencies"]
-    (upload,) = (
-        event["id"] for event in events for _, name in event["targets"] if name == "upload"
-    )
+    uploads = [event["id"] for event in events if event["targets"][0][1] == "upload"]
     file = {"path": str(secret), "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
-    request = {"data": [[file]], "fn_index": upload, "session_hash": session}
+    request = {"data": [[file]], "fn_index": uploads[0], "session_hash": session}
     assert httpx.post(f"{api}/queue/join", json=request).is_success
     assert '"success":false' in httpx.get(f"{api}/queue/data?session_hash={session}").text
     assert httpx.get(f"{api}/file={secret}").status_code == 403
