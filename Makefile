@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo chat test test-browser screenshots test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-package bench-gpu wheels clean
+.PHONY: demo chat test test-browser screenshots chromium test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -15,7 +15,7 @@ chat: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow and not vllm and not browser"
 
-# In a browser that is there already; $$CHROMIUM names another one.
+# In Chromium, which is installed where that is allowed; CHROMIUM names another one.
 test-browser: $(VENV)/.installed chromium
 	$(BIN)/pytest -m browser
 
@@ -23,11 +23,10 @@ test-browser: $(VENV)/.installed chromium
 screenshots: $(VENV)/.installed chromium
 	CHAT_SCREENSHOTS=docs/pictures $(BIN)/pytest -m browser -k pictures
 
-.PHONY: chromium
 chromium:
 	@command -v $(or $(CHROMIUM),chromium) > /dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y chromium; } || \
-		{ echo "Chromium is missing: install it, or name one that is there: make $@ CHROMIUM=..."; exit 1; }
+		{ echo "Chromium is missing: install it, or name one that is there: make test-browser CHROMIUM=..."; exit 1; }
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
@@ -112,6 +111,12 @@ bench-precision: $(VENV)/.vllm-cpu
 
 bench-evidence: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence.py --data $(BEIR)
+
+bench-extraction: $(VENV)/.installed
+	$(BIN)/python benchmarks/extraction.py $(EXTRACTION)
+
+bench-abstention: $(VENV)/.installed
+	$(BIN)/python benchmarks/abstention.py $(ABSTENTION)
 
 wheels: $(VENV)/.installed
 	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \
