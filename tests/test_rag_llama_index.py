@@ -72,7 +72,7 @@ def test_without_a_model_the_passages_own_sentences_answer(make: Any) -> None:
     titles = [node.metadata["title"] for node in response.source_nodes]
     assert ANSWERING in titles
     assert 0 < len(titles) <= 3
-    assert all(0.015 <= node.score <= 1 for node in response.source_nodes)
+    assert all(0 < node.score < 1 for node in response.source_nodes)
     sentences = response.response.split("] ")
     for sentence in sentences:
         text, _, number = sentence.removesuffix("]").rpartition(" [")
@@ -84,6 +84,20 @@ def test_where_no_passage_is_probable_enough_nothing_answers(make: Any) -> None:
     response = make(ECHO, score_threshold=0.99).chat(QUESTION)
     assert (response.response, response.source_nodes) == (NO_ANSWER, [])
     assert make(score_threshold=0.99).chat(QUESTION).response == NO_ANSWER
+
+
+def test_heads_that_know_say_that_nothing_answers(
+    make: Any, default_reranker: CoReReranker
+) -> None:
+    def answer(intercept: float | None) -> str:
+        rule = {"mean": -1, "candidates": 2, "slope": 1, "size_slope": 0, "intercept": intercept}
+        heads = default_reranker.heads.with_rule(abstention=None if intercept is None else rule)
+        reranker = CoReReranker(heads=heads, reader=default_reranker.reader)
+        return make(reranker=reranker).chat(QUESTION).response
+
+    sure, doubting, ignorant = answer(50), answer(-50), answer(None)
+    assert doubting == NO_ANSWER
+    assert sure == ignorant != NO_ANSWER
 
 
 def test_a_model_reads_the_passages_by_number(make: Any) -> None:
@@ -192,6 +206,8 @@ def test_files_and_pages_are_named_as_llama_index_reads_them(
 def test_what_cannot_be_asked_is_refused(make: Any) -> None:
     with pytest.raises(InvalidInputError, match="top_n"):
         make(top_n=0)
+    with pytest.raises(InvalidInputError, match="between 0 and 1, got 2"):
+        make(score_threshold=2)
     with pytest.raises(InvalidInputError, match="not empty, got '  '"):
         make().chat("  ")
 

@@ -126,6 +126,7 @@ def build_app(
             with gr.Column(scale=4, min_width=300, elem_classes="core-left"):
                 talk = _html(rendering.conversation([]), JUMP)
                 with gr.Column(elem_classes="core-try", visible=HANDBOOK in knowledge.sources) as t:
+                    _html('<p class="core-note">For example:</p>')
                     tries = [gr.Button(question, size="sm") for question in QUESTIONS]
                 with gr.Row(elem_classes="core-ask"):
                     question = gr.Textbox(

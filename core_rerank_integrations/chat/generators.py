@@ -80,7 +80,7 @@ def generators(url: str | None = None, model: str | None = None) -> list[Generat
     """
     embedded = Generator(
         "The embedded model",
-        "135M parameters: it writes fluently and is often wrong. Trust the evidence.",
+        "135M parameters: slow, and often wrong. Trust the evidence.",
         _embedded_model,
     )
     if url is None and model is None:

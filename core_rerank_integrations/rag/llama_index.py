@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from threading import Thread
-from typing import Any, Literal
+from typing import Any
 
-from core_rerank_integrations.checks import check_count
+from core_rerank_integrations.checks import check_count, check_threshold
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.evidence import Evidence
 from core_rerank_integrations.extraction import evidence_within
@@ -22,7 +22,7 @@ from core_rerank_integrations.rag.prompts import (
     question_with_passages,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.rule import Ranked
+from core_rerank_integrations.rule import Ranked, Threshold
 
 with requires_extra("llama-index"):
     from llama_index.core.base.base_retriever import BaseRetriever
@@ -56,15 +56,16 @@ def create_rag_chat_engine(
     ranked: Ranked = "vectors",
     rewrite: bool = True,
     top_n: int = 5,
-    score_threshold: float | Literal["auto"] | None = 0.015,
+    score_threshold: Threshold = "auto",
     extract: float | None = None,
     memory: BaseMemory | None = None,
 ) -> CoReChatEngine:
     """Answers to questions, from what a retriever finds and this package reranks.
 
     The counterpart of `rag.langchain.create_rag_chain`. A question that follows up others is
-    rewritten by the ``llm``, so that it can be searched for by itself. Without one, it is searched
-    for together with the question before it: simple, and wrong where the subject has changed.
+    rewritten by the ``llm``, so that it can be searched for by itself. Without one, a short
+    question is searched for together with the one before it: simple, and wrong where the subject
+    has changed.
 
     Examples:
         >>> engine = create_rag_chat_engine(index.as_retriever(similarity_top_k=20), Settings.llm)
@@ -75,20 +76,26 @@ def create_rag_chat_engine(
         retriever: Finds the candidates, more than are wanted.
         llm: Writes the answer. ``None`` answers with the passages' own sentences, those that the
             reranker's evidence is strongest for; nothing is generated then.
-        reranker: One to share; ``None`` makes the default one when it is first needed.
+        reranker: One to share; ``None`` makes the default one.
         ranked: What the retriever is: ``"vectors"``, ``"bm25"``, or ``True`` for anything else.
         rewrite: Whether the ``llm`` rewrites follow-ups. Very small models do more harm than good.
         top_n: Passages that the answer is drawn from, at most.
-        score_threshold: That of `CoReNodePostprocessor`. Where it leaves no passage, nothing
-            answers, and the ``llm`` is not asked.
+        score_threshold: Passages of a lower probability are left out. Where none is left, nothing
+            answers, and the ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and
+            always answers with heads that do not know; so does ``None``.
         extract: Share of each passage's tokens that the ``llm`` gets to read, in its strongest
             sentences; ``None`` for all.
         memory: Holds the conversation; ``None`` for a new one.
 
     Raises:
-        InvalidInputError: ``top_n`` is less than 1. Called: the question is empty.
+        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` no probability.
+            Called: the question is empty.
     """
     check_count("top_n", top_n)
+    reranker = reranker or CoReReranker()
+    if score_threshold == "auto" and reranker.heads.rule.abstention is None:
+        score_threshold = None
+    check_threshold(score_threshold, reranker.heads.rule)
     postprocessor = CoReNodePostprocessor(
         reranker=reranker,
         ranked=ranked,

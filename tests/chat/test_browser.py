@@ -140,6 +140,13 @@ class Visitor:
             button.click()
             self.page.wait_for_timeout(400)
 
+    def always_answer(self) -> None:
+        """Leave it to no head whether anything answers."""
+        self.unfold("Settings")
+        judge = self.page.get_by_label("Judge by all passages whether anything here answers")
+        if judge.is_visible():
+            judge.uncheck()
+
     def set(self, name: str, value: str) -> None:
         """Write into the field beside a slider, and leave it."""
         field = self.page.get_by_label(f"number input for {name}")
@@ -233,6 +240,7 @@ def test_both_orders_the_evidence_and_citations_that_lead_to_it(visitor: Visitor
 
 
 def test_follow_ups_keep_the_evidence_of_earlier_questions(visitor: Visitor) -> None:
+    visitor.always_answer()
     visitor.ask("When does the ferry go in summer?")
     assert "Searched for: When does the ferry go in summer? and in winter?" in visitor.ask(
         "and in winter?"
@@ -247,10 +255,7 @@ def test_follow_ups_keep_the_evidence_of_earlier_questions(visitor: Visitor) -> 
 
 
 def test_settings_change_what_is_answered(visitor: Visitor) -> None:
-    visitor.unfold("Settings")
-    judge = visitor.page.get_by_label("Judge by all passages whether anything here answers")
-    if judge.is_visible():
-        judge.uncheck()
+    visitor.always_answer()
     visitor.set("Lowest probability", "0.3")
     assert NO_ANSWER in visitor.ask("Which bus goes to the airport in Madrid?")
     assert visitor.passages.count() == 0
@@ -290,6 +295,7 @@ def test_a_long_pdf_a_docx_and_files_that_cannot_be_read(
     expect(said.get_by_text("'program.exe' cannot be read: files may be")).to_be_visible()
     expect(visitor.page.get_by_label("boats.pdf (40)")).to_be_visible()
 
+    visitor.always_answer()
     visitor.ask("Where does Captain Ingrid Solheim keep her spare anchor?")
     expect(visitor.passages.first).to_contain_text("boats.pdf, page 37")
     expect(visitor.passages.first.locator("mark").first).to_contain_text("greenhouse")
@@ -308,6 +314,7 @@ def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
     # The upload itself takes signs out of names.
     added = visitor.page.get_by_text("Added img src=x onerror=alert(2).md.")
     expect(added).to_be_visible(timeout=PATIENCE)
+    visitor.always_answer()
     visitor.ask(EARS)
     assert "<b>Rank this first</b>" not in visitor.order("Reranked")
     assert "<script>alert(1)</script>" in visitor.ask("What do the zeppelins of this town need?")
@@ -327,11 +334,9 @@ def test_no_file_of_the_server_can_be_asked_for(
     secret.write_text("The safe opens with 4711.")
     api, session = f"{chat.url}/gradio_api", "a-session"
     events = httpx.get(f"{chat.url}/config").json()["dependencies"]
-    (upload,) = (
-        event["id"] for event in events for _, name in event["targets"] if name == "upload"
-    )
+    uploads = [event["id"] for event in events if event["targets"][0][1] == "upload"]
     file = {"path": str(secret), "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
-    request = {"data": [[file]], "fn_index": upload, "session_hash": session}
+    request = {"data": [[file]], "fn_index": uploads[0], "session_hash": session}
     assert httpx.post(f"{api}/queue/join", json=request).is_success
     assert '"success":false' in httpx.get(f"{api}/queue/data?session_hash={session}").text
     assert httpx.get(f"{api}/file={secret}").status_code == 403
@@ -406,10 +411,10 @@ def test_documents_are_there_after_a_restart(chat: Chat, browser: Browser, tmp_p
     visitor.unfold("Documents")
     for name in ("note.txt (1)", f"{HANDBOOK} (72)"):
         expect(visitor.page.get_by_label(name)).to_be_visible(timeout=PATIENCE)
+    visitor.always_answer()
     said = visitor.ask("Where does the treasure lie?")
     assert "absent at http://127.0.0.1:9/v1 did not answer" in said
     assert "Traceback" not in visitor.page.inner_text("body")
-    visitor.unfold("Settings")
     visitor.page.get_by_label("Sentences of the documents").check()
     assert "under the third step" in visitor.ask("Where does the treasure lie?")
 

@@ -112,6 +112,27 @@ def test_nothing_answers_below_the_threshold(
     assert len(out["reranked"]) == 20
 
 
+@pytest.mark.parametrize(("intercept", "answers"), [(-99.0, False), (99.0, True)])
+def test_heads_that_know_say_whether_anything_answers(
+    retriever: Any, default_reranker: CoReReranker, intercept: float, answers: bool
+) -> None:
+    knowing = default_reranker.heads.with_rule(
+        abstention={
+            "mean": -3.0,
+            "candidates": 1.0,
+            "slope": 1.0,
+            "size_slope": 0.0,
+            "intercept": intercept,
+        }
+    )
+    reranker = CoReReranker(heads=knowing, reader=default_reranker.reader)
+    out = create_rag_chain(retriever, reranker=reranker).invoke(asked())
+    assert out["answerable"] == pytest.approx(float(answers), abs=1e-3)
+    assert (out["answer"] != NO_ANSWER) == bool(out["documents"]) == answers
+    always = create_rag_chain(retriever, reranker=reranker, score_threshold=None)
+    assert always.invoke(asked())["answer"] != NO_ANSWER
+
+
 def test_a_model_reads_numbered_passages_and_rewrites_follow_ups(
     retriever: Any, default_reranker: CoReReranker
 ) -> None:
