@@ -3,13 +3,30 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
+.PHONY: demo chat test test-browser screenshots chromium test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/core-rerank demo
 
+# A chatbot over a handbook, in the browser; CHAT takes options, such as CHAT="--port 8000".
+chat: $(VENV)/.installed
+	$(BIN)/core-rerank chat $(CHAT)
+
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow and not vllm"
+	$(BIN)/pytest -m "not slow and not vllm and not browser"
+
+# In Chromium, which is installed where that is allowed; CHROMIUM names another one.
+test-browser: $(VENV)/.installed chromium
+	$(BIN)/pytest -m browser
+
+# The pictures in docs/, as that test sees the page.
+screenshots: $(VENV)/.installed chromium
+	CHAT_SCREENSHOTS=docs/pictures $(BIN)/pytest -m browser -k pictures
+
+chromium:
+	@command -v $(or $(CHROMIUM),chromium) > /dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y chromium; } || \
+		{ echo "Chromium is missing: install it, or name one that is there: make test-browser CHROMIUM=..."; exit 1; }
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
@@ -20,7 +37,7 @@ test-newest: LIMITS := torch==2.13.0
 test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
-	.venv-$@/bin/python -m pytest -m "not slow and not vllm" --ignore tests/finding
+	.venv-$@/bin/python -m pytest -m "not slow and not vllm and not browser" --ignore tests/finding
 
 # vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
 # torchcodec are left out: text models need only torch, which is here.

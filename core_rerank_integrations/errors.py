@@ -34,6 +34,10 @@ class BackendError(CoReError, RuntimeError):
     """What runs the model failed, or gave less than a whole answer."""
 
 
+class GeneratorError(CoReError, RuntimeError):
+    """A model that is to write an answer cannot be reached, or broke off."""
+
+
 class StorageError(CoReError, OSError):
     """A file cannot be written, or what this package wrote cannot be read back."""
 

@@ -33,6 +33,8 @@ def test_importing_the_package_imports_no_framework() -> None:
         ("langchain_core", "core_rerank_integrations.CoReDocumentCompressor", "langchain"),
         ("openvino", "import core_rerank_integrations.backends.openvino.backend", "cpu"),
         ("vllm", "import core_rerank_integrations.backends.vllm.dedicated", "vllm"),
+        ("gradio", "import core_rerank_integrations.chat.app", "chat"),
+        ("kreuzberg", "import core_rerank_integrations.chat.app", "chat"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         (
             "transformers",

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from core_rerank_integrations import __version__
 from core_rerank_integrations.cli import heads, models
+from core_rerank_integrations.cli.chat import chat
 from core_rerank_integrations.cli.common import ModelOption, clear_errors
 from core_rerank_integrations.cli.evaluate import evaluate_command
 from core_rerank_integrations.cli.remember import remember
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(rerank)
 app.command()(remember)
+app.command()(chat)
 app.add_typer(models.app, name="models")
 app.add_typer(heads.app, name="heads")
 app.command("evaluate")(evaluate_command)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from core_rerank_integrations import CoReReranker, DocumentCache
+from core_rerank_integrations.models import LocalModel
+
+try:
+    import docx
+    import fpdf
+
+    from core_rerank_integrations.chat.knowledge import KnowledgeBase
+except ImportError:  # The chatbot needs the extra of that name.
+    collect_ignore_glob = ["test_*"]
+
+
+@pytest.fixture(scope="session")
+def chat_reranker(
+    smollm2: LocalModel,  # noqa: ARG001  It lies in the cache then.
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[CoReReranker]:
+    cache = DocumentCache(folder=tmp_path_factory.mktemp("known"))
+    with CoReReranker(document_cache=cache) as reranker:
+        yield reranker
+
+
+@pytest.fixture
+def knowledge(tmp_path: Path, chat_reranker: CoReReranker) -> Iterator[KnowledgeBase]:
+    knowledge = KnowledgeBase(tmp_path / "data", chat_reranker)
+    yield knowledge
+    knowledge.close()
+
+
+@pytest.fixture(scope="session")
+def write_pdf() -> Callable[[Path, list[str]], Path]:
+    """Writes a PDF with a page for each text."""
+
+    def write(path: Path, pages: list[str]) -> Path:
+        document = fpdf.FPDF()
+        document.set_font("helvetica", size=11)
+        for page in pages:
+            document.add_page()
+            document.multi_cell(0, 6, page)
+        document.output(str(path))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_docx() -> Callable[[Path, dict[str, str]], Path]:
+    """Writes a DOCX file with a paragraph under each heading."""
+
+    def write(path: Path, sections: dict[str, str]) -> Path:
+        document = docx.Document()
+        for heading, paragraph in sections.items():
+            document.add_heading(heading, 1)
+            document.add_paragraph(paragraph)
+        document.save(str(path))
+        return path
+
+    return write

@@ -1,0 +1,171 @@
+"""Answers by a real endpoint, and what is said where one is down or breaks off."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.chat.conversation import MAX_QUESTION_CHARACTERS, Turn, Wishes, answer
+from core_rerank_integrations.chat.generators import EXTRACTS, Generator, generators
+from core_rerank_integrations.chat.knowledge import KnowledgeBase
+from core_rerank_integrations.errors import GeneratorError, InvalidInputError
+from core_rerank_integrations.models import LocalModel
+
+QUESTION = "When does the last ferry go?"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def endpoint(smollm2: LocalModel) -> Iterator[Generator]:
+    """The embedded model, served as OpenAI does by Transformers."""
+    port, name = free_port(), str(smollm2.path)
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", name]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    )
+    try:
+        for _ in range(120):
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except URLError:
+                assert server.poll() is None
+                time.sleep(1)
+        yield generators(f"http://127.0.0.1:{port}/v1", name)[0]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def ferries(knowledge: KnowledgeBase, tmp_path: Path) -> KnowledgeBase:
+    path = tmp_path / "ferries.md"
+    path.write_text("# Ferries\n\nThe last ferry goes at 18:40. Bread is baked from flour.")
+    list(knowledge.add_file(path))
+    return knowledge
+
+
+def ask(
+    knowledge: KnowledgeBase, reranker: CoReReranker, generator: Generator, question: str = QUESTION
+) -> Turn:
+    wishes = Wishes(score_threshold=None)
+    *_, turn = answer(question, [], knowledge, reranker, generator, wishes)
+    assert turn.is_done
+    return turn
+
+
+def test_an_endpoint_answers_in_pieces(
+    ferries: KnowledgeBase, chat_reranker: CoReReranker, endpoint: Generator
+) -> None:
+    wishes = Wishes(score_threshold=None)
+    turns = answer(QUESTION, [], ferries, chat_reranker, endpoint, wishes)
+    answers = [turn.answer for turn in turns]
+    assert len(set(answers)) > 5
+    assert "ferry" in answers[-1]
+
+    turn = ask(ferries, chat_reranker, endpoint)
+    assert turn.error == ""
+    earlier = [turn]
+    *_, second = answer("and in winter?", earlier, ferries, chat_reranker, endpoint, wishes)
+    assert second.error == ""
+    assert second.search
+
+
+def test_a_model_that_the_endpoint_does_not_know(
+    ferries: KnowledgeBase, chat_reranker: CoReReranker, endpoint: Generator
+) -> None:
+    url = endpoint.name.partition(" at ")[2]
+    turn = ask(ferries, chat_reranker, generators(url, "another-model")[0])
+    assert turn.error.startswith(f"another-model at {url} did not answer, or broke off")
+
+
+def test_an_endpoint_that_is_down(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
+    down = generators(f"http://127.0.0.1:{free_port()}/v1", "m")[0]
+    turn = ask(ferries, chat_reranker, down)
+    assert "did not answer, or broke off (Connection error.)" in turn.error
+    assert "choose another way to answer under Settings" in turn.error
+    assert turn.documents, "what was found is shown all the same"
+    assert turn.messages() == []
+
+
+class DiesWhileStreaming(BaseHTTPRequestHandler):
+    """Says a word, and is gone before it said all that it had announced."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        piece = b'data: {"choices": [{"index": 0, "delta": {"content": "The last"}}]}\n\n'
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        self.close_connection = True
+
+
+def test_an_endpoint_that_dies_while_it_answers(
+    ferries: KnowledgeBase, chat_reranker: CoReReranker
+) -> None:
+    server = HTTPServer(("127.0.0.1", 0), DiesWhileStreaming)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        dying = generators(f"http://127.0.0.1:{server.server_port}/v1", "m")[0]
+        turn = ask(ferries, chat_reranker, dying)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert turn.answer == "The last"
+    assert "broke off" in turn.error
+
+
+def test_the_embedded_model_answers(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
+    _, embedded = generators()
+    turn = ask(ferries, chat_reranker, embedded)
+    assert turn.error == ""
+    assert turn.answer.strip()
+
+
+def test_questions_that_cannot_be_answered_say_why(
+    knowledge: KnowledgeBase, ferries: KnowledgeBase, chat_reranker: CoReReranker
+) -> None:
+    assert ask(ferries, chat_reranker, EXTRACTS).answer == "The last ferry goes at 18:40. [1]"
+    assert "question is empty" in ask(ferries, chat_reranker, EXTRACTS, "  ").error
+    long = "x" * (MAX_QUESTION_CHARACTERS + 1)
+    assert "has 2,001 characters" in ask(ferries, chat_reranker, EXTRACTS, long).error
+    knowledge.remove("ferries.md")
+    assert "no documents to answer from" in ask(ferries, chat_reranker, EXTRACTS).error
+
+
+def test_the_key_is_the_environments_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    generator = generators("http://127.0.0.1:1/v1", "keyed")[0]
+    model = generator.model()
+    assert model.openai_api_key.get_secret_value() == "sk-secret"
+    assert "sk-secret" not in repr(model) + repr(generator)
+    with pytest.raises(GeneratorError) as caught, generator.clear_errors():
+        list(model.stream("hi"))
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_half_an_endpoint_is_none() -> None:
+    with pytest.raises(InvalidInputError, match="takes a URL and a model's name"):
+        generators("http://localhost:8000/v1", None)
+    with pytest.raises(InvalidInputError, match="must begin with http"):
+        generators("localhost:8000", "m")
