@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -93,8 +93,6 @@ class CoReReranker:
     Attributes:
         settings: What it was made with.
         heads: The heads it reads, under the rule that holds for it.
-        auto_threshold: What ``score_threshold="auto"`` asks of `answerable`: that something
-            relevant in the list is more probable than not.
         backend: The name of the backend that was chosen.
 
     Raises:
@@ -102,8 +100,6 @@ class CoReReranker:
         HeadSetError: No head set for the model, or one that does not belong to it.
         ModelError: The model is not to be had, or cannot be read exactly.
     """
-
-    auto_threshold: ClassVar[float] = 0.5
 
     def __init__(
         self,
@@ -291,6 +287,18 @@ class CoReReranker:
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, copy_context().run, call
         )
+
+    @property
+    def auto_threshold(self) -> float:
+        """What ``score_threshold="auto"`` asks of `answerable`.
+
+        It was chosen so that few lists with something relevant come back empty, for saying
+        nothing is the worse mistake; so many without come back all the same.
+
+        Raises:
+            InvalidInputError: The heads do not know.
+        """
+        return check_abstention(self.heads.rule).threshold
 
     def answerable(self, results: Sequence[RerankResult]) -> float:
         """How probable it is that a list holds something relevant.

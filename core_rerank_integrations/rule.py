@@ -59,6 +59,7 @@ class Abstention(BaseModel):
         slope: What the distance is multiplied by.
         size_slope: What the logarithm of the number of candidates is multiplied by.
         intercept: What is added then.
+        threshold: Probability below which a list is said to hold nothing relevant.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +69,7 @@ class Abstention(BaseModel):
     slope: Positive
     size_slope: Finite
     intercept: Finite
+    threshold: float = Field(ge=0, le=1)
 
     def probability(self, probabilities: npt.ArrayLike) -> float:
         """That a list holds something relevant; 0 where it is empty.

@@ -23,7 +23,10 @@ def test_nothing_comes_back_where_nothing_answers(
     smollm2: LocalModel, calibrated: CoReReranker
 ) -> None:
     def with_abstention(intercept: float) -> CoReReranker:
-        rule = {"mean": -1, "candidates": 2, "slope": 1, "size_slope": 0, "intercept": intercept}
+        rule = {
+            "mean": -1, "candidates": 2, "slope": 1, "size_slope": 0, "intercept": intercept,
+            "threshold": 0.5,
+        }  # fmt: skip
         heads = CALIBRATED.with_rule(abstention=rule)
         return CoReReranker(smollm2.path, heads=heads, reader=calibrated.reader)
 
@@ -64,6 +67,7 @@ def test_heads_that_do_not_know_when_nothing_answers(calibrated: CoReReranker) -
                 "window": 1,
                 "abstention": {
                     "mean": 0, "candidates": 1, "slope": 1, "size_slope": 0, "intercept": 0,
+                    "threshold": 0.5,
                 },
             },
         )  # fmt: skip

@@ -263,6 +263,12 @@ def abstention(
     ],
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question.")] = 20,
+    lost: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of lists with something relevant that may come back empty."
+        ),
+    ] = 0.05,
     model: ModelOption = DEFAULT_MODEL,
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
@@ -280,6 +286,7 @@ def abstention(
             [JudgedRun.parse(text) for text in lists],
             model,
             candidates=candidates,
+            lost=lost,
             seed=seed,
             backend=backend,
             dtype=dtype,

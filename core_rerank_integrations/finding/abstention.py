@@ -17,7 +17,7 @@ from core_rerank_integrations.heads import HeadSet
 from core_rerank_integrations.models import DEFAULT_MODEL
 from core_rerank_integrations.progress import tracked
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.rule import Abstention, distance, log_odds
+from core_rerank_integrations.rule import Abstention, distance, log_odds, logistic
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
@@ -26,6 +26,8 @@ Array = npt.NDArray[np.float64]
 
 SIZES = (1, 2, 3, 5, 10)
 """Of shorter lists that are fitted on beside those as they come."""
+LOST = 0.05
+"""Share of the lists with something relevant that may come back empty."""
 
 
 class JudgedOdds(NamedTuple):
@@ -86,7 +88,9 @@ def judged_odds(
     return judged
 
 
-def fit_rule(groups: Sequence[Sequence[JudgedOdds]], seed: int = 0) -> Abstention:
+def fit_rule(
+    groups: Sequence[Sequence[JudgedOdds]], lost: float = LOST, seed: int = 0
+) -> Abstention:
     """Fit when a list is said to hold nothing relevant, by logistic loss.
 
     Half of the lists hold something relevant, the other half are the same ones without. Beside the
@@ -94,11 +98,14 @@ def fit_rule(groups: Sequence[Sequence[JudgedOdds]], seed: int = 0) -> Abstentio
 
     Args:
         groups: Of each collection, its lists; each counts the same, however many it has.
+        lost: Share of the lists with something relevant that may come back empty.
         seed: Of what is drawn for shorter lists.
 
     Raises:
-        InvalidInputError: There is no list.
+        InvalidInputError: There is no list, or ``lost`` is not between 0 and 1.
     """
+    if not 0 <= lost <= 1:
+        raise InvalidInputError(f"lost must be between 0 and 1, got {lost}")
     if not any(groups):
         raise InvalidInputError(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
@@ -122,15 +129,18 @@ def fit_rule(groups: Sequence[Sequence[JudgedOdds]], seed: int = 0) -> Abstentio
     def loss(line: Array) -> float:
         return float(shares @ np.logaddexp(0, signs * (features @ line)))
 
-    slope, size_slope, intercept = minimize(
-        loss, [1.0, 0.0, 0.0], bounds=[(1e-6, None), (None, None), (None, None)]
-    ).x
+    line = minimize(loss, [1.0, 0.0, 0.0], bounds=[(1e-6, None), (None, None), (None, None)]).x
+    slope, size_slope, intercept = line
+    holding = signs < 0
+    found = logistic(features[holding] @ line)
+    threshold = np.quantile(found, lost, weights=shares[holding], method="inverted_cdf")
     return Abstention(
         mean=mean,
         candidates=candidates,
         slope=float(slope),
         size_slope=float(size_slope),
         intercept=float(intercept),
+        threshold=float(threshold),
     )
 
 
@@ -153,6 +163,7 @@ def fit_abstention(
     model: str | Path = DEFAULT_MODEL,
     *,
     candidates: int = 20,
+    lost: float = LOST,
     seed: int = 0,
     backend: str = "auto",
     dtype: str = "auto",
@@ -165,6 +176,7 @@ def fit_abstention(
         sources: Judged candidates, each source counting alike.
         model: The model of the heads.
         candidates: Candidates a question.
+        lost: See `fit_rule`.
         seed: Seed of the drawing.
         backend: As for `CoReReranker`.
         dtype: As for `CoReReranker`.
@@ -185,5 +197,5 @@ def fit_abstention(
         groups = [judged_odds(source, reranker, candidates, show_progress) for source in drawn]
     details = {**heads.provenance.details, "abstention": [source.label for source in drawn]}
     provenance = heads.provenance.model_copy(update={"details": details})
-    fitted = heads.with_rule(abstention=fit_rule(groups, seed))
+    fitted = heads.with_rule(abstention=fit_rule(groups, lost, seed))
     return fitted.model_copy(update={"provenance": provenance})

@@ -65,6 +65,19 @@ def test_what_stands_out_of_its_list_answers() -> None:
     assert errors(rule, other) < apart / 2
 
 
+def test_the_threshold_loses_as_many_as_it_may() -> None:
+    for lost in (0.0, 0.05, 0.3):
+        rule = fit_rule([made_up(400, seed=0)], lost)
+        found = [
+            rule.probability(probabilities(item.shortened(size, random.Random(1)).lists()[0]))
+            for item in made_up(400, seed=1)
+            for size in (1, 2, 3, 5, 9, 9)
+        ]
+        assert np.mean(np.array(found) < rule.threshold) == pytest.approx(lost, abs=0.05)
+    with pytest.raises(InvalidInputError, match=r"lost must be between 0 and 1, got 1\.5"):
+        fit_rule([made_up(4, seed=0)], 1.5)
+
+
 def test_short_lists_are_judged_too() -> None:
     rule = fit_rule([made_up(200, seed=0)])
     short = [item.shortened(1, random.Random(0)) for item in made_up(200, seed=1)]
