@@ -90,8 +90,9 @@ def test_heads_that_know_say_that_nothing_answers(
     make: Any, default_reranker: CoReReranker
 ) -> None:
     def answer(intercept: float | None) -> str:
-        rule = {"mean": -1, "candidates": 2, "slope": 1, "size_slope": 0, "intercept": intercept}
-        heads = default_reranker.heads.with_rule(abstention=None if intercept is None else rule)
+        numbers = {"mean": -1, "candidates": 2, "slope": 1, "size_slope": 0, "threshold": 0.5}
+        rule = None if intercept is None else {**numbers, "intercept": intercept}
+        heads = default_reranker.heads.with_rule(abstention=rule)
         reranker = CoReReranker(heads=heads, reader=default_reranker.reader)
         return make(reranker=reranker).chat(QUESTION).response
 
