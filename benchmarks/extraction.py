@@ -51,19 +51,29 @@ class Cutter:
         self._encoder = SentenceTransformer(str(get_model_path()), device="cpu")
         self._tokenizer = Tokenizer.from_file(str(resolve(MODEL).path / "tokenizer.json"))
 
-    def nearness(self, query: str, texts: Sequence[str]) -> np.ndarray:
+    def nearness(self, query: str, texts: Sequence[str]) -> dict[str, float]:
         """Of each text to the query, by MiniLM."""
-        vectors = self._encoder.encode([query, *texts], normalize_embeddings=True)
-        return vectors[1:] @ vectors[0]
+        once = list(dict.fromkeys(texts))
+        vectors = self._encoder.encode([query, *once], normalize_embeddings=True)
+        return dict(zip(once, (vectors[1:] @ vectors[0]).tolist(), strict=True))
 
-    def cut(self, query: str, result: RerankResult) -> dict[Cut, tuple[str, float]]:
-        """What is left of a document, and which share of its tokens.
+    def cut(
+        self, query: str, results: Sequence[RerankResult]
+    ) -> list[dict[Cut, tuple[str, float]]]:
+        """What is left of each document, and which share of its tokens.
 
         MiniLM's sentences and the first tokens may be as many tokens as the heads' sentences are.
         """
+        sentences = [_sentences(result) for result in results]
+        near = self.nearness(query, [text for texts in sentences for text in texts])
+        return [
+            self._cut(result, [near[text] for text in texts])
+            for result, texts in zip(results, sentences, strict=True)
+        ]
+
+    def _cut(self, result: RerankResult, near: Sequence[float]) -> dict[Cut, tuple[str, float]]:
         document, evidence = result.document, result.evidence
-        near = self.nearness(query, [document[part.start : part.stop] for part in evidence])
-        by_minilm = [evidence[place] for place in np.argsort(-near, kind="stable")]
+        by_minilm = [evidence[place] for place in np.argsort(-np.array(near), kind="stable")]
         ends = [stop for _, stop in self._tokenizer.encode(document).offsets]
         left = {}
         for share, by in SHARES:
@@ -79,6 +89,10 @@ class Cutter:
                 Cut(WAYS[3], share, by): (first, count / max(1, len(ends))),
             }
         return left
+
+
+def _sentences(result: RerankResult) -> list[str]:
+    return [result.document[part.start : part.stop] for part in result.evidence]
 
 
 def _size(result: RerankResult, cut: Extract) -> float:
@@ -107,8 +121,8 @@ def answers_kept(reranker: CoReReranker, cutter: Cutter, source: JudgedRun) -> N
         wanted = [plain(answer) for answer in answers[key] if plain(answer)]
         if not any(answer in plain(document) for answer in wanted):
             continue
-        (result,) = reranker.rerank(query, [document], evidence=True)
-        for cut, (text, size) in cutter.cut(query, result).items():
+        (left,) = cutter.cut(query, reranker.rerank(query, [document], evidence=True))
+        for cut, (text, size) in left.items():
             held[cut].append(any(answer in plain(text) for answer in wanted))
             sizes[cut].append(size)
     documents = len(held[CUTS[0]])
@@ -126,12 +140,13 @@ def ranked_by_extracts(reranker: CoReReranker, cutter: Cutter, source: JudgedRun
         names = [name for name, _ in drawn.run[key][:CANDIDATES]]
         texts = [drawn.collection.passages[name].content for name in names]
         results = reranker.rerank(query, texts, evidence=True)
-        left = [cutter.cut(query, result) for result in results]
+        left = cutter.cut(query, results)
+        near = cutter.nearness(query, [text for cuts in left for text, _ in cuts.values()])
         for cut in CUTS:
-            near = cutter.nearness(query, [of_document[cut][0] for of_document in left])
-            places = np.argsort(-near, kind="stable")
+            nearest = np.array([near[cuts[cut][0]] for cuts in left])
+            places = np.argsort(-nearest, kind="stable")
             runs[cut][key] = [names[results[place].index] for place in places]
-            sizes[cut] += [of_document[cut][1] for of_document in left]
+            sizes[cut] += [cuts[cut][1] for cuts in left]
     qrels = {query: drawn.collection.qrels[query] for query in drawn.queries}
     print(f"\n{drawn.label}: nDCG@10 of MiniLM over the best {CANDIDATES}, cut\n")
     _print_table({cut: mean_measures(qrels, run)["nDCG@10"] for cut, run in runs.items()}, sizes)
