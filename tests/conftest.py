@@ -6,25 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
+from head_sets import CALIBRATED, HEADS
 
-from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.models import LocalModel, resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
-HEADS = HeadSet.from_pairs(
-    reference.HEADS,
-    name="four",
-    model="HuggingFaceTB/SmolLM2-135M-Instruct",
-    model_type="llama",
-    template="chatml",
-    rule={"window": 20},
-)
-"""The heads of the reference scores, whatever the package ships."""
-CALIBRATED = HEADS.with_rule(
-    window=1, passage_tokens=40, calibration={"slope": 30.0, "intercept": -2.0}
-)
-"""The same, each document by itself, with a calibration of no meaning."""
 
 
 @pytest.fixture(scope="session")

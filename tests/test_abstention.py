@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import CALIBRATED
+from head_sets import CALIBRATED
 from langchain_core.documents import Document
 
 from core_rerank_integrations import CoReDocumentCompressor, CoReReranker, HeadSet

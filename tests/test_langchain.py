@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from conftest import CALIBRATED, HEADS
+from head_sets import CALIBRATED, HEADS
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.callbacks import BaseCallbackHandler

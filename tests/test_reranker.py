@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CALIBRATED, HEADS
+from head_sets import CALIBRATED, HEADS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HEADS
+from head_sets import HEADS
 from safetensors.torch import save_file
 
 from core_rerank_integrations import CoReReranker, HeadSet

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import HEADS
+from head_sets import HEADS
 from tiny_models import FAMILIES, TINY, prompts, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HEADS
+from head_sets import HEADS
 
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.errors import BackendError, ClosedError, InvalidInputError

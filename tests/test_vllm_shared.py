@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HEADS
+from head_sets import HEADS
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, UnsupportedModelError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CALIBRATED
+from head_sets import CALIBRATED
 from test_cli import failed, run
 
 from core_rerank_integrations import CoReReranker, HeadSet

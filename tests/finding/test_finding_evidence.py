@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HEADS
+from head_sets import HEADS
 from test_cli import failed, run
 
 from core_rerank_integrations import HeadSet
