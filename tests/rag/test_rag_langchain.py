@@ -79,6 +79,7 @@ def test_sentences_of_the_documents_answer(retriever: Any, default_reranker: CoR
         "search",
         "candidates",
         "reranked",
+        "answerable",
         "documents",
         "answer",
         "answer",
@@ -123,6 +124,7 @@ def test_heads_that_know_say_whether_anything_answers(
             "slope": 1.0,
             "size_slope": 0.0,
             "intercept": intercept,
+            "threshold": 0.5,
         }
     )
     reranker = CoReReranker(heads=knowing, reader=default_reranker.reader)

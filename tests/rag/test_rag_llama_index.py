@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +30,6 @@ QUESTION = "What happens to my money if fog stops the ferry?"
 ANSWERING = "Your payment when we cannot bring you over"
 ECHO = MockLLM()
 """LlamaIndex's own: what it was asked is its answer."""
-
-
-@pytest.fixture(scope="module")
-def default_reranker() -> Iterator[CoReReranker]:
-    with CoReReranker() as reranker:
-        yield reranker
 
 
 @pytest.fixture(scope="module")
