@@ -33,7 +33,10 @@ arguments = parser.parse_args()
 
 reranker = CoReReranker(arguments.model, window=1)
 handbook = Collection.load(resource_folder("examples/data"))
-documents = [Document(p.text, metadata={"title": p.title}) for p in handbook.passages.values()]
+documents = [
+    Document(f"{p.title}\n\n{p.text}", metadata={"title": p.title})
+    for p in handbook.passages.values()
+]
 store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),

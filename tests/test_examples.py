@@ -152,7 +152,7 @@ def test_an_endpoint_that_does_not_answer_is_named(name: str) -> None:
         free.bind(("localhost", 0))
         url = f"http://localhost:{free.getsockname()[1]}/v1"
     if name == "rag_chatbot.py":
-        said = run(name, "--llm-url", url, typed="Is there a ferry?\n")
+        said = run(name, "--llm-url", url, typed="When is the last ferry in winter?\n")
     else:
         said = run(name, "--llm-url", url, fails=True)
         assert "Traceback" not in said

@@ -268,7 +268,7 @@ def abstention(
         typer.Option(
             min=0, max=1, help="Share of lists with something relevant that may come back empty."
         ),
-    ] = 0.02,
+    ] = 0.01,
     model: ModelOption = DEFAULT_MODEL,
     seed: SeedOption = 0,
     backend: BackendOption = "auto",

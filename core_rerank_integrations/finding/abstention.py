@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float64]
 
 SIZES = (1, 2, 3, 5, 10)
 """Of shorter lists that are fitted on beside those as they come."""
-LOST = 0.02
+LOST = 0.01
 """Share of the lists with something relevant that may come back empty."""
 
 
