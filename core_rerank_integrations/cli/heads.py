@@ -264,11 +264,11 @@ def abstention(
     output: Annotated[Path, typer.Option(help="The head set file to write.")],
     candidates: Annotated[int, typer.Option(min=2, help="Candidates a question.")] = 20,
     lost: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0, max=1, help="Share of lists with something relevant that may come back empty."
         ),
-    ] = 0.01,
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
@@ -279,6 +279,7 @@ def abstention(
     How the head set ranks stays as it is.
     """
     from core_rerank_integrations.finding import JudgedRun, fit_abstention
+    from core_rerank_integrations.finding.abstention import LOST
 
     with clear_errors():
         fitted = fit_abstention(
@@ -286,7 +287,7 @@ def abstention(
             [JudgedRun.parse(text) for text in lists],
             model,
             candidates=candidates,
-            lost=lost,
+            lost=LOST if lost is None else lost,
             seed=seed,
             backend=backend,
             dtype=dtype,

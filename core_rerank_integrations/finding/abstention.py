@@ -104,8 +104,7 @@ def fit_rule(
     Raises:
         InvalidInputError: There is no list, or ``lost`` is not between 0 and 1.
     """
-    if not 0 <= lost <= 1:
-        raise InvalidInputError(f"lost must be between 0 and 1, got {lost}")
+    _check_lost(lost)
     if not any(groups):
         raise InvalidInputError(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
@@ -142,6 +141,11 @@ def fit_rule(
         intercept=float(intercept),
         threshold=float(threshold),
     )
+
+
+def _check_lost(lost: float) -> None:
+    if not 0 <= lost <= 1:
+        raise InvalidInputError(f"lost must be between 0 and 1, got {lost}")
 
 
 def _drawn_mean(lists: Sequence[Array]) -> tuple[float, float]:
@@ -183,8 +187,8 @@ def fit_abstention(
         show_progress: Whether bars on standard error say how far this is.
 
     Raises:
-        InvalidInputError: A collection cannot be read, there is nothing to fit on, or the heads
-            are not calibrated.
+        InvalidInputError: A collection cannot be read, there is nothing to fit on, ``lost`` is not
+            between 0 and 1, or the heads are not calibrated.
         HeadSetError: The heads are not this model's.
     """
     if heads.rule.calibration is None:
@@ -192,6 +196,7 @@ def fit_abstention(
             f"the heads {heads.name!r} are not calibrated; `core-rerank heads fit --window 1` "
             "makes such as are"
         )
+    _check_lost(lost)  # Before what takes long.
     drawn = draw(sources, seed)
     with CoReReranker(model, heads, backend=backend, dtype=dtype) as reranker:
         groups = [judged_odds(source, reranker, candidates, show_progress) for source in drawn]

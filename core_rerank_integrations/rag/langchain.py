@@ -22,7 +22,6 @@ from core_rerank_integrations.rag.prompts import (
     question_with_passages,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.results import RerankResult
 from core_rerank_integrations.rule import Ranked, Threshold
 
 with requires_extra("langchain"):
@@ -97,9 +96,9 @@ def create_rag_chain(
         rerank: Whether candidates are reranked; ``False`` answers from the retriever's order.
         rewrite: Whether the ``llm`` rewrites follow-ups. Very small models do more harm than good.
         top_n: Passages that the answer is drawn from, at most.
-        score_threshold: Where no candidate's probability reaches it, nothing answers, and the
-            ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and always answers
-            with heads that do not know; so does ``None``.
+        score_threshold: Passages of a lower probability are left out. Where none is left, nothing
+            answers, and the ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and
+            always answers with heads that do not know; so does ``None``.
         extract: Share of each passage's tokens that the ``llm`` gets to read, in its strongest
             sentences; ``None`` for all.
 
@@ -112,8 +111,8 @@ def create_rag_chain(
     """
     check_count("top_n", top_n)
     reranker = reranker or CoReReranker()
-    knows = reranker.heads.rule.abstention is not None
-    if score_threshold == "auto" and not knows:
+    abstention = reranker.heads.rule.abstention
+    if score_threshold == "auto" and abstention is None:
         score_threshold = None
     check_threshold(score_threshold, reranker.heads.rule)
     compressor = CoReDocumentCompressor(
@@ -132,19 +131,17 @@ def create_rag_chain(
 
     def judged(documents: list[Document]) -> AddableDict:
         """How probable an answer is, and the documents that it is to be drawn from."""
-        results = [
-            RerankResult(place, relevance, document.page_content, relevance)
-            for place, document in enumerate(documents)
-            for relevance in [document.metadata["relevance_score"]]
-        ]
-        answerable = reranker.answerable(results) if knows else None
+        relevance = [document.metadata["relevance_score"] for document in documents]
+        told = AddableDict(answerable=abstention.probability(relevance) if abstention else None)
         if score_threshold == "auto":
-            answers = answerable is not None and answerable >= reranker.auto_threshold
-        else:
-            best = max((result.relevance for result in results), default=0.0)
-            answers = score_threshold is None or best >= score_threshold
-        given = {} if answerable is None else {"answerable": answerable}
-        return AddableDict(given, documents=documents[:top_n] if answers else [])
+            documents = documents if told["answerable"] >= reranker.auto_threshold else []
+        elif score_threshold is not None:
+            documents = [
+                document
+                for document, given in zip(documents, relevance, strict=True)
+                if given >= score_threshold
+            ]
+        return AddableDict(told if abstention else {}, documents=documents[:top_n])
 
     def stream(chunks: Iterator[RagInput]) -> Iterator[AddableDict]:
         given = _checked(chunks)

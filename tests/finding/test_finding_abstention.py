@@ -133,3 +133,6 @@ def test_the_command_fits_it(tmp_path: Path) -> None:
     assert "are not calibrated" in refused
     with pytest.raises(InvalidInputError, match="are not calibrated"):
         fit_abstention(CALIBRATED.in_windows_of(5), [])
+    lists_of = [JudgedRun.parse(lists)]
+    with pytest.raises(InvalidInputError, match=r"lost must be between 0 and 1, got 2"):
+        fit_abstention(CALIBRATED, lists_of, model="no such model", lost=2)

@@ -111,6 +111,16 @@ def test_nothing_answers_below_the_threshold(
     out = chain.invoke(asked())
     assert (out["answer"], out["documents"], llm.heard) == (NO_ANSWER, [], [])
     assert len(out["reranked"]) == 20
+    best, second = sorted((d.metadata["relevance_score"] for d in out["reranked"]), reverse=True)[
+        :2
+    ]
+    strict = create_rag_chain(
+        retriever, reranker=default_reranker, score_threshold=(best + second) / 2
+    )
+    kept = strict.invoke(asked())["documents"]
+    assert [document.metadata["relevance_score"] for document in kept] == [
+        pytest.approx(best, abs=0.02)
+    ]
 
 
 @pytest.mark.parametrize(("intercept", "answers"), [(-99.0, False), (99.0, True)])
