@@ -136,9 +136,15 @@ def test_langchain_documents_are_cut(calibrated: CoReReranker) -> None:
     assert "evidence" not in cut.metadata
     spans = cut.metadata["extracted"]
     assert cut.page_content == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
+    assert_whole_sentences(spans)
     assert len(cut.page_content) < len(DOCUMENT)
     by_score = CoReDocumentCompressor(reranker=calibrated, extract=1, extract_by="score")
     assert by_score.compress_documents([given_document], QUERY)[0].page_content == DOCUMENT.strip()
+
+
+def assert_whole_sentences(spans: list[list[int]]) -> None:
+    assert {start for start, _ in spans} <= {sentence.start for sentence in SENTENCES}
+    assert {stop for _, stop in spans} <= {sentence.stop for sentence in SENTENCES}
 
 
 def test_nodes_are_cut_but_not_their_metadata(calibrated: CoReReranker) -> None:
@@ -149,12 +155,14 @@ def test_nodes_are_cut_but_not_their_metadata(calibrated: CoReReranker) -> None:
     assert (cut.node.node_id, cut.node.metadata["title"]) == ("a", node.metadata["title"])
     spans = cut.node.metadata["extracted"]
     assert cut.text == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
+    assert_whole_sentences(spans)
     assert 0 < len(cut.text) < len(DOCUMENT)
     assert "extracted" not in cut.node.get_content(metadata_mode=MetadataMode.LLM)
     bare = TextNode(text=DOCUMENT)
     (cut,) = postprocessor.postprocess_nodes([NodeWithScore(node=bare)], query_str=QUERY)
     spans = cut.node.metadata["extracted"]
     assert cut.text == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
+    assert_whole_sentences(spans)
 
 
 def test_a_node_that_hides_its_text_is_refused(calibrated: CoReReranker) -> None:

@@ -177,7 +177,8 @@ def build_app(
                         0,
                         step=0.005,
                         label="Lowest probability",
-                        info="Passages below it are left out; where none is left, nothing answers. 0: all.",
+                        info="Passages below it are left out; where none is left, nothing "
+                        "answers. 0: all.",
                     )
                     extract = gr.Slider(
                         0.1,
