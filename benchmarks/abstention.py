@@ -20,10 +20,10 @@ from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.finding import JudgedRun
-from core_rerank_integrations.finding.evidence import answers_of, holds_any
-from core_rerank_integrations.finding.sources import Drawn, draw
-from core_rerank_integrations.progress import tracked
+from core_rerank_integrations.research import JudgedRun
+from core_rerank_integrations.research.fit_evidence import answers_of, holds_any
+from core_rerank_integrations.research.sources import Drawn, draw
+from core_rerank_integrations._internal.progress import tracked
 
 CANDIDATES = 20
 FALSE_ANSWERS = 0.1
@@ -89,8 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine("openvino", "transformers", "sentence-transformers", "bm25s"))
     with CoReReranker(MODEL, heads=arguments.heads) as reranker:
-        threshold = reranker.auto_threshold
-        rule = reranker.heads.rule.abstention
+        threshold = reranker.abstention_threshold
+        rule = reranker.heads.scoring.abstention
         ways: dict[str, Callable[[Signals], float]] = {
             "`answerable`": lambda signals: rule.probability(signals.probabilities),
             "best probability": lambda signals: signals.probabilities.max(),

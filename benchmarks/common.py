@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations._internal.resources import resource_folder
 
 MODEL = "smollm2-135m"
 HEADS = HeadSet.from_pairs(
@@ -23,7 +23,7 @@ HEADS = HeadSet.from_pairs(
     name="four",
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     template="chatml",
-    rule={"window": 20},
+    scoring={"window": 20},
 )
 """Always the same, so that figures of different days stand side by side."""
 WORDS = 78

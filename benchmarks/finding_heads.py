@@ -16,10 +16,10 @@ import torch
 from common import MODEL, alternate, machine, requests
 from transformers import AutoModelForCausalLM
 
-from core_rerank_integrations.finding.detection import Case, score_heads
-from core_rerank_integrations.finding.features import HeadReader
-from core_rerank_integrations.loading import load_encoder
-from core_rerank_integrations.models import resolve
+from core_rerank_integrations.research.detection import Case, score_heads
+from core_rerank_integrations.research.features import HeadReader
+from core_rerank_integrations.backends.loading import load_encoder
+from core_rerank_integrations.models.resolve import resolve
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.backends.base import AttentionBackend
-from core_rerank_integrations.backends.transformers import TransformersBackend
-from core_rerank_integrations.heads import named_head_set
-from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.prompt import Prompt, Span
+from core_rerank_integrations.backends.transformers.backend import TransformersBackend
+from core_rerank_integrations.heads.head_set import named_head_set
+from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.method.prompt import Prompt, Span
 
 ROUNDS = 10
 CONCURRENT = 16
@@ -106,7 +106,7 @@ def closing(backend: Any) -> Iterator[AttentionBackend]:
 def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) -> None:
     from vllm import LLM, SamplingParams
 
-    from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+    from core_rerank_integrations.backends.vllm.caller.dedicated import VLLMBackend
 
     model = LocalModel(folder, None)
     config = model.config()
@@ -192,7 +192,7 @@ def parity(folder: Path, with_vllm: bool) -> None:
 
     compare("Transformers", TransformersBackend(model, heads, dtype="float32"))
     if with_vllm:
-        from core_rerank_integrations.backends.vllm.dedicated import VLLMBackend
+        from core_rerank_integrations.backends.vllm.caller.dedicated import VLLMBackend
 
         chunks = {"enforce_eager": True, "max_num_batched_tokens": 256}
         for label, changes in {"vLLM, compiled": {}, "vLLM, eager, chunks of 256": chunks}.items():

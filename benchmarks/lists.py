@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from core_rerank_integrations.finding.collection import Collection, Run, load_run, save_run
+from core_rerank_integrations.research.collection import Collection, Run, load_run, save_run
 
 SPLITS = ("train", "dev")
 OTHERS = 9

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from common import MODEL, machine
 
-from core_rerank_integrations.finding.collection import Collection, load_run
-from core_rerank_integrations.finding.measures import mean_measures
-from core_rerank_integrations.finding.methods import JointReranker, Method, rank_all
-from core_rerank_integrations.heads import named_head_set
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.progress import tracked
+from core_rerank_integrations.research.collection import Collection, load_run
+from core_rerank_integrations.research.measures import mean_measures
+from core_rerank_integrations.research.methods import JointReranker, Method, rank_all
+from core_rerank_integrations.heads.head_set import named_head_set
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations._internal.progress import tracked
 
 FIT, FAST = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("fit", "fast"))
 METHODS = [Method("fit", FIT), Method("fit+first-stage", FIT, True), Method("fast", FAST)]

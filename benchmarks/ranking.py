@@ -21,7 +21,7 @@ from rich.progress import track
 from scipy.stats import kendalltau
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.finding.collection import Collection, Run, load_run
+from core_rerank_integrations.research.collection import Collection, Run, load_run
 
 EVERYDAY = Path(__file__).parents[1] / "tests" / "data"
 SHUFFLES = 5

@@ -18,8 +18,8 @@ from common import HEADS, MODEL, alternate, machine, requests, tracked
 from transformers import AutoModelForCausalLM
 
 from core_rerank_integrations import CoReReranker, HeadSet
-from core_rerank_integrations.heads import named_head_set
-from core_rerank_integrations.models import resolve
+from core_rerank_integrations.heads.head_set import named_head_set
+from core_rerank_integrations.models.resolve import resolve
 
 BACKEND = "transformers"
 SHIPPED = ("core", "qr", "fit", "fast")
@@ -90,7 +90,7 @@ def measure_memory(what: str) -> None:
     if what == "rerank":
         CoReReranker(MODEL, heads=HEADS, backend=BACKEND, dtype="float32").score(query, documents)
     elif what == "full":
-        from core_rerank_integrations.prompt import TEMPLATES, PromptEncoder
+        from core_rerank_integrations.method.prompt import TEMPLATES, PromptEncoder
 
         local = resolve(MODEL)
         encoder = PromptEncoder(local.tokenizer().backend_tokenizer, TEMPLATES["chatml"])

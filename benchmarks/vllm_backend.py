@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.backends.vllm.dedicated import _arguments
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.prompt import Prompt
+from core_rerank_integrations.backends.vllm.caller.dedicated import _arguments
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.method.prompt import Prompt
 
 CONTEXT = 8192
 CONCURRENT = 16

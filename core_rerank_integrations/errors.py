@@ -1,4 +1,4 @@
-"""What can go wrong, by name. Every message says what was wrong, with the value, and what to do."""
+"""Errors. Every message names the problem, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class CoReError(Exception):
 
 
 class InvalidInputError(CoReError, ValueError):
-    """An argument that cannot be ranked or has no meaning; raised before the model runs."""
+    """An argument is invalid; raised before the model runs."""
 
 
 class ClosedError(CoReError, RuntimeError):
@@ -19,43 +19,43 @@ class ClosedError(CoReError, RuntimeError):
 
 
 class HeadSetError(CoReError, ValueError):
-    """A head set that cannot be read, or that does not belong to the model."""
+    """A head set cannot be read, or belongs to another model."""
 
 
 class ModelError(CoReError, RuntimeError):
-    """A model that cannot be found, fetched or converted."""
+    """A model cannot be found, downloaded or converted."""
 
 
 class UnsupportedModelError(ModelError):
-    """A model whose attention this package cannot read exactly; raised when it is loaded."""
+    """The attention of a model cannot be read exactly; raised when the model is loaded."""
 
 
 class BackendError(CoReError, RuntimeError):
-    """What runs the model failed, or gave less than a whole answer."""
+    """A backend failed, or returned an incomplete result."""
 
 
 class GeneratorError(CoReError, RuntimeError):
-    """A model that is to write an answer cannot be reached, or broke off."""
+    """A model that writes answers cannot be reached, or stopped early."""
 
 
 class StorageError(CoReError, OSError):
-    """A file cannot be written, or what this package wrote cannot be read back."""
+    """A file of this package cannot be written or read."""
 
 
 class MissingExtraError(CoReError, ImportError):
-    """A library that belongs to one of the package's extras is not installed."""
+    """A library of one of the package's extras is not installed."""
 
 
 class DocumentTruncatedWarning(UserWarning):
-    """A document did not fit and was cut at a token border; the message names it."""
+    """A document was truncated; the message names it."""
 
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Around imports that one of the package's extras brings: say which, if it is missing.
+    """Name the extra to install if an import in the ``with`` block fails.
 
     Raises:
-        MissingExtraError: An import found no such module.
+        MissingExtraError: A module is not installed.
     """
     try:
         yield

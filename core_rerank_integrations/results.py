@@ -1,74 +1,106 @@
-"""What a rerank returns."""
+"""Results of a rerank."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import overload
 
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.evidence import Evidence
-from core_rerank_integrations.extraction import Extract, ExtractBy, extract
+from core_rerank_integrations.method.evidence import Evidence
+from core_rerank_integrations.method.extraction import Extract, ExtractBy, extract
 
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """One candidate after reranking.
+    """One document after reranking.
 
     Attributes:
-        index: Position of the candidate in the list that was passed in.
-        score: What the list is sorted by; higher is more relevant. Calibrated attention mass,
-            and what a first stage's order adds where it counts. Comparable within one list; it
-            has no fixed range and may be negative.
-        document: The candidate's text, as passed in.
-        probability: That the candidate is relevant, from question and candidate alone: the same
-            in any list. ``None`` where the heads were not calibrated.
-        passage: Start and stop of the characters that the score comes from, where the candidate
-            is longer than what the heads read at once; ``None`` where all of it was read.
-        reranked: ``False`` where ``max_seconds`` were over before the candidate was read. It then
-            stands behind all that were, in the order it came in; its score is minus infinity.
-        evidence: The candidate's sentences, those that speak most for it first, where they were
-            asked for.
+        index: Index of the document in the list that was passed in.
+        score: Score by which the list is sorted; higher is more relevant. Calibrated attention
+            mass, plus what the first stage adds. Comparable within one list; it has no fixed
+            range and may be negative.
+        document: Text of the document, as passed in.
+        probability: Probability that the document is relevant, from query and document alone:
+            the same in any list. ``None`` if the heads are not calibrated.
+        best_passage: Start and stop of the characters that the score comes from, if the document
+            was read as several passages; ``None`` if it was read whole.
+        reranked: ``False`` if the document was not read within ``max_seconds``. It then comes
+            after all others, in input order, with a score of minus infinity.
+        evidence: Sentences of the document, best first, if requested.
     """
 
     index: int
     score: float
     document: str
     probability: float | None = None
-    passage: tuple[int, int] | None = None
+    best_passage: tuple[int, int] | None = None
     reranked: bool = True
     evidence: tuple[Evidence, ...] = ()
 
+    @property
+    def relevance_score(self) -> float:
+        """The probability if there is one, else the score."""
+        return self.score if self.probability is None else self.probability
+
     def extract(self, share: float, by: ExtractBy = "tokens") -> Extract:
-        """The document, cut to the sentences that speak most for it; see `extraction.extract`.
+        """Cut the document to its best sentences; see `method.extraction.extract`.
 
         Raises:
-            InvalidInputError: ``share`` is not above 0 and at most 1, there is no such ``by``, or
-                evidence was not asked for.
+            InvalidInputError: ``share`` is not above 0 and at most 1, ``by`` is unknown, or the
+                results have no evidence.
         """
         if not self.evidence and self.document.strip():
             raise InvalidInputError(
-                f"nothing is known of the sentences of document {self.index}: rerank with "
-                "evidence=True"
+                f"document {self.index} has no scored sentences: rerank with evidence=True"
             )
         return extract(self.document, self.evidence, share, by)
 
     def _repr_html_(self) -> str:
-        """For notebooks: the document, its words shaded by how much they speak for it."""
+        """Return the document with its words shaded by their scores, for notebooks."""
         words = sorted(word for part in self.evidence for word in part.words)
         strongest = max((word.score for word in words), default=0.0)
-        pieces, place = [], 0
+        pieces, end = [], 0
         for word in words:
             if word.score <= 0:
                 continue
             shade = f"background: rgba(255, 200, 0, {word.score / strongest:.2f})"
-            pieces.append(escape(self.document[place : word.start]))
             text = escape(self.document[word.start : word.stop])
+            pieces.append(escape(self.document[end : word.start]))
             pieces.append(f'<span style="{shade}">{text}</span>')
-            place = word.stop
-        pieces.append(escape(self.document[place:]))
-        return f"<p><b>{self.relevance:.3f}</b> {''.join(pieces)}</p>"
+            end = word.stop
+        pieces.append(escape(self.document[end:]))
+        return f"<p><b>{self.relevance_score:.3f}</b> {''.join(pieces)}</p>"
 
-    @property
-    def relevance(self) -> float:
-        """The probability where there is one, else the score."""
-        return self.score if self.probability is None else self.probability
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RerankResults(Sequence[RerankResult]):
+    """The results of one list, best first.
+
+    Attributes:
+        results: The results that are returned.
+        answerability: Probability that the list holds a relevant document, from the
+            probabilities of all its documents, also of those that are not returned. ``None`` if
+            the head set has no model of it; see `Abstention`.
+    """
+
+    results: tuple[RerankResult, ...]
+    answerability: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @overload
+    def __getitem__(self, index: int) -> RerankResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RerankResult]: ...
+    def __getitem__(self, index: int | slice) -> RerankResult | list[RerankResult]:
+        return list(self.results[index]) if isinstance(index, slice) else self.results[index]
+
+    def __repr__(self) -> str:
+        return repr(list(self.results))
+
+    def _repr_html_(self) -> str:
+        """Return the results as HTML, for notebooks."""
+        return "".join(result._repr_html_() for result in self.results)

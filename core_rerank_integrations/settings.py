@@ -1,57 +1,107 @@
-"""What a reranker can be told, said once: for the class, the adapters and the command line."""
+"""Settings of a reranker and options of a call, shared by the class, the adapters and the CLI."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    ValidationInfo,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
-from core_rerank_integrations.checks import check_count
-from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.models import DEFAULT_MODEL
-from core_rerank_integrations.prompt import PromptTemplate
-from core_rerank_integrations.store import DocumentCache
+from core_rerank_integrations.errors import HeadSetError, InvalidInputError
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.heads.scoring_config import (
+    Finite,
+    FirstStage,
+    Positive,
+    Probability,
+)
+from core_rerank_integrations.method.templates import PromptTemplate
+from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 
-BACKENDS = ("auto", "openvino", "transformers", "vllm", "vllm-shared")
+Backend = Literal["auto", "openvino", "transformers", "vllm", "vllm-shared"]
 VLLM_BACKENDS = ("vllm", "vllm-shared")
 
 
-def check_backend(name: str) -> str:
-    """``name``, if there is a backend of that name.
-
-    Raises:
-        InvalidInputError: There is none.
-    """
-    if name not in BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
 
 
-def _counted(count: Any, info: ValidationInfo) -> Any:
-    check_count(str(info.field_name), count)
-    return count
+Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
+Threshold = Annotated[Probability, BeforeValidator(_not_bool)] | Literal["auto"]
 
 
-Count = Annotated[int | None, BeforeValidator(_counted)]
-
-
-class RerankerSettings(BaseModel):
-    """Which model reads documents, by which heads, and how."""
+class CheckedModel(BaseModel):
+    """A pydantic model whose errors are this package's own."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    @classmethod
+    def checked(cls, **fields: Any) -> Self:
+        """Validate the fields.
+
+        Raises:
+            InvalidInputError: A field is invalid; the message names it, with its value.
+            HeadSetError: ``heads`` is not a list of (layer, head) pairs.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            problems = {}
+            for item in error.errors():
+                name = str(item["loc"][0]) if item["loc"] else ""
+                cause = item.get("ctx", {}).get("error")
+                if isinstance(cause, HeadSetError):
+                    raise cause from error
+                if isinstance(cause, InvalidInputError):
+                    problems[name] = str(cause)
+                else:
+                    problems.setdefault(name, f"{name}: {item['msg']}, got {fields.get(name)!r}")
+            raise InvalidInputError("; ".join(problems.values())) from error
+
+
+class DocumentCache(BaseModel):
+    """Size and folder of the cache of documents that were read.
+
+    A cached document costs a rerank only the tokens of the question. Every document that is
+    ranked stays in memory; `CoReReranker.cache_documents` also writes documents to disk, for
+    later processes. The least recently used documents are dropped first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_bytes: int = Field(
+        default=1 << 30, ge=0, description="Maximum size in memory, on the device; 0 caches none."
+    )
+    disk_bytes: int = Field(
+        default=32 << 30,
+        ge=0,
+        description="Maximum size on disk, over all models; 0 does not use the disk.",
+    )
+    folder: Path | None = Field(
+        default=None,
+        description="Folder of the files; by default 'documents' in the package's cache.",
+    )
+
+    @field_serializer("folder")
+    def _folder_as_text(self, folder: Path | None) -> str | None:
+        return None if folder is None else str(folder)
+
+
+class RerankerSettings(CheckedModel):
+    """The model, its heads, and how documents are read."""
 
     model: str | Path = Field(
         default=DEFAULT_MODEL, description="Alias, hub id, model folder or GGUF file."
@@ -61,54 +111,43 @@ class RerankerSettings(BaseModel):
         description="Head set, its shipped name or file, or (layer, head) pairs; by default the "
         "set shipped for the model.",
     )
-    backend: Annotated[str, AfterValidator(check_backend)] = Field(
+    backend: Backend = Field(
         default="auto",
-        description="Who runs the model: auto, openvino, transformers, vllm or vllm-shared.",
+        description="Library that runs the model: auto, openvino, transformers, vllm or "
+        "vllm-shared.",
     )
     dtype: str = Field(default="auto", description="auto, float32, bfloat16, float16 or int8.")
     device: str | None = Field(
-        default=None, description="Torch device; by default CUDA where it is there, else the CPU."
+        default=None, description="Torch device; by default CUDA if available, else the CPU."
     )
-    window: Count = Field(
-        default=None, description="Most documents in a prompt; by default the head set's."
+    documents_per_prompt: Count | None = Field(
+        default=None, description="Maximum documents in a prompt; by default the head set's."
     )
-    max_document_tokens: Count = Field(
-        default=None, description="Longer documents are cut to this, with a warning."
+    max_document_tokens: Count | None = Field(
+        default=None, description="Longer documents are truncated to this, with a warning."
     )
     document_cache: DocumentCache | None = Field(
-        default=None,
-        description="How much is kept of documents that were read, in memory and on disk.",
+        default=None, description="Size and folder of the cache of documents that were read."
     )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; by default the head set's."
     )
     engine_args: dict[str, Any] | None = Field(
-        default=None, description="Further arguments for vLLM's engine."
+        default=None, description="More arguments for vLLM's engine."
     )
 
+    @field_validator("heads", mode="before")
     @classmethod
-    def checked(cls, **fields: Any) -> Self:
-        """The settings.
-
-        Raises:
-            InvalidInputError: One of them has no meaning, or they contradict each other.
-        """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            problems = {
-                str(cause)
-                if isinstance(cause := item.get("ctx", {}).get("error"), InvalidInputError)
-                else f"{item['loc'][0]}: {item['msg']}, got {fields[str(item['loc'][0])]!r}"
-                for item in error.errors()
-            }
-            raise InvalidInputError("; ".join(sorted(problems))) from error
+    def _check_pairs(cls, heads: Any) -> Any:
+        if isinstance(heads, Sequence) and not isinstance(heads, str):
+            HeadSet.from_pairs(heads)  # Its errors are clearer than pydantic's for a union.
+        return heads
 
     @model_validator(mode="after")
     def _check_vllm(self) -> Self:
         if self.document_cache is not None and self.backend in VLLM_BACKENDS:
             raise InvalidInputError(
-                f"document_cache is not for {self.backend!r}, which keeps documents in vLLM's own "
+                f"document_cache is not for {self.backend!r}, which caches documents in vLLM's own "
                 "cache: set engine_args gpu_memory_utilization or kv_cache_memory_bytes"
             )
         if self.engine_args and self.backend not in VLLM_BACKENDS:
@@ -116,6 +155,46 @@ class RerankerSettings(BaseModel):
         return self
 
     @field_serializer("model", "heads", mode="wrap")
-    def _without_paths(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
-        """LlamaIndex writes fields as JSON, which knows no paths."""
+    def _paths_as_text(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Serialize paths as strings, because JSON has no path type."""
         return str(value) if isinstance(value, Path) else serialize(value)
+
+
+class RerankOptions(CheckedModel):
+    """Options of one call that ranks documents."""
+
+    model_config = ConfigDict(frozen=True)
+
+    top_n: Count | None = Field(
+        default=None, description="Maximum number of results; by default all."
+    )
+    score_threshold: Threshold | None = Field(
+        default=None,
+        description="Minimum probability of a result; needs calibrated heads. 'auto' returns "
+        "nothing if the list's answerability is below the head set's threshold.",
+    )
+    min_score: Finite | None = Field(default=None, description="Minimum score of a result.")
+    first_stage: FirstStage | None = Field(
+        default=None,
+        description="What ordered the documents, best first: bm25, dense (embeddings) or other. "
+        "The order then counts as much as the head set says; by default it does not.",
+    )
+    max_seconds: Annotated[Positive, BeforeValidator(_not_bool)] | None = Field(
+        default=None,
+        description="Time limit for reading documents. Documents that are not read in time come "
+        "last, with reranked=False.",
+    )
+    evidence: bool = Field(
+        default=False, description="Whether to score the sentences of each document."
+    )
+
+
+class RerankKeywords(TypedDict, total=False):
+    """The fields of `RerankOptions` as keyword arguments."""
+
+    top_n: int | None
+    score_threshold: float | Literal["auto"] | None
+    min_score: float | None
+    first_stage: FirstStage | None
+    max_seconds: float | None
+    evidence: bool

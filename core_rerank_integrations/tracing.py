@@ -1,7 +1,7 @@
-"""A span for every rerank, where tracing is installed: OpenTelemetry's, in OpenInference's words.
+"""OpenTelemetry spans of reranks, with OpenInference's attributes, if it is installed.
 
-Nothing has to be configured here: spans go to the program's own tracer provider, and to nobody
-where it has none. What they may show is OpenInference's to say (``OPENINFERENCE_HIDE_INPUTS``).
+Spans go to the program's tracer provider. OpenInference's own settings, such as
+``OPENINFERENCE_HIDE_INPUTS``, decide what they contain.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ Finish = Callable[[Sequence[RerankResult]], None]
 def rerank_span(
     model: str, query: str, documents: Sequence[str], top_n: int | None
 ) -> Iterator[Finish]:
-    """A span around one rerank; what is yielded takes its results.
+    """Open a span around one rerank.
 
     Args:
         model: Name of the model.
-        query: What is asked.
-        documents: The candidates.
-        top_n: Results that were asked for; ``None`` for all.
+        query: The query.
+        documents: Texts of the documents.
+        top_n: Number of requested results; ``None`` for all.
+
+    Yields:
+        A function that adds the results to the span.
     """
     tracer = _tracer()
     if tracer is None:
@@ -36,7 +39,7 @@ def rerank_span(
 
     with tracer.start_as_current_span("rerank", openinference_span_kind="reranker") as span:
         if span.is_recording():
-            given = [
+            inputs = [
                 Document(id=str(index), content=document)
                 for index, document in enumerate(documents)
             ]
@@ -44,7 +47,7 @@ def rerank_span(
                 get_reranker_attributes(
                     query=query,
                     model_name=model,
-                    input_documents=given,
+                    input_documents=inputs,
                     top_k=len(documents) if top_n is None else top_n,
                 )
             )
@@ -52,7 +55,9 @@ def rerank_span(
         def finish(results: Sequence[RerankResult]) -> None:
             if span.is_recording():
                 ranked = [
-                    Document(id=str(result.index), content=result.document, score=result.relevance)
+                    Document(
+                        id=str(result.index), content=result.document, score=result.relevance_score
+                    )
                     for result in results
                     if result.reranked
                 ]
@@ -63,7 +68,7 @@ def rerank_span(
 
 @cache
 def _tracer() -> Any:
-    """``None`` where OpenInference's instrumentation is not installed."""
+    """Return a tracer, or ``None`` if OpenInference's instrumentation is not installed."""
     try:
         from openinference.instrumentation import OITracer, TraceConfig
         from opentelemetry import trace

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.demo import llama_index_pipeline, side_by_side
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.cli.demo import llama_index_pipeline, side_by_side
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations._internal.resources import resource_folder
 
 QUESTION = "q29"
 # Rich's own, but for the fonts that it would have a browser fetch.

@@ -21,10 +21,10 @@ from openai import APIError
 from transformers import AutoTokenizer, pipeline
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.rag.langchain import create_rag_chain
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
+from core_rerank_integrations._internal.resources import resource_folder
 
 
 def chat_model(url: str | None, name: str) -> BaseChatModel:

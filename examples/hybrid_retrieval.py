@@ -18,11 +18,11 @@ from langchain_huggingface import HuggingFaceEmbeddings
 from langchain_qdrant import QdrantVectorStore
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, CoReRetriever
-from core_rerank_integrations.demo import BM25Retriever
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.finding.measures import mean_measures
-from core_rerank_integrations.resources import resource_folder
-from core_rerank_integrations.rule import Ranked
+from core_rerank_integrations.cli.demo import BM25Retriever
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.research.measures import mean_measures
+from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.heads.scoring_config import Ranked
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")

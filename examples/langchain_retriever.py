@@ -17,8 +17,8 @@ from langchain_huggingface import HuggingFaceEmbeddings
 from langchain_qdrant import QdrantVectorStore
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, CoReRetriever
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations._internal.resources import resource_folder
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")

@@ -22,9 +22,9 @@ from openai import APIError
 from qdrant_client import QdrantClient
 
 from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor, CoReReranker
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations._internal.resources import resource_folder
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")

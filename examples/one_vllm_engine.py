@@ -25,11 +25,11 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.backends.vllm.shared import WORKER_EXTENSION
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.rag.prompts import ANSWER_INSTRUCTION, question_with_passages
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.integrations.rag.prompts import ANSWER_INSTRUCTION, question_with_passages
+from core_rerank_integrations._internal.resources import resource_folder
 
 QUESTIONS = [
     "What happens to my money if fog stops the ferry?",
@@ -78,7 +78,7 @@ async def main() -> None:
             written = output.outputs[0].text
         print(f"\n{question}\n  {written.strip()}")
         for result, (title, _) in zip(results, sources, strict=True):
-            print(f"  {result.relevance:.3f}  {title}")
+            print(f"  {result.relevance_score:.3f}  {title}")
 
     try:
         reranker = CoReReranker(arguments.model, backend="vllm-shared", engine=engine, window=1)

@@ -21,9 +21,9 @@ from langchain_qdrant import QdrantVectorStore
 from openai import APIError
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.rag.langchain import create_rag_chain
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
+from core_rerank_integrations._internal.resources import resource_folder
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")

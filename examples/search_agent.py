@@ -24,9 +24,9 @@ from openai import APIError
 from transformers import pipeline
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, create_reranked_search_tool
-from core_rerank_integrations.finding.collection import Collection
-from core_rerank_integrations.models import resolve
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations._internal.resources import resource_folder
 
 OPENING = '{"name": "search", "arguments": {"query": "'
 

@@ -22,4 +22,4 @@ with CoReReranker(*sys.argv[1:2]) as reranker:  # By default the small model; or
     for result in reranker.rerank(
         "Which came first, the telephone or the light bulb?", PASSAGES, top_n=3
     ):
-        print(f"{result.relevance:7.4f}  [{result.index}] {result.document[:80]}")
+        print(f"{result.relevance_score:7.4f}  [{result.index}] {result.document[:80]}")

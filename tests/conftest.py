@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from head_sets import CALIBRATED, HEADS
+from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.models import LocalModel, resolve
+from core_rerank_integrations.models.resolve import LocalModel, resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
+from support import reference
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.models.resolve import LocalModel
 
 TOLERANCE = 1e-5
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.heads import default_head_set
-from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.heads.head_set import default_head_set
+from core_rerank_integrations.models.resolve import LocalModel
 
 EVERYDAY = Path(__file__).parent / "data" / "everyday.jsonl"
 

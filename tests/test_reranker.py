@@ -15,25 +15,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from head_sets import CALIBRATED, HEADS
+from support.head_sets import CALIBRATED, HEADS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core_rerank_integrations import CoReReranker, DocumentCache, RerankResult
 from core_rerank_integrations.backends.base import AttentionBackend
-from core_rerank_integrations.backends.transformers import NOTHING_KEPT
+from core_rerank_integrations.backends.transformers.backend import NOTHING_KEPT
 from core_rerank_integrations.errors import (
     ClosedError,
     DocumentTruncatedWarning,
     HeadSetError,
     InvalidInputError,
 )
-from core_rerank_integrations.loading import load_encoder
-from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.prompt import Prompt
-from core_rerank_integrations.reading import Candidates, Reader, layout_of
+from core_rerank_integrations.backends.loading import load_encoder
+from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.method.prompt import Prompt
+from core_rerank_integrations.scorer import Candidates, AttentionScorer, layout_of
 from core_rerank_integrations.reranker import Heads
-from core_rerank_integrations.scoring import Mass
+from core_rerank_integrations.method.scoring import Mass
 
 QUERY = "Who patented the telephone?"
 DOCUMENTS = [
@@ -87,7 +87,7 @@ def with_backend(
     smollm2: LocalModel, backend: AttentionBackend, heads: Heads = HEADS, **settings: Any
 ) -> CoReReranker:
     """A reranker of its own settings and caches, on a model that is loaded already."""
-    reader = Reader(load_encoder(smollm2, HEADS.template), backend)
+    reader = AttentionScorer(load_encoder(smollm2, HEADS.template), backend)
     return CoReReranker(smollm2.path, heads=heads, reader=reader, **settings)
 
 
@@ -340,7 +340,7 @@ def test_alone_nothing_is_cut_to_the_context(
 def test_a_probability_is_of_question_and_document_alone(
     smollm2: LocalModel, reranker: CoReReranker
 ) -> None:
-    weighted = CALIBRATED.with_rule(first_stage_weight=0.1)
+    weighted = CALIBRATED.with_scoring(rank_weight=0.1)
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     results = ranking.rerank(QUERY, DOCUMENTS, ranked=True)
     plain = ranking.score(QUERY, DOCUMENTS)
@@ -348,19 +348,19 @@ def test_a_probability_is_of_question_and_document_alone(
         assert type(result.probability) is float
         expected = 1 / (1 + np.exp(2 - 30 * plain[result.index]))
         assert result.probability == pytest.approx(expected, abs=1e-6)
-        assert result.relevance == result.probability
+        assert result.relevance_score == result.probability
         (alone,) = ranking.rerank(QUERY, [result.document])
         assert alone.probability == pytest.approx(result.probability, abs=1e-4)
     uncalibrated = reranker.rerank(QUERY, DOCUMENTS)
     assert {result.probability for result in uncalibrated} == {None}
-    assert [result.relevance for result in uncalibrated] == [r.score for r in uncalibrated]
+    assert [result.relevance_score for result in uncalibrated] == [r.score for r in uncalibrated]
 
 
 def test_the_threshold_is_a_probability_where_there_is_one(
     smollm2: LocalModel, reranker: CoReReranker, calibrated: CoReReranker
 ) -> None:
     everything = calibrated.rerank(QUERY, DOCUMENTS)
-    threshold = everything[1].relevance - 1e-6
+    threshold = everything[1].relevance_score - 1e-6
     kept = calibrated.rerank(QUERY, DOCUMENTS, score_threshold=threshold)
     assert indices(kept) == indices(everything)[:2]
     for threshold in (-0.1, 1.5):
@@ -464,7 +464,7 @@ def test_pickle_and_copy(reranker: CoReReranker) -> None:
 def test_a_head_set_may_want_the_documents_reversed(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    reverse = HEADS.with_rule(reverse=True)
+    reverse = HEADS.with_scoring(reverse=True)
     backend = reranker.reader.backend
     reversing = with_backend(smollm2, backend, reverse)
     expected = reranker.score(QUERY, DOCUMENTS[::-1])[::-1]
@@ -481,7 +481,7 @@ def test_a_head_set_may_want_the_documents_reversed(
 def test_the_first_stages_order_counts_as_the_head_set_says(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    weighted = HEADS.with_rule(first_stage_weight=0.5)
+    weighted = HEADS.with_scoring(rank_weight=0.5)
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
     expected = plain - 0.5 * np.log([1, 2, 3, 4, 5])
@@ -498,10 +498,10 @@ def test_the_first_stages_order_counts_as_the_head_set_says(
 def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
     reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    weighted = HEADS.with_rule(
-        first_stage_weight=0.5,
-        first_stage_weights={"vectors": 2.0},
-        first_stage_score_weight=0.25,
+    weighted = HEADS.with_scoring(
+        rank_weight=0.5,
+        rank_weights={"vectors": 2.0},
+        score_weight=0.25,
     )
     ranking = with_backend(smollm2, reranker.reader.backend, weighted)
     plain = np.array(reranker.score(QUERY, DOCUMENTS))
@@ -520,7 +520,7 @@ def test_a_first_stage_counts_by_what_it_is_or_by_its_scores(
     np.testing.assert_allclose(
         scored(ranking, ranked="vectors"), plain - 2 * logarithms, rtol=0, atol=1e-6
     )
-    ranks_alone = weighted.with_rule(first_stage_score_weight=None)
+    ranks_alone = weighted.with_scoring(score_weight=None)
     ranking = with_backend(smollm2, reranker.reader.backend, ranks_alone)
     np.testing.assert_allclose(
         scored(ranking, ranked=True), plain - 0.5 * logarithms, rtol=0, atol=1e-6
@@ -576,11 +576,11 @@ def test_remembered_documents_are_known_to_another_process(
     with CoReReranker(smollm2.path, **settings, document_cache=NOTHING_KEPT) as forgetful:
         expected = forgetful.score(QUERY, documents)
         with pytest.raises(InvalidInputError, match="has no room for documents"):
-            forgetful.remember(documents)
+            forgetful.cache_documents(documents)
     with CoReReranker(smollm2.path, **settings, document_cache=cache) as indexing:
-        written = indexing.remember(documents)
+        written = indexing.cache_documents(documents)
         assert written > 6 * 100_000
-        assert indexing.remember(documents[::-1]) == 0, "it lies there already"
+        assert indexing.cache_documents(documents[::-1]) == 0, "it lies there already"
     with CoReReranker(smollm2.path, **settings, document_cache=cache) as ranking:
         model: Any = ranking.reader.backend
         ran: list[int] = []
@@ -598,9 +598,9 @@ def test_remembered_documents_are_known_to_another_process(
 
 def test_what_cannot_be_remembered_is_refused(reranker: CoReReranker) -> None:
     with pytest.raises(InvalidInputError, match="the heads 'four' want several in a prompt"):
-        reranker.remember(DOCUMENTS)
+        reranker.cache_documents(DOCUMENTS)
     with pytest.raises(InvalidInputError, match="document 1 must be a string, got int"):
-        reranker.remember(["a", 1])  # type: ignore[list-item]
+        reranker.cache_documents(["a", 1])  # type: ignore[list-item]
 
 
 def test_what_does_not_get_its_turn_comes_back_marked(
@@ -627,7 +627,7 @@ def test_time_is_spent_on_the_first_documents(
 ) -> None:
     """By a clock on which a prompt takes a second."""
     clock = SimpleNamespace(perf_counter=lambda: float(sum(map(len, recording.calls))))
-    monkeypatch.setattr("core_rerank_integrations.reading.time", clock)
+    monkeypatch.setattr("core_rerank_integrations.scorer.time", clock)
     alone = with_backend(smollm2, recording, window=1)
     texts = [f"Note {number}" for number in range(40)]
     # A document is two prompts: its N/A prompt was not read before either.

@@ -1,55 +1,98 @@
-"""The line between what to score and what runs the model."""
+"""The interface between what to score and the library that runs the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from core_rerank_integrations.prompt import Prompt
-from core_rerank_integrations.scoring import Mass
+from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
+from core_rerank_integrations.method.scoring import Mass
+
+
+class PromptGroup(NamedTuple):
+    """The questions that are asked about the same documents.
+
+    Attributes:
+        prefix: The part of the prompt that all questions share. It also holds the baseline
+            question, ``N/A``.
+        questions: Token ids of the questions, each of shape [tokens].
+    """
+
+    prefix: SharedPrefix
+    questions: Sequence[TokenIds]
+
+
+class GroupMass(NamedTuple):
+    """The attention mass of a `PromptGroup`.
+
+    Each array is float32 and has shape [weight sets or heads, context length + 1]: all tokens
+    before the query span and its first token, because document spans may reach that far.
+
+    Attributes:
+        baseline: Attention mass of the baseline question.
+        questions: Attention mass of each question.
+    """
+
+    baseline: Mass
+    questions: list[Mass]
+
+
+class BackendStats(NamedTuple):
+    """Counters of a backend.
+
+    Attributes:
+        tokens_run: Number of prompt tokens the model has computed.
+        prefixes_cached: Number of prefixes in memory.
+        bytes_cached: Size of the cached prefixes in memory.
+    """
+
+    tokens_run: int
+    prefixes_cached: int
+    bytes_cached: int
 
 
 class AttentionBackend(Protocol):
-    """Runs a model as far as the highest selected head, and reports what its heads attend to."""
+    """Run a model up to its highest selected head, and report what these heads attend to."""
 
     max_context: int
-    """Most tokens of one prompt."""
+    """Maximum number of tokens of a prompt."""
 
-    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """Attention mass on every prompt's prefix, and on the first token of its query span.
+    @property
+    def stats(self) -> BackendStats:
+        """Counters since the backend was loaded."""
+        ...
+
+    def attention_mass(
+        self, groups: Sequence[PromptGroup], weights: Mass | None = None
+    ) -> list[GroupMass]:
+        """Compute the attention mass of the query span on every token before it.
 
         For each selected head, the softmax attention of the query span's tokens over the whole
-        prompt; mean over those tokens, sum over heads with their weights (arXiv 2510.02219,
-        section 3). Prompts that share a prefix share its computation. Safe to call from
-        several threads.
+        prompt, averaged over these tokens (arXiv 2510.02219, section 3). The mass of a prefix
+        and of its baseline is computed once and may be cached. Thread-safe.
+
+        Args:
+            groups: Distinct prefixes and their questions.
+            weights: Weights of the heads, shape [weight sets, heads], heads in the order of the
+                head set. ``None`` returns the mass of each head.
 
         Returns:
-            One float32 array per prompt, shape [len(prompt.prefix) + 1], as far as document
-            spans may reach.
+            One result per group.
         """
         ...
 
-    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """The same before the sum: attention mass of every head by itself, unweighted.
+    def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
+        """Compute what prefixes and their baselines need, and cache it for later questions.
 
         Returns:
-            One float32 array per prompt, shape [heads, len(prompt.prefix) + 1], heads in the
-            order of the head set.
+            Number of bytes written to disk; 0 for prefixes that are on disk already.
         """
         ...
 
-    def remember(self, prompts: Sequence[Prompt]) -> int:
-        """Read what stands before the query of every prompt, and keep it for later ones.
-
-        Returns:
-            Bytes written to disk: 0 for what lies there already, or is kept elsewhere.
-        """
-        ...
-
-    def forget(self) -> None:
-        """Drop what memory keeps of prompts that were read, so that the next ones are read anew."""
+    def clear_cache(self) -> None:
+        """Drop all prefixes from memory."""
         ...
 
     def close(self) -> None:
-        """Free the model. No call may follow."""
+        """Free the model. No other call may follow."""
         ...

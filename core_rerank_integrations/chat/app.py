@@ -12,8 +12,8 @@ from core_rerank_integrations.chat.conversion import MAX_FILE_BYTES, SUFFIXES
 from core_rerank_integrations.chat.generators import Generator
 from core_rerank_integrations.chat.knowledge import HANDBOOK, KnowledgeBase, printable
 from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
+from core_rerank_integrations.heads.scoring_config import Threshold
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.rule import Threshold
 
 with requires_extra("chat"):
     import gradio as gr
@@ -54,7 +54,7 @@ def build_app(
         reranker: Ranks what is found.
         generators: The ways to an answer; the first is chosen.
     """
-    knows = reranker.heads.rule.abstention is not None
+    knows = reranker.heads.scoring.abstention is not None
     by_name = {generator.name: generator for generator in generators}
 
     def ask(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from core_rerank_integrations.chat.generators import Generator
 from core_rerank_integrations.chat.knowledge import KnowledgeBase
 from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
-from core_rerank_integrations.rag.langchain import RagOutput, create_rag_chain
+from core_rerank_integrations.heads.scoring_config import Threshold
+from core_rerank_integrations.integrations.rag.langchain import RagOutput, create_rag_chain
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.rule import Threshold
 
 with requires_extra("chat"):
     from langchain_core.documents import Document

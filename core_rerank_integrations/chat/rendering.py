@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from core_rerank_integrations.chat.conversation import Turn
-from core_rerank_integrations.rag.prompts import NO_ANSWER, citations
+from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER, citations
 
 if TYPE_CHECKING:
     from langchain_core.documents import Document

@@ -14,7 +14,7 @@ from core_rerank_integrations.cli.common import ModelOption, clear_errors
 from core_rerank_integrations.cli.evaluate import evaluate_command
 from core_rerank_integrations.cli.remember import remember
 from core_rerank_integrations.cli.rerank import rerank
-from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL
 
 app = typer.Typer(
     help="Rerank documents by a language model's contrastive retrieval heads.",
@@ -39,7 +39,7 @@ def demo(
 ) -> None:
     """LangChain and LlamaIndex, before and after reranking, on a small handbook."""
     with clear_errors():
-        from core_rerank_integrations.demo import run_demo
+        from core_rerank_integrations.cli.demo import run_demo
 
         run_demo(Console(), model, candidates, questions)
 

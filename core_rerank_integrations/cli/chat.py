@@ -16,7 +16,7 @@ from core_rerank_integrations.cli.common import (
     ModelOption,
     clear_errors,
 )
-from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from core_rerank_integrations.chat.knowledge import Progress

@@ -13,7 +13,7 @@ from core_rerank_integrations.cli.common import (
     ModelOption,
     clear_errors,
 )
-from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL
 
 
 def evaluate_command(
@@ -50,8 +50,8 @@ def evaluate_command(
 
     Methods that want their prompts alike share one pass of the model.
     """
-    from core_rerank_integrations.finding import evaluate, save_report
-    from core_rerank_integrations.finding.report import markdown
+    from core_rerank_integrations.research import evaluate, save_report
+    from core_rerank_integrations.research.report import markdown
 
     with clear_errors():
         evaluation = evaluate(

@@ -16,18 +16,18 @@ from core_rerank_integrations.cli.common import (
     clear_errors,
 )
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads import (
+from core_rerank_integrations.heads.head_set import (
     PUBLISHED_CORE_HEADS,
     HeadSet,
     named_head_set,
     shipped_head_sets,
 )
-from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from core_rerank_integrations.finding import HeadReader
-    from core_rerank_integrations.finding.detection import Detection
-    from core_rerank_integrations.finding.weights import Trial
+    from core_rerank_integrations.research import HeadReader
+    from core_rerank_integrations.research.detection import Detection
+    from core_rerank_integrations.research.weights import Trial
 
 app = typer.Typer(help="Head sets: shipped, found, fitted.", no_args_is_help=True)
 
@@ -103,8 +103,8 @@ def find(
     Beside it, ``<output>.scores.json`` holds the scores of all heads. An interrupted run goes
     on where it was.
     """
-    from core_rerank_integrations.finding import JudgedRun, find_heads
-    from core_rerank_integrations.finding.detection import DEFAULT_TEMPERATURES
+    from core_rerank_integrations.research import JudgedRun, find_heads
+    from core_rerank_integrations.research.detection import DEFAULT_TEMPERATURES
 
     with clear_errors():
         if len(data) != len(run):
@@ -132,7 +132,7 @@ def find(
         found.head_set.save(output)
         found.scores.save(output.with_suffix(".scores.json"))
         if plot is not None:
-            from core_rerank_integrations.finding.plots import plot_head_map
+            from core_rerank_integrations.research.plots import plot_head_map
 
             plot_head_map(found.head_set, plot)
     _print_heads(found.head_set)
@@ -188,8 +188,8 @@ def fit(
 
     What the model says about a list is kept on disk: a second fit takes seconds.
     """
-    from core_rerank_integrations.finding import JudgedRun, fit_heads
-    from core_rerank_integrations.finding.weights import DEFAULT_STRENGTHS
+    from core_rerank_integrations.research import JudgedRun, fit_heads
+    from core_rerank_integrations.research.weights import DEFAULT_STRENGTHS
 
     with clear_errors():
         fitted_on = [JudgedRun.parse(text) for text in train]
@@ -236,7 +236,7 @@ def evidence(
 
     How the head set ranks stays as it is; the weights are those of its evidence.
     """
-    from core_rerank_integrations.finding import fit_evidence
+    from core_rerank_integrations.research import fit_evidence
 
     with clear_errors():
         fitted = fit_evidence(
@@ -278,8 +278,8 @@ def abstention(
 
     How the head set ranks stays as it is.
     """
-    from core_rerank_integrations.finding import JudgedRun, fit_abstention
-    from core_rerank_integrations.finding.abstention import LOST
+    from core_rerank_integrations.research import JudgedRun, fit_abstention
+    from core_rerank_integrations.research.fit_abstention import LOST
 
     with clear_errors():
         fitted = fit_abstention(
@@ -306,7 +306,7 @@ def _reader(
     dtype: str,
     cache: Path | None,
 ) -> HeadReader:
-    from core_rerank_integrations.finding import HeadReader
+    from core_rerank_integrations.research import HeadReader
 
     return HeadReader(
         model,
@@ -332,7 +332,7 @@ def _print_heads(head_set: HeadSet) -> None:
         score = "" if head.score is None else f"{head.score:.4f}"
         table.add_row(str(head.layer), str(head.head), score, f"{head.weight:g}")
     Console().print(table)
-    first_stage = head_set.rule.first_stage_weight
+    first_stage = head_set.scoring.rank_weight
     Console().print(
         f"{head_set.highest_layer + 1} of {head_set.num_layers} layers run"
         + (f"; first stage {first_stage:g}" if first_stage else "")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from core_rerank_integrations.cli.common import clear_errors
-from core_rerank_integrations.models import ALIASES, DEFAULT_MODEL, is_cached, resolve
+from core_rerank_integrations.models.resolve import ALIASES, DEFAULT_MODEL, is_cached, resolve
 
 app = typer.Typer(help="The models that have a short name.", no_args_is_help=True)
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
+from core_rerank_integrations.backends.local.store import DocumentCache
 from core_rerank_integrations.cli.common import (
     BackendOption,
     DtypeOption,
@@ -17,11 +18,10 @@ from core_rerank_integrations.cli.common import (
     clear_errors,
 )
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
-from core_rerank_integrations.models import DEFAULT_MODEL, cache_folder
-from core_rerank_integrations.store import DocumentCache
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL, cache_folder
 
 
-def remember(
+def cache_documents(
     documents: DocumentsFile,
     model: ModelOption = DEFAULT_MODEL,
     heads: HeadsOption = None,
@@ -49,7 +49,7 @@ def remember(
             window=window,
             document_cache=cache,
         ) as reranker:
-            written = reranker.remember(texts, show_progress=True)
+            written = reranker.cache_documents(texts, show_progress=True)
     Console().print(
         f"{len(texts)} documents are known; {decimal(written)} written to "
         f"{folder or cache_folder('documents')}",

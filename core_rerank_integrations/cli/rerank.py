@@ -19,9 +19,9 @@ from core_rerank_integrations.cli.common import (
     clear_errors,
 )
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
-from core_rerank_integrations.models import DEFAULT_MODEL
+from core_rerank_integrations.heads.scoring_config import Ranked
+from core_rerank_integrations.models.resolve import DEFAULT_MODEL
 from core_rerank_integrations.results import RerankResult
-from core_rerank_integrations.rule import Ranked
 
 STRONGEST_WORDS = 3
 
@@ -108,7 +108,7 @@ def _print_results(
         label = "probability" if calibrated else "score"
         table = Table("rank", label, "document", box=None, pad_edge=False)
         for rank, result in enumerate(results, start=1):
-            table.add_row(str(rank), f"{result.relevance:.4f}", _highlighted(result))
+            table.add_row(str(rank), f"{result.relevance_score:.4f}", _highlighted(result))
         Console().print(table)
 
 

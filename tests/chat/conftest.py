@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core_rerank_integrations import CoReReranker, DocumentCache
-from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.models.resolve import LocalModel
 
 try:
     import docx

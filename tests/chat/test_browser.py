@@ -24,8 +24,8 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 from core_rerank_integrations.chat.app import QUESTIONS
 from core_rerank_integrations.chat.knowledge import HANDBOOK
-from core_rerank_integrations.models import LocalModel, cache_folder
-from core_rerank_integrations.rag.prompts import NO_ANSWER
+from core_rerank_integrations.models.resolve import LocalModel, cache_folder
+from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER
 
 pytestmark = pytest.mark.browser
 

@@ -20,7 +20,7 @@ from core_rerank_integrations.chat.conversation import MAX_QUESTION_CHARACTERS, 
 from core_rerank_integrations.chat.generators import EXTRACTS, Generator, generators
 from core_rerank_integrations.chat.knowledge import KnowledgeBase
 from core_rerank_integrations.errors import GeneratorError, InvalidInputError
-from core_rerank_integrations.models import LocalModel
+from core_rerank_integrations.models.resolve import LocalModel
 
 QUESTION = "When does the last ferry go?"
 

@@ -62,7 +62,7 @@ def test_the_engine_knows_what_comes_in(
     knowledge: KnowledgeBase, tmp_path: Path, chat_reranker: CoReReranker
 ) -> None:
     add(knowledge, tmp_path / "new.txt", "The museum's boat was built in Bergen, of larch.")
-    assert chat_reranker.remember(texts(knowledge, "boat")) == 0
+    assert chat_reranker.cache_documents(texts(knowledge, "boat")) == 0
 
 
 def test_the_handbook(knowledge: KnowledgeBase) -> None:

@@ -13,7 +13,7 @@ from langchain_core.documents import Document
 
 from core_rerank_integrations.chat import rendering
 from core_rerank_integrations.chat.conversation import Turn
-from core_rerank_integrations.rag.prompts import NO_ANSWER
+from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER
 
 OURS = {"a", "article", "details", "div", "h2", "h3", "header", "li", "mark", "ol", "p", "section"}
 OURS |= {"small", "span", "summary"}

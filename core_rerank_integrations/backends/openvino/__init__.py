@@ -1,8 +1,8 @@
-"""The OpenVINO backend: a graph of our own for the decoders that most people run, on CPUs.
+"""The OpenVINO backend: a graph of our own for common decoders, on CPUs.
 
-decoder.py    what a decoder is made of, from its configuration
+decoder.py    the parts of a decoder, from its configuration
 weights.py    its weights, from the checkpoint
-graph.py      both as one graph that ends in attention mass
-batch.py      documents and questions as the graph's inputs
-backend.py    what calls it
+graph.py      the decoder as a graph that returns attention mass
+batch.py      prefixes and questions as inputs of the graph
+backend.py    the backend
 """

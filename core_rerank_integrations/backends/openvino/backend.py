@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.backends.known_documents import (
-    KnownDocuments,
-    KnownOpening,
-    TensorFile,
+from core_rerank_integrations.backends.local.backend import LocalBackend
+from core_rerank_integrations.backends.local.prefix_cache import (
+    CachedPrefix,
+    PrefixCache,
+    TensorFormat,
 )
-from core_rerank_integrations.backends.local import LocalBackend
+from core_rerank_integrations.backends.local.prefix_run import PrefixRun
 from core_rerank_integrations.backends.openvino.decoder import Decoder
-from core_rerank_integrations.backends.prompt_groups import PromptGroup
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads import HeadSet
-from core_rerank_integrations.models import LocalModel
-from core_rerank_integrations.scoring import Mass
-from core_rerank_integrations.store import DocumentCache
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.method.scoring import Mass
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.settings import DocumentCache
 
 with requires_extra("cpu"):
     import openvino
@@ -31,34 +31,33 @@ with requires_extra("cpu"):
     from core_rerank_integrations.backends.openvino.weights import Weights
 
 DTYPES = ("float32", "bfloat16", "int8")
-BATCH_TOKENS = 2048
-"""New tokens of one pass, padding included."""
-BATCH_LOGITS = 1 << 22
-"""New tokens of one pass times the tokens that each may see."""
-BATCH_SEEN = 10240
-"""Known and new tokens of one pass, padding included; known ones are copied for it."""
-LONGEST_OPENING = 1024
-"""A longer one is read piece by piece."""
-KEPT_FORMAT = 1
-"""Counts up when what is kept of documents changes its meaning."""
+MAX_NEW_TOKENS = 2048
+"""Maximum number of new tokens in a pass, with padding."""
+MAX_LOGITS = 1 << 22
+"""Maximum number of new tokens in a pass times the tokens that each may see."""
+MAX_TOKENS = 10240
+"""Maximum number of cached and new tokens in a pass, with padding. Cached ones are copied."""
+MAX_PREFIX_TOKENS = 1024
+"""Longer prefixes are read in pieces of this length."""
+CACHE_FORMAT = 2
+"""Increased when the meaning of cached prefixes changes."""
 
 
 class OpenVINOBackend(LocalBackend):
-    """CoRe attention mass from a decoder that OpenVINO runs on the CPU.
+    """Compute attention mass with a decoder that OpenVINO runs on the CPU.
 
     Args:
-        model: The model's folder, with safetensors files.
+        model: Folder of the model, with safetensors files.
         head_set: The heads to read.
-        dtype: ``float32``; ``bfloat16``, if the processor has it; ``int8``: weights and
-            activations rounded to eight bits where they are multiplied; or ``auto``: bfloat16
-            where the processor has it, else float32. Attention mass is float32 always.
-        document_cache: How much is kept of the keys and values of documents that were read, and
-            where; ``None`` for the defaults of `DocumentCache`. They are kept in float16 unless
-            the dtype is float32.
+        dtype: ``float32``; ``bfloat16``, if the processor supports it; ``int8``, which rounds
+            weights and activations to eight bits where they are multiplied; or ``auto``, which is
+            bfloat16 if the processor supports it, else float32. Attention mass is always float32.
+        document_cache: Size and folder of the cache; ``None`` for the defaults. Keys and values
+            are cached in float16 unless the dtype is float32.
 
     Raises:
-        UnsupportedModelError: The model is of no type that this backend knows.
-        InvalidInputError: There is no such dtype, or not on this processor.
+        UnsupportedModelError: The model's type is not supported.
+        InvalidInputError: The dtype is unknown, or the processor does not support it.
         ModelError: Weights are missing.
     """
 
@@ -75,101 +74,92 @@ class OpenVINOBackend(LocalBackend):
         self.dtype = _dtype(dtype, has_bfloat16)
         config = model.config()
         self.max_context: int = config.max_position_embeddings
-        by_layer: dict[int, list[int]] = {}
-        for head in sorted(head_set.heads, key=lambda head: head.layer):
-            by_layer.setdefault(head.layer, []).append(head.head)
-        read = [(layer, head) for layer, heads in by_layer.items() for head in heads]
+        by_layer = head_set.by_layer
+        # The graph reports heads layer by layer.
+        graph_order = [index for heads in by_layer.values() for _, index in heads]
+        self._head_order = np.argsort(graph_order)
+        self._state_type: type = np.float32 if self.dtype == "float32" else np.float16
         heads = [(head.layer, head.head) for head in head_set.heads]
-        self._places = [read.index(head) for head in heads]
-        self._kept: type = np.float32 if self.dtype == "float32" else np.float16
-        identity = repr(("openvino", KEPT_FORMAT, model.fingerprint(), self.dtype, heads))
-        file = TensorFile(_to_file, safetensors.numpy.load)
-        super().__init__(
-            head_set, KnownDocuments(document_cache or DocumentCache(), identity, file)
-        )
+        identity = repr(("openvino", CACHE_FORMAT, model.fingerprint(), self.dtype, heads))
+        file_format = TensorFormat(_to_file, safetensors.numpy.load)
+        super().__init__(PrefixCache(document_cache or DocumentCache(), identity, file_format))
         self._decoder = Decoder.from_config(config, head_set.highest_layer + 1)
         weights = Weights(model.path, eight_bit=self.dtype == "int8")
-        graph = build(self._decoder, weights, by_layer, openvino.Type(self._kept))
-        settings: dict[str, Any] = {
+        selected = {layer: [head for head, _ in heads] for layer, heads in by_layer.items()}
+        graph = build(self._decoder, weights, selected, openvino.Type(self._state_type))
+        properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.dtype == "int8" else 0,
         }
         self._workspace = Workspace()
-        self._request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        self._request = core.compile_model(graph, "CPU", properties).create_infer_request()
 
     def _free(self) -> None:
         del self._request, self._workspace
 
-    def _fits(self, groups: Sequence[PromptGroup]) -> bool:
-        if len({group.known is None for group in groups}) > 1:
+    def _fits(self, runs: Sequence[PrefixRun]) -> bool:
+        if len({run.cached is None for run in runs}) > 1:
             return False
-        if max(len(group.opening) for group in groups) > LONGEST_OPENING:
+        if max(len(run.prefix.ids) for run in runs) > MAX_PREFIX_TOKENS:
             return False
-        new = len(groups) * max(group.tokens for group in groups)
-        seen = max(len(group.opening) + sum(map(len, group.questions)) for group in groups)
-        return (
-            new <= BATCH_TOKENS and new * seen <= BATCH_LOGITS and len(groups) * seen <= BATCH_SEEN
-        )
+        new = len(runs) * max(run.tokens for run in runs)
+        seen = max(len(run.prefix.ids) + sum(map(len, run.questions)) for run in runs)
+        return new <= MAX_NEW_TOKENS and new * seen <= MAX_LOGITS and len(runs) * seen <= MAX_TOKENS
 
-    def _forward(self, groups: Sequence[PromptGroup], keep: bool) -> list[list[Mass]]:
-        for group in groups:
-            if group.known is None and len(group.opening) > LONGEST_OPENING:
-                group.known = self._read_in_pieces(group)
+    def _forward(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
+        for run in runs:
+            if run.cached is None and len(run.prefix.ids) > MAX_PREFIX_TOKENS:
+                run.cached = self._read_in_pieces(run)
         rows = [
-            Row(self._nothing(), group.opening, group.rows, group.questions)
-            if group.known is None
-            else Row(group.known.states[0], group.opening[:0], 0, group.questions)
-            for group in groups
+            Row(self._empty_states(), run.prefix.ids, run.prefix.instruction_length, run.questions)
+            if run.cached is None
+            else Row(run.cached.states[0], run.prefix.ids[:0], 0, run.questions)
+            for run in runs
         ]
         masses = []
-        for group, answer in zip(groups, self._run(rows), strict=True):
-            if group.known is None:
-                opening = KnownOpening(answer.opening_mass, [answer.states])
-                if keep:
-                    group.known = opening
-            else:
-                opening = group.known
+        for run, answer in zip(runs, self._run_rows(rows), strict=True):
+            cached = run.cached or CachedPrefix(answer.instruction_mass, [answer.states])
             if keep:
-                self._known.keep(group.key, opening)
-            border = len(group.opening)
+                run.cached = cached
+            border = len(run.prefix.ids)
             for mass in answer.question_masses:
-                mass[:, :border] += opening.mass
-                mass /= group.rows + mass.shape[1] - border
+                mass[:, :border] += cached.instruction_mass
+                mass /= run.prefix.instruction_length + mass.shape[1] - border
             masses.append(answer.question_masses)
         return masses
 
-    def _read_in_pieces(self, group: PromptGroup) -> KnownOpening:
-        """Read a long opening, each piece with the keys and values of those before it."""
-        states = self._nothing()
-        count, length = len(self._places), len(group.opening)
-        mass = np.zeros((count, length), dtype=np.float32)
-        for begin in range(0, length, LONGEST_OPENING):
-            piece = group.opening[begin : begin + LONGEST_OPENING]
-            stop = begin + len(piece)
-            rows = min(max(stop - (length - group.rows), 0), len(piece))
-            (answer,) = self._run([Row(states, piece, rows, ())])
-            mass[:, :stop] += answer.opening_mass
+    def _read_in_pieces(self, run: PrefixRun) -> CachedPrefix:
+        """Read a long prefix, each piece with the keys and values of the pieces before it."""
+        ids, length = run.prefix.ids, len(run.prefix.ids)
+        states = self._empty_states()
+        mass = np.zeros((len(self._head_order), length), dtype=np.float32)
+        for start in range(0, length, MAX_PREFIX_TOKENS):
+            piece = ids[start : start + MAX_PREFIX_TOKENS]
+            stop = start + len(piece)
+            rows = min(max(stop - run.prefix.context_length, 0), len(piece))
+            (answer,) = self._run_rows([Row(states, piece, rows, ())])
+            mass[:, :stop] += answer.instruction_mass
             states = np.concatenate((states, answer.states), axis=2)
-        return KnownOpening(mass, [states])
+        return CachedPrefix(mass, [states])
 
-    def _run(self, rows: Sequence[Row]) -> list[Answer]:
+    def _run_rows(self, rows: Sequence[Row]) -> list[Answer]:
         batch = Batch(self._decoder, rows)
         self._request.infer(batch.inputs(self._workspace), share_inputs=True)
         outputs = [self._request.get_output_tensor(i).data for i in range(2 * self._decoder.layers)]
-        outputs[0] = outputs[0][:, self._places]
+        outputs[0] = outputs[0][:, self._head_order]
         return batch.answers(outputs)
 
-    def _nothing(self) -> npt.NDArray[Any]:
+    def _empty_states(self) -> npt.NDArray[Any]:
         decoder = self._decoder
         shape = (2 * decoder.layers - 1, decoder.key_heads, 0, decoder.head_size)
-        return np.zeros(shape, dtype=self._kept)
+        return np.zeros(shape, dtype=self._state_type)
 
 
 def _to_file(tensors: dict[str, npt.NDArray[Any]]) -> bytes:
-    # What is not contiguous would be written as if it were.
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    content: bytes = safetensors.numpy.save(whole)
+    # safetensors writes arrays as if they were contiguous.
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    content: bytes = safetensors.numpy.save(contiguous)
     return content
 
 
@@ -181,7 +171,5 @@ def _dtype(name: str, has_bfloat16: bool) -> str:
             f"dtype must be 'auto' or, with OpenVINO, one of {', '.join(DTYPES)}, got {name!r}"
         )
     if name == "bfloat16" and not has_bfloat16:
-        raise InvalidInputError(
-            "this processor does not compute in bfloat16; leave dtype at 'auto'"
-        )
+        raise InvalidInputError("this processor does not support bfloat16; leave dtype at 'auto'")
     return name

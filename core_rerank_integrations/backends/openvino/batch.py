@@ -1,7 +1,7 @@
-"""Documents and their questions as the inputs of the graph, and its output as attention mass.
+"""Prefixes and questions as the inputs of the graph, and its outputs as attention mass.
 
-A row of the batch is a document. Its new tokens are its opening, if that is not known, and then
-each of its questions, none of which sees another.
+A row of the batch is one prefix. Its new tokens are the prefix, unless it is cached, and then each
+of its questions. Questions do not see each other.
 """
 
 from __future__ import annotations
@@ -14,65 +14,77 @@ import numpy as np
 import numpy.typing as npt
 
 from core_rerank_integrations.backends.openvino.decoder import Decoder
-from core_rerank_integrations.prompt import TokenIds
-from core_rerank_integrations.scoring import Mass
+from core_rerank_integrations.method.prompt import TokenIds
+from core_rerank_integrations.method.scoring import Mass
 
 HIDDEN = -1e30
-"""Logit of what a token does not see: finite, so that rows of padding stay numbers."""
-STEP = 32
-"""The length of what is known is rounded up to multiples of this: the graph prepares itself for
-each new shape, some thirty milliseconds, where a few more columns cost next to nothing."""
+"""Added to the logits of hidden tokens. It is finite, so that rows of padding stay numbers."""
+CACHED_LENGTH_STEP = 32
+"""Cached lengths are rounded up to multiples of this. The graph prepares itself for each new shape
+in about thirty milliseconds; a few more columns cost almost nothing."""
 
 
 class Row(NamedTuple):
-    """A document of a batch.
+    """One prefix of a batch.
 
     Attributes:
-        known: Of what comes before the new tokens, the keys and values, [2 layers - 1, key heads,
-            known tokens, head size].
-        opening: New tokens that follow it.
-        opening_rows: How many of these, at the end, are asked what they attend to.
-        questions: New tokens that follow the opening, each question for itself.
+        cached: Keys and values before the new tokens, shape
+            [2 layers - 1, key heads, cached tokens, head size].
+        prefix: New tokens of the prefix that follow them, shape [tokens].
+        instruction_rows: Number of tokens at the end of ``prefix`` that are query rows.
+        questions: New tokens of each question.
     """
 
-    known: npt.NDArray[Any]
-    opening: TokenIds
-    opening_rows: int
+    cached: npt.NDArray[Any]
+    prefix: TokenIds
+    instruction_rows: int
     questions: Sequence[TokenIds]
 
     @property
-    def known_tokens(self) -> int:
-        """How many."""
-        return int(self.known.shape[2])
+    def cached_tokens(self) -> int:
+        """Number of cached tokens."""
+        return int(self.cached.shape[2])
 
     @property
     def new_tokens(self) -> int:
-        """How many."""
-        return len(self.opening) + sum(map(len, self.questions))
+        """Number of new tokens."""
+        return len(self.prefix) + sum(map(len, self.questions))
+
+    @property
+    def question_spans(self) -> list[tuple[int, int]]:
+        """Start and stop of each question among the new tokens."""
+        ends = len(self.prefix) + np.cumsum([len(question) for question in self.questions])
+        return [
+            (int(end) - len(question), int(end))
+            for question, end in zip(self.questions, ends, strict=True)
+        ]
 
 
 class Answer(NamedTuple):
-    """What the graph says about a row.
+    """The graph's outputs for one row.
 
     Attributes:
-        opening_mass: Attention of the opening's rows, summed, [heads, known and opening tokens].
-        question_masses: The same of each question, [heads, known, opening and question tokens].
-        states: Keys and values of the opening, [2 layers - 1, key heads, tokens, head size].
+        instruction_mass: Attention of the instruction rows, summed, shape
+            [heads, cached and prefix tokens].
+        question_masses: Attention of the rows of each question, summed, each of shape
+            [heads, cached, prefix and question tokens].
+        states: Keys and values of the prefix, shape
+            [2 layers - 1, key heads, prefix tokens, head size].
     """
 
-    opening_mass: Mass
+    instruction_mass: Mass
     question_masses: list[Mass]
     states: npt.NDArray[Any]
 
 
 class Workspace:
-    """Memory that is used again from pass to pass: fresh pages would cost more than the copying."""
+    """Memory that is reused from pass to pass, because fresh pages cost more than the copying."""
 
     def __init__(self) -> None:
         self._memory = np.zeros(0, dtype=np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array of any content; it ends the life of the one before."""
+        """Return an uninitialised array; this invalidates the previously returned one."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > len(self._memory):
             self._memory = np.zeros(size, dtype=np.uint8)
@@ -80,115 +92,112 @@ class Workspace:
 
 
 class Batch:
-    """Rows beside each other, padded to one length.
+    """Rows of one pass, padded to the same length.
 
     Args:
-        decoder: What runs over them.
-        rows: The documents.
+        decoder: Shape of the model.
+        rows: The rows.
     """
 
     def __init__(self, decoder: Decoder, rows: Sequence[Row]) -> None:
         self._decoder = decoder
         self._rows = rows
-        self._before = -(-max(row.known_tokens for row in rows) // STEP) * STEP
+        longest = max(row.cached_tokens for row in rows)
+        self._cached = -(-longest // CACHED_LENGTH_STEP) * CACHED_LENGTH_STEP
         self._new = max(row.new_tokens for row in rows)
-        self._asking = max(row.opening_rows + row.new_tokens - len(row.opening) for row in rows)
+        self._query_rows = max(
+            row.instruction_rows + row.new_tokens - len(row.prefix) for row in rows
+        )
 
     def inputs(self, workspace: Workspace) -> list[npt.NDArray[Any]]:
-        """In the order of `graph.Inputs`."""
-        count, before, new = len(self._rows), self._before, self._new
-        groups = 1 + max(len(row.questions) for row in self._rows)
-        tokens = np.zeros((count, new), dtype=np.int64)
-        positions = np.zeros((count, new), dtype=np.int64)
-        asking = np.zeros((count, self._asking), dtype=np.int64)
-        shares = np.zeros((count, groups, self._asking), dtype=np.float32)
-        decoder = self._decoder
-        known = workspace.array(
-            (2 * decoder.layers - 1, count, decoder.key_heads, before, decoder.head_size),
-            self._rows[0].known.dtype,
+        """Return the inputs in the order of `graph.Inputs`."""
+        decoder, count = self._decoder, len(self._rows)
+        sums = 1 + max(len(row.questions) for row in self._rows)
+        tokens = np.zeros((count, self._new), dtype=np.int64)
+        positions = np.zeros((count, self._new), dtype=np.int64)
+        query_rows = np.zeros((count, self._query_rows), dtype=np.int64)
+        row_weights = np.zeros((count, sums, self._query_rows), dtype=np.float32)
+        cached = workspace.array(
+            (2 * decoder.layers - 1, count, decoder.key_heads, self._cached, decoder.head_size),
+            self._rows[0].cached.dtype,
         )
         masks = {
-            window: np.full((count, new, before + new), HIDDEN, dtype=np.float32)
+            window: np.full((count, self._new, self._cached + self._new), HIDDEN, dtype=np.float32)
             for window in dict.fromkeys(decoder.windows)
         }
-        for place, row in enumerate(self._rows):
-            begin = row.known_tokens
-            known[:, place, :, :begin] = row.known
-            known[:, place, :, begin:] = 0
-            pieces = [row.opening, *row.questions]
-            tokens[place, : row.new_tokens] = np.concatenate(pieces)
-            starts = [begin, *(begin + len(row.opening) for _ in row.questions)]
-            positions[place, : row.new_tokens] = np.concatenate(
+        for index, row in enumerate(self._rows):
+            border = row.cached_tokens
+            cached[:, index, :, :border] = row.cached
+            cached[:, index, :, border:] = 0
+            pieces = [row.prefix, *row.questions]
+            tokens[index, : row.new_tokens] = np.concatenate(pieces)
+            starts = [border, *(border + len(row.prefix) for _ in row.questions)]
+            positions[index, : row.new_tokens] = np.concatenate(
                 [
                     np.arange(start, start + len(piece))
                     for start, piece in zip(starts, pieces, strict=True)
                 ]
             )
-            asked = len(row.opening) - row.opening_rows
-            asking[place, : row.new_tokens - asked] = np.arange(asked, row.new_tokens)
-            shares[place, 0, : row.opening_rows] = 1
-            for group, (first, last) in enumerate(self._questions(row), start=1):
-                shares[place, group, first - asked : last - asked] = 1
+            first_row = len(row.prefix) - row.instruction_rows
+            query_rows[index, : row.new_tokens - first_row] = np.arange(first_row, row.new_tokens)
+            row_weights[index, 0, : row.instruction_rows] = 1
+            for number, (start, stop) in enumerate(row.question_spans, start=1):
+                row_weights[index, number, start - first_row : stop - first_row] = 1
             for window, mask in masks.items():
-                self._show(mask[place], positions[place], row, window)
-        turns = [
+                self._unmask(mask[index], positions[index], row, window)
+        rotary = [
             part for rotary in dict.fromkeys(decoder.rotaries) for part in rotary.cos_sin(positions)
         ]
-        return [tokens, *masks.values(), *turns, asking, shares, *known]
+        return [tokens, *masks.values(), *rotary, query_rows, row_weights, *cached]
 
     def answers(self, outputs: Sequence[npt.NDArray[Any]]) -> list[Answer]:
-        """Per row, from the graph's outputs."""
+        """Divide the graph's outputs into rows."""
         mass, *states = outputs
         answers = []
-        for place, row in enumerate(self._rows):
-            border, own = row.known_tokens, self._before + len(row.opening)
-            shared = [mass[place, :, :, :border], mass[place, :, :, self._before : own]]
-            before = np.concatenate(shared, axis=-1)
+        for index, row in enumerate(self._rows):
+            border, length = row.cached_tokens, len(row.prefix)
+            before = np.concatenate(
+                (
+                    mass[index, :, :, :border],
+                    mass[index, :, :, self._cached : self._cached + length],
+                ),
+                axis=-1,
+            )
             questions = [
                 np.concatenate(
                     (
-                        before[:, group],
-                        mass[place, :, group, self._before + first : self._before + last],
+                        before[:, number],
+                        mass[index, :, number, self._cached + start : self._cached + stop],
                     ),
                     axis=-1,
                 )
-                for group, (first, last) in enumerate(self._questions(row), start=1)
+                for number, (start, stop) in enumerate(row.question_spans, start=1)
             ]
-            length = len(row.opening)
-            kept = [state[place, :, :length] for state in states] if length else []
-            answers.append(
-                Answer(
-                    before[:, 0].copy(), questions, np.stack(kept) if kept else row.known[:, :, :0]
-                )
+            new_states = (
+                np.stack([state[index, :, :length] for state in states])
+                if length
+                else row.cached[:, :, :0]
             )
+            answers.append(Answer(before[:, 0].copy(), questions, new_states))
         return answers
 
-    def _questions(self, row: Row) -> list[tuple[int, int]]:
-        """Where each question lies among the new tokens."""
-        ends = len(row.opening) + np.cumsum([len(question) for question in row.questions])
-        return [
-            (int(end) - len(question), int(end))
-            for question, end in zip(row.questions, ends, strict=True)
-        ]
-
-    def _show(
+    def _unmask(
         self, mask: npt.NDArray[np.float32], positions: TokenIds, row: Row, window: int | None
     ) -> None:
-        """Uncover what each new token sees."""
-        before, known = self._before, row.known_tokens
-        columns = np.concatenate((np.arange(known), positions[: row.new_tokens]))
-        places = np.concatenate((np.arange(known), before + np.arange(row.new_tokens)))
-        pieces = [(0, len(row.opening)), *self._questions(row)]
-        for start, stop in pieces:
+        """Set the mask of a row to 0 where a new token sees another token."""
+        before, cached = self._cached, row.cached_tokens
+        column_positions = np.concatenate((np.arange(cached), positions[: row.new_tokens]))
+        columns = np.concatenate((np.arange(cached), before + np.arange(row.new_tokens)))
+        for start, stop in [(0, len(row.prefix)), *row.question_spans]:
             seen = np.zeros(len(columns), dtype=bool)
-            seen[: known + len(row.opening)] = True
-            seen[known + start : known + stop] = True
+            seen[: cached + len(row.prefix)] = True
+            seen[cached + start : cached + stop] = True
             own = positions[start:stop, None]
-            visible = seen & (columns <= own)
+            visible = seen & (column_positions <= own)
             if window is not None:
-                visible &= columns > own - window
+                visible &= column_positions > own - window
             part = mask[start:stop]
-            part[:, places] = np.where(visible, 0, HIDDEN)
-        # A row of padding that saw nothing would be the mean of everything.
+            part[:, columns] = np.where(visible, 0, HIDDEN)
+        # A padding row that sees nothing would attend to all tokens equally.
         padding = np.arange(row.new_tokens, self._new)
         mask[padding, before + padding] = 0

@@ -1,4 +1,4 @@
-"""What a decoder is made of, read from its configuration: all that `graph` has to know of it."""
+"""The parts of a decoder, read from its configuration."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 @dataclass(frozen=True)
 class Rotary:
-    """A rotary embedding: by how much a step turns each pair of a head's numbers.
+    """A rotary embedding.
 
     Attributes:
-        frequencies: In radians, [head size / 2].
+        frequencies: Rotation per position of each pair of numbers, in radians, [head size / 2].
     """
 
     frequencies: tuple[float, ...]
 
     def cos_sin(self, positions: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-        """Cosines and sines for both halves of a head, each of shape [*positions, head size]."""
+        """Compute cosines and sines for both halves of a head, each [*positions, head size]."""
         frequencies = np.array(self.frequencies, dtype=np.float32)
         angles = positions[..., None].astype(np.float32) * frequencies
         angles = np.concatenate((angles, angles), axis=-1)
@@ -38,42 +38,45 @@ class Rotary:
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any], head_size: int) -> Rotary:
-        """From a configuration's ``rope_parameters``.
+        """Read a configuration's ``rope_parameters``.
 
         Raises:
-            UnsupportedModelError: They scale in a way that is not known here.
+            UnsupportedModelError: The RoPE type is not supported.
         """
         kind = parameters.get("rope_type", "default")
         if kind not in ("default", "linear", "llama3") or (
             parameters.get("partial_rotary_factor", 1.0) != 1.0
         ):
-            raise UnsupportedModelError(f"the OpenVINO backend does not know RoPE of type {kind!r}")
+            raise UnsupportedModelError(
+                f"the OpenVINO backend does not support RoPE of type {kind!r}"
+            )
         exponents = np.arange(0, head_size, 2) / head_size
         frequencies = parameters["rope_theta"] ** -exponents
         if kind == "linear":
             frequencies = frequencies / parameters["factor"]
         elif kind == "llama3":
-            frequencies = _stretched(frequencies, parameters)
+            frequencies = _llama3_scaled(frequencies, parameters)
         return cls(tuple(frequencies.tolist()))
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder of one of `MODEL_TYPES`, as far as its architectures differ.
+    """The properties in which decoders of `MODEL_TYPES` differ.
 
     Attributes:
-        heads: Query heads of a layer.
-        key_heads: Key and value heads of a layer.
-        head_size: Of queries, keys and values.
+        heads: Number of query heads of a layer.
+        key_heads: Number of key and value heads of a layer.
+        head_size: Size of queries, keys and values.
         attention_scale: Factor of the attention logits.
         embedding_scale: Factor of the token embeddings.
-        residual_scale: Factor of what a block adds to the residual stream.
-        norm_eps: Added to a mean of squares.
-        norm_offset: Added to a norm's weights.
+        residual_scale: Factor of a block's output before it is added to the residual stream.
+        norm_eps: Added to the mean of squares in a norm.
+        norm_offset: Added to the weights of a norm.
         activation: One of `ACTIVATIONS`.
-        has_outer_norms: Whether what a block adds is normalised once more.
-        windows: Per layer, how many tokens a token sees, itself included; ``None`` for all.
-        rotaries: Per layer.
+        has_outer_norms: Whether a block's output is normalised too.
+        windows: Sliding window of each layer in tokens, including the token itself; ``None`` for
+            full attention.
+        rotaries: Rotary embedding of each layer.
     """
 
     heads: int
@@ -91,21 +94,21 @@ class Decoder:
 
     @property
     def layers(self) -> int:
-        """How many."""
+        """Number of layers."""
         return len(self.windows)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, layers: int) -> Decoder:
-        """The first ``layers`` layers of a model.
+        """Read the configuration of a model's first ``layers`` layers.
 
         Raises:
-            UnsupportedModelError: The model is none of `MODEL_TYPES`, or has something that they
-                do not usually have.
+            UnsupportedModelError: The model is not of `MODEL_TYPES`, or has a feature that the
+                graph does not have.
         """
         if config.model_type not in MODEL_TYPES:
             raise UnsupportedModelError(
                 f"the OpenVINO backend runs models of type {', '.join(MODEL_TYPES)}, not "
-                f"{config.model_type!r}; backend='transformers' may"
+                f"{config.model_type!r}; try backend='transformers'"
             )
         is_gemma = config.model_type == "gemma3_text"
         is_granite = config.model_type == "granite"
@@ -123,7 +126,7 @@ class Decoder:
         )
         if unknown := set(kinds[:layers]) - {"full_attention", "sliding_attention"}:
             raise UnsupportedModelError(
-                f"the OpenVINO backend knows no layers of type {', '.join(sorted(unknown))}"
+                f"the OpenVINO backend does not support layers of type {', '.join(sorted(unknown))}"
             )
         parameters = config.rope_parameters
         by_kind = {
@@ -156,7 +159,7 @@ class Decoder:
 
 
 def openvino_runs(config: PretrainedConfig, layers: int) -> bool:
-    """Whether the OpenVINO backend can run the first ``layers`` layers of a model."""
+    """Return whether the OpenVINO backend can run the first ``layers`` layers of a model."""
     try:
         Decoder.from_config(config, layers)
     except UnsupportedModelError:
@@ -164,13 +167,13 @@ def openvino_runs(config: PretrainedConfig, layers: int) -> bool:
     return True
 
 
-def _stretched(
+def _llama3_scaled(
     frequencies: npt.NDArray[np.float64], parameters: dict[str, Any]
 ) -> npt.NDArray[np.float64]:
-    """Llama 3.1's scaling: slow angles are slowed down, fast ones kept, those between blended."""
+    """Apply Llama 3.1's scaling: low frequencies are divided, high ones kept, others blended."""
     factor = parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    kept: npt.NDArray[np.float64] = np.clip((turns - low) / (high - low), 0, 1)
-    stretched: npt.NDArray[np.float64] = frequencies * (kept + (1 - kept) / factor)
-    return stretched
+    rotations = parameters["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    kept: npt.NDArray[np.float64] = np.clip((rotations - low) / (high - low), 0, 1)
+    scaled: npt.NDArray[np.float64] = frequencies * (kept + (1 - kept) / factor)
+    return scaled

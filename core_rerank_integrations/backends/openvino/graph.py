@@ -1,13 +1,13 @@
-"""A decoder as an OpenVINO model that answers with attention mass and not with logits.
+"""A decoder as an OpenVINO model that returns attention mass instead of logits.
 
-A row of a batch is a document: what is new of it, behind what is known of it. Everything that
-depends on lengths (positions, which token sees which, which rows are the query's) is an input, so
-the graph has no mask logic of its own, and one graph serves new documents and known ones.
+A row of a batch is one prefix: its new tokens after its cached ones. Everything that depends on
+lengths (positions, masks, query rows) is an input, so the graph has no mask logic of its own, and
+one graph serves new and cached documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,48 +19,51 @@ from core_rerank_integrations.backends.openvino.weights import Weights
 
 
 class Inputs(NamedTuple):
-    """What depends on the documents at hand; B documents, T new tokens, P known ones, S = P + T.
+    """Inputs for B rows, T new tokens, P cached tokens, S = P + T.
 
     Attributes:
-        tokens: [B, T], int64.
-        mask: Per distinct window of the decoder, [B, T, S]: what is added to logits.
-        turns: Per distinct rotary embedding, its cosines and its sines, each [B, T, head size].
-        rows: [B, R], int64: which of the new tokens are asked what they attend to.
-        shares: [B, G, R]: how much a row counts in each of G sums.
-        known: Keys and values of the layers in turn, each [B, key heads, P, head size]; none for
-            the values of the last layer.
+        tokens: Token ids, [B, T], int64.
+        mask: For each distinct sliding window, the values that are added to logits, [B, T, S].
+        rotary: For each distinct rotary embedding, its cosines and its sines, each
+            [B, T, head size].
+        query_rows: Indices of the new tokens whose attention is read, [B, R], int64.
+        row_weights: Weight of each query row in each of G sums, [B, G, R].
+        cached: Keys and values of each layer in turn, each [B, key heads, P, head size]. There
+            are no values for the last layer.
     """
 
     tokens: Node
     mask: dict[int | None, Node]
-    turns: dict[Rotary, tuple[Node, Node]]
-    rows: Node
-    shares: Node
-    known: list[Node]
+    rotary: dict[Rotary, tuple[Node, Node]]
+    query_rows: Node
+    row_weights: Node
+    cached: list[Node]
 
 
-def build(decoder: Decoder, weights: Weights, heads: dict[int, list[int]], kept: Type) -> Model:
-    """The graph.
+def build(
+    decoder: Decoder, weights: Weights, heads: dict[int, list[int]], state_type: Type
+) -> Model:
+    """Build the graph.
 
     Args:
-        decoder: As far as the highest selected head.
-        weights: By their names in the checkpoint.
+        decoder: Shape of the model up to its highest selected head.
+        weights: Weights of the checkpoint.
         heads: Selected heads by layer.
-        kept: Element type of keys and values, in and out.
+        state_type: Element type of keys and values, in and out.
 
     Returns:
-        Inputs in the order of `Inputs`, flattened. Outputs: the attention mass of the selected
-        heads in the order of ``heads``, float32, [B, heads, G, S]; then keys and values of the
-        new tokens like the known ones.
+        A model whose inputs are those of `Inputs`, flattened. Its outputs are the attention mass
+        of the selected heads in the order of ``heads``, float32, [B, heads, G, S]; then keys and
+        values of the new tokens, in the order of the cached ones.
     """
-    return _Builder(decoder, weights, kept).model(heads)
+    return _Builder(decoder, weights, state_type).model(heads)
 
 
 class _Builder:
-    def __init__(self, decoder: Decoder, weights: Weights, kept: Type) -> None:
+    def __init__(self, decoder: Decoder, weights: Weights, state_type: Type) -> None:
         self._decoder = decoder
         self._weights = weights
-        self._kept = kept
+        self._state_type = state_type
         self._parameters: list[Node] = []
 
     def model(self, heads: dict[int, list[int]]) -> Model:
@@ -68,38 +71,40 @@ class _Builder:
         inputs = self._inputs()
         hidden = ops.gather(self._weights.table("embed_tokens.weight"), inputs.tokens, _int(0))
         hidden = _scaled(ops.convert(hidden, "f32"), decoder.embedding_scale)
-        # With grouped heads one below the other, keys need not be repeated for each.
+        # Grouped heads are concatenated along the token axis, so that keys are not repeated.
         groups = decoder.heads // decoder.key_heads
         tiled = {
             window: ops.unsqueeze(ops.concat([mask] * groups, 1), _int(1))
             for window, mask in inputs.mask.items()
         }
         row_masks = {
-            window: ops.unsqueeze(ops.gather(mask, inputs.rows, _int(1), 1), _int(1))
+            window: ops.unsqueeze(ops.gather(mask, inputs.query_rows, _int(1), 1), _int(1))
             for window, mask in inputs.mask.items()
         }
-        shares = ops.unsqueeze(ops.unsqueeze(inputs.shares, _int(1)), _int(-1))
+        row_weights = ops.unsqueeze(ops.unsqueeze(inputs.row_weights, _int(1)), _int(-1))
         masses: list[Node] = []
-        kept: list[Node] = []
+        states: list[Node] = []
         for layer in range(decoder.layers):
             is_last = layer == decoder.layers - 1
             window = decoder.windows[layer]
-            turn = inputs.turns[decoder.rotaries[layer]]
+            rotary = inputs.rotary[decoder.rotaries[layer]]
             name = f"layers.{layer}.self_attn"
             normed = self._norm(hidden, f"layers.{layer}.input_layernorm.weight")
-            query = self._heads(normed, f"{name}.q_proj", decoder.heads, f"{name}.q_norm", turn)
-            key = self._heads(normed, f"{name}.k_proj", decoder.key_heads, f"{name}.k_norm", turn)
-            kept.append(ops.convert(key, self._kept))
-            keys = ops.concat([ops.convert(inputs.known[2 * layer], "f32"), key], 2)
+            query = self._heads(normed, f"{name}.q_proj", decoder.heads, f"{name}.q_norm", rotary)
+            key = self._heads(normed, f"{name}.k_proj", decoder.key_heads, f"{name}.k_norm", rotary)
+            states.append(ops.convert(key, self._state_type))
+            keys = ops.concat([ops.convert(inputs.cached[2 * layer], "f32"), key], 2)
             if layer in heads:
                 masses.append(
-                    self._mass(query, keys, heads[layer], inputs.rows, row_masks[window], shares)
+                    self._mass(
+                        query, keys, heads[layer], inputs.query_rows, row_masks[window], row_weights
+                    )
                 )
             if is_last:
                 break
             value = self._heads(normed, f"{name}.v_proj", decoder.key_heads)
-            kept.append(ops.convert(value, self._kept))
-            values = ops.concat([ops.convert(inputs.known[2 * layer + 1], "f32"), value], 2)
+            states.append(ops.convert(value, self._state_type))
+            values = ops.concat([ops.convert(inputs.cached[2 * layer + 1], "f32"), value], 2)
             hidden = self._block(
                 hidden,
                 self._attention(query, keys, values, tiled[window], f"{name}.o_proj"),
@@ -113,9 +118,9 @@ class _Builder:
                 f"layers.{layer}.post_feedforward_layernorm.weight",
             )
         mass = ops.concat(masses, 1)
-        model = Model([mass, *kept], self._parameters, "core_rerank")
-        for place, output in enumerate(model.outputs):
-            output.get_tensor().set_names({"mass" if place == 0 else f"kept.{place - 1}"})
+        model = Model([mass, *states], self._parameters, "core_rerank")
+        for index, output in enumerate(model.outputs):
+            output.get_tensor().set_names({f"state.{index - 1}" if index else "mass"})
         return model
 
     def _inputs(self) -> Inputs:
@@ -141,10 +146,10 @@ class _Builder:
                 )
                 for i, rotary in enumerate(dict.fromkeys(decoder.rotaries))
             },
-            parameter("rows", [-1, -1], Type.i64),
-            parameter("shares", [-1, -1, -1]),
+            parameter("query_rows", [-1, -1], Type.i64),
+            parameter("row_weights", [-1, -1, -1]),
             [
-                parameter(f"known.{i}", [-1, decoder.key_heads, -1, size], self._kept)
+                parameter(f"cached.{i}", [-1, decoder.key_heads, -1, size], self._state_type)
                 for i in range(2 * decoder.layers - 1)
             ],
         )
@@ -169,17 +174,17 @@ class _Builder:
         name: str,
         count: int,
         norm: str | None = None,
-        turn: tuple[Node, Node] | None = None,
+        rotary: tuple[Node, Node] | None = None,
     ) -> Node:
-        """Queries, keys or values, [B, heads, T, head size]; with ``turn``, rotary embedding."""
+        """Project to queries, keys or values, [B, heads, T, head size], and rotate them."""
         size = self._decoder.head_size
         split = ops.reshape(self._linear(hidden, name), _int([0, 0, count, size]), True)
         if norm is not None and f"{norm}.weight" in self._weights:
             split = self._norm(split, f"{norm}.weight")
         split = ops.transpose(split, _int([0, 2, 1, 3]))
-        if turn is None:
+        if rotary is None:
             return split
-        cos, sin = (ops.unsqueeze(part, _int(1)) for part in turn)
+        cos, sin = (ops.unsqueeze(part, _int(1)) for part in rotary)
         first = ops.slice(split, _int([0]), _int([size // 2]), _int([1]), _int([3]))
         second = ops.slice(split, _int([size // 2]), _int([size]), _int([1]), _int([3]))
         rotated = ops.concat([ops.multiply(second, _float(-1.0)), first], 3)
@@ -200,19 +205,25 @@ class _Builder:
         return self._linear(joined, name)
 
     def _mass(
-        self, query: Node, keys: Node, heads: Iterable[int], rows: Node, mask: Node, shares: Node
+        self,
+        query: Node,
+        keys: Node,
+        heads: Sequence[int],
+        query_rows: Node,
+        mask: Node,
+        row_weights: Node,
     ) -> Node:
-        """Attention of some heads, [B, heads, G, S]."""
+        """Compute the attention mass of the selected heads of a layer, [B, heads, G, S]."""
         decoder = self._decoder
         groups = decoder.heads // decoder.key_heads
-        chosen = ops.gather(query, _int(list(heads)), _int(1))
-        by_token = ops.transpose(chosen, _int([0, 2, 1, 3]))
-        asking = ops.transpose(ops.gather(by_token, rows, _int(1), 1), _int([0, 2, 1, 3]))
-        theirs = ops.gather(keys, _int([head // groups for head in heads]), _int(1))
-        logits = _scaled(ops.matmul(asking, theirs, False, True), decoder.attention_scale)
+        selected = ops.gather(query, _int(list(heads)), _int(1))
+        by_token = ops.transpose(selected, _int([0, 2, 1, 3]))
+        rows = ops.transpose(ops.gather(by_token, query_rows, _int(1), 1), _int([0, 2, 1, 3]))
+        head_keys = ops.gather(keys, _int([head // groups for head in heads]), _int(1))
+        logits = _scaled(ops.matmul(rows, head_keys, False, True), decoder.attention_scale)
         attention = ops.softmax(ops.add(logits, mask), -1)
         return ops.reduce_sum(
-            ops.multiply(ops.unsqueeze(attention, _int(2)), shares), _int(3), False
+            ops.multiply(ops.unsqueeze(attention, _int(2)), row_weights), _int(3), False
         )
 
     def _feed_forward(self, hidden: Node, name: str) -> Node:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as constants of a graph, read without PyTorch."""
+"""The weights of a checkpoint as constants of a graph, read without PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openvino.op import Constant
 from core_rerank_integrations.errors import ModelError
 
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
-"""What stands before the names of a decoder's weights, by kind of checkpoint."""
+"""Prefixes of the names of a decoder's weights in different checkpoints."""
 
 
 class _Kind(NamedTuple):
@@ -27,7 +27,7 @@ class _Kind(NamedTuple):
 KINDS = {
     "F32": _Kind(np.float32, Type.f32),
     "F16": _Kind(np.float16, Type.f16),
-    "BF16": _Kind(np.uint16, Type.bf16),  # NumPy has no such numbers.
+    "BF16": _Kind(np.uint16, Type.bf16),  # NumPy has no bfloat16.
 }
 
 
@@ -39,15 +39,15 @@ class _Stored(NamedTuple):
 
 
 class Weights:
-    """Weights of a decoder, by their names inside the model.
+    """Weights of a decoder by their names inside the model.
 
     Args:
-        folder: With the checkpoint's safetensors files, which have to stay while a graph of these
-            weights is compiled.
-        eight_bit: Whether matrices are rounded to eight bits, with a scale for each of their rows.
+        folder: Folder of the checkpoint's safetensors files, which must exist until the graph is
+            compiled.
+        eight_bit: Whether to round matrices to eight bits, with a scale per row.
 
     Raises:
-        ModelError: There are no such files.
+        ModelError: The folder has no safetensors files of a decoder.
     """
 
     def __init__(self, folder: Path, eight_bit: bool = False) -> None:
@@ -67,15 +67,15 @@ class Weights:
         return self._prefix + name in self._stored
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        """Weights of a norm, or a bias."""
+        """Return the weights of a norm, or a bias."""
         return self._numbers(self._find(name))
 
     def table(self, name: str) -> Node:
-        """Rows to gather from, as they are stored."""
+        """Return an embedding table in its stored precision."""
         return self._constant(self._find(name))
 
     def matrix(self, name: str) -> Node:
-        """What to multiply with, [out, in], as float32."""
+        """Return a matrix to multiply with, [out, in], as float32."""
         stored = self._find(name)
         if not self._eight_bit:
             return ops.convert(self._constant(stored), "f32")
@@ -110,7 +110,7 @@ def _mapped(stored: _Stored) -> npt.NDArray[np.generic]:
 
 
 def _index(path: Path) -> Iterator[tuple[str, _Stored]]:
-    """What a safetensors file holds: eight bytes of length, a header in JSON, then the numbers."""
+    """Yield the tensors of a safetensors file: 8 bytes of length, a JSON header, the numbers."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

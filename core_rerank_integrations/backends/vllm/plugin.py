@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from core_rerank_integrations.backends.vllm.caller.process import end_with_owner
 from core_rerank_integrations.backends.vllm.compat import (
     is_supported_version,
     key_query_blocks_by_request,
 )
-from core_rerank_integrations.backends.vllm.process import end_with_owner
 
 ARCHITECTURE_PREFIX = "CoRe"
-MODELS = "core_rerank_integrations.backends.vllm.model"
+MODELS = "core_rerank_integrations.backends.vllm.worker.model"
 
 
 def register() -> None:

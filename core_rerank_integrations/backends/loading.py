@@ -1,0 +1,84 @@
+"""The choice of a backend, and its loading."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.backends.openvino.decoder import openvino_runs
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.settings import RerankerSettings
+
+
+def chosen_backend(settings: RerankerSettings, model: LocalModel, heads: HeadSet) -> str:
+    """Return the backend that ``settings.backend`` selects on this machine.
+
+    ``auto`` selects OpenVINO on a CPU, if it is installed and supports the model, else
+    Transformers. vLLM is never selected by itself, because it takes the memory of a GPU and
+    starts processes.
+    """
+    if settings.backend != "auto":
+        return settings.backend
+    device = settings.device
+    uses_openvino = (
+        device in (None, "cpu")
+        and settings.dtype != "float16"
+        and find_spec("openvino") is not None
+        and any(model.path.glob("*.safetensors"))
+        and not (device is None and _has_cuda())
+        and openvino_runs(model.config(), heads.highest_layer + 1)
+    )
+    return "openvino" if uses_openvino else "transformers"
+
+
+def load_backend(
+    backend: str, settings: RerankerSettings, model: LocalModel, heads: HeadSet, engine: Any = None
+) -> AttentionBackend:
+    """Load a model up to the highest of ``heads``.
+
+    Args:
+        backend: The backend; see `chosen_backend`.
+        settings: Precision, device, cache and engine arguments.
+        model: The model.
+        heads: The heads to read.
+        engine: For ``vllm-shared``, a running engine of the caller.
+    """
+    dtype = settings.dtype
+    if backend == "openvino":
+        if settings.device not in (None, "cpu"):
+            raise InvalidInputError(
+                f"the OpenVINO backend runs on the CPU, not on {settings.device!r}"
+            )
+        from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+
+        return OpenVINOBackend(model, heads, dtype=dtype, document_cache=settings.document_cache)
+    if backend == "vllm-shared":
+        from core_rerank_integrations.backends.vllm.caller.shared import SharedVLLMBackend
+
+        return SharedVLLMBackend(
+            model, heads, engine=engine, dtype=dtype, engine_args=settings.engine_args
+        )
+    if backend == "vllm":
+        from core_rerank_integrations.backends.vllm.caller.dedicated import VLLMBackend
+
+        return VLLMBackend(model, heads, dtype=dtype, engine_args=settings.engine_args)
+    from core_rerank_integrations.backends.transformers.backend import TransformersBackend
+
+    return TransformersBackend(
+        model,
+        heads,
+        dtype=dtype,
+        device=settings.device,
+        document_cache=settings.document_cache,
+    )
+
+
+def _has_cuda() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

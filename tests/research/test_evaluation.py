@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import exp, log2
+from pathlib import Path
+
+import pytest
+
+from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.research.evaluation import Evaluation, compare
+from core_rerank_integrations.research.measures import (
+    expected_calibration_error,
+    mean_measures,
+    measure,
+    reliability,
+)
+from core_rerank_integrations.research.methods import JointReranker, Method, rank_all
+from core_rerank_integrations.research.report import save_report
+from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.scorer import Candidates
+from core_rerank_integrations._internal.resources import resource_folder
+
+LOW = HeadSet.from_pairs(
+    [(2, 1), (5, 0)],
+    name="low",
+    template="chatml",
+    scoring={"window": 2, "rank_weight": 0.1},
+)
+HIGH = HeadSet.from_pairs(
+    [(7, 3)], name="high", template="chatml", scoring={"window": 3, "drop_outliers": False}
+)
+
+
+def test_measures_against_their_definitions() -> None:
+    qrels = {"q": {"a": 2, "b": 1}, "r": {"c": 1}, "s": {"d": 1}}
+    measured = measure(qrels, {"q": ["x", "b", "a"], "r": ["c", "x"]})
+    gain = 1 / log2(3) + 2 / log2(4)
+    assert measured["q"]["nDCG@10"] == pytest.approx(gain / (2 + 1 / log2(3)))
+    assert measured["q"]["nDCG@1"] == 0
+    assert measured["q"]["RR"] == pytest.approx(1 / 2)
+    assert measured["q"]["AP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert measured["r"]["R@5"] == 1
+    assert measured["s"]["nDCG@10"] == 0, "a query without candidates counts"
+    means = mean_measures(qrels, {"q": ["x", "b", "a"], "r": ["c", "x"]})
+    assert means["RR"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+
+
+def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalModel) -> None:
+    query = "How long does the crossing take?"
+    documents = ["Eighteen minutes by ferry.", "Bread rises.", "No crossings in a gale.", "Gulls."]
+    methods = [
+        Method("first-stage"),
+        Method("low", LOW),
+        Method("low+first-stage", LOW, ranked=True),
+        Method("high", HIGH),
+        Method("reversed", LOW.with_scoring(reverse=True)),
+        Method("alone", LOW.with_scoring(window=1), ranked=True),
+    ]
+    joint = JointReranker(smollm2, methods, dtype="float32")
+    lists = [Candidates(query, tuple(documents)), Candidates("Who bakes?", tuple(documents[1:]))]
+    scores, others = joint.scores(lists)
+    joint.close()
+    assert scores["first-stage"].tolist() == [0, -1, -2, -3]
+    assert others["first-stage"].tolist() == [0, -1, -2]
+    for method in methods[1:]:
+        with CoReReranker(smollm2.path, heads=method.heads, dtype="float32") as reranker:
+            for (asked, texts), found in zip(lists, (scores, others), strict=True):
+                expected = reranker.score(asked, texts, ranked=method.ranked)
+                assert found[method.name] == pytest.approx(expected, abs=1e-6)
+    distinct = {tuple(scores[method.name].round(4)) for method in methods}
+    assert len(distinct) == len(methods), "each is a method of its own"
+
+
+def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:
+    other = LOW.model_copy(update={"template": "plain"})
+    with pytest.raises(InvalidInputError, match="different prompt templates"):
+        JointReranker(smollm2, [Method("a", LOW), Method("b", other)])
+
+
+def test_comparison_and_report(tmp_path: Path) -> None:
+    collection = Collection.load(resource_folder("examples/data"))
+    queries = list(collection.queries)[:8]
+    passages = list(collection.passages)
+    run = dict.fromkeys(queries, passages[:12])
+    run |= {query: [*passages[:11], min(collection.qrels[query])] for query in queries}
+    relevant = {
+        collection.passages[document].content
+        for query in queries
+        for document in collection.qrels[query]
+    }
+
+    def scores(lists: Sequence[Candidates]) -> list[dict[str, list[float]]]:
+        scored = []
+        for _, texts in lists:
+            order = [-float(place) for place in range(len(texts))]
+            perfect = [float(text in relevant) for text in texts]
+            scored.append({"first-stage": order, "oracle": perfect, "same": order})
+        return scored
+
+    methods = [Method("first-stage"), Method("oracle", LOW), Method("same", HIGH)]
+    results = compare(collection.qrels, methods, rank_all(collection, run, scores, queries))
+    first, oracle, same = results
+    assert oracle.means["nDCG@10"] > first.means["nDCG@10"]
+    assert first.p_value is None
+    assert same.p_value == 1
+    assert oracle.p_value is not None
+    assert oracle.p_value < 0.05
+
+    save_report(tmp_path / "report", Evaluation(results, {"queries": 8}), plots=True)
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["methods"]["oracle"]["mean"] == oracle.means
+    assert set(report["methods"]["same"]["per_query"]) == set(queries)
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"{oracle.means['nDCG@10']:.3f}" in text
+    assert "- queries: 8" in text
+    assert "![gains.png](gains.png)" in text
+    assert (tmp_path / "report/gains.png").exists()
+    lines = (tmp_path / "report/oracle.trec").read_text().splitlines()
+    assert len(lines) == sum(len(documents) for documents in run.values())
+
+
+def test_calibration_error_against_its_definition() -> None:
+    bins = reliability([0.05, 0.05, 0.15, 0.95, 1.0], [0, 1, 0, 1, 1], bins=10)
+    assert [tuple(part) for part in bins] == [
+        (0.05, 0.5, 2),
+        (0.15, 0.0, 1),
+        (pytest.approx(0.975), 1.0, 2),
+    ]
+    expected = (2 * 0.45 + 1 * 0.15 + 2 * 0.025) / 5
+    assert expected_calibration_error(bins) == pytest.approx(expected)
+
+
+def test_calibrated_methods_are_judged_by_their_probabilities() -> None:
+    calibrated = LOW.with_scoring(window=1, calibration={"slope": 1.0, "intercept": 0.0})
+    methods = [Method("alone", calibrated), Method("ranked", calibrated, ranked=True)]
+    rankings = {"q": [("a", 2.0), ("b", -2.0)]}
+    alone, ranked = compare({"q": {"a": 1}}, methods, dict.fromkeys(("alone", "ranked"), rankings))
+    sure = 1 / (1 + exp(-2))
+    assert alone.reliability == [
+        (pytest.approx(1 - sure), 0.0, 1),
+        (pytest.approx(sure), 1.0, 1),
+    ]
+    assert ranked.reliability == []

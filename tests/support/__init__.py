@@ -1,0 +1,1 @@
+"""Models, head sets and reference code that tests share."""

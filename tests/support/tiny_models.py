@@ -1,0 +1,147 @@
+"""Tiny random models of every family, prompts for them, and what their heads attend to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from core_rerank_integrations import Head, HeadSet
+from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.method.prompt import Prompt, Span
+
+VOCABULARY = 97
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {"sliding_window": 12}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-3-rope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-sliding": ("MistralConfig", SLIDING),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-sliding": (
+        "Qwen2Config",
+        {**SLIDING, "use_sliding_window": True, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "granite": (
+        "GraniteConfig",
+        {"attention_multiplier": 0.7, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0, 3.0, 2.0, 1.5],
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma3": ("Gemma3TextConfig", {**SLIDING, "head_dim": 16, "query_pre_attn_scalar": 8}),
+    # The last three of its layers have no keys of their own.
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **SLIDING,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 3,
+            "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+            "hidden_size_per_layer_input": 0,
+            "head_dim": 16,
+            "global_head_dim": 16,
+        },
+    ),
+}
+
+HEADS = HeadSet(
+    heads=(
+        Head(layer=0, head=1),
+        Head(layer=2, head=0, weight=0.5),
+        Head(layer=2, head=3),
+        Head(layer=3, head=2, weight=-0.75),
+    )
+)
+
+
+def saved(folder: Path, config: PretrainedConfig) -> LocalModel:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return LocalModel(folder, None)
+
+
+def tiny(folder: Path, family: str) -> LocalModel:
+    name, changes = FAMILIES[family]
+    return saved(folder, getattr(transformers, name)(**{**TINY, **changes}))
+
+
+def prompts() -> list[Prompt]:
+    """Two suffixes over one prefix, one alone over another, one asked twice, a long one.
+
+    The first two begin alike, as with an instruction before the question.
+    """
+    generator = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray[Any, Any]:
+        return generator.integers(3, VOCABULARY, count)
+
+    shared, alone, long = tokens(40), tokens(17), tokens(90)
+    suffixes = [tokens(9), tokens(5), tokens(14), tokens(7)]
+    suffixes[1][:3] = suffixes[0][:3]
+    pairs = [(shared, suffixes[0]), (alone, suffixes[2]), (shared, suffixes[1])]
+    pairs += [(long, suffixes[3]), (shared, suffixes[0])]
+    instructions = (3, 0, 3, 6, 3)
+    return [
+        Prompt(prefix, suffix, (Span(0, 1),), instruction)
+        for (prefix, suffix), instruction in zip(pairs, instructions, strict=True)
+    ]
+
+
+def expected(model: LocalModel, prompt: Prompt) -> np.ndarray[Any, Any]:
+    """The whole model, one prompt, every attention weight."""
+    eager = AutoModelForCausalLM.from_pretrained(
+        model.path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+    with torch.inference_mode():
+        attentions = eager(tokens, output_attentions=True, use_cache=False).attentions
+    mass = sum(
+        head.weight * attentions[head.layer][0, head.head, len(prompt.prefix) :].mean(dim=0)
+        for head in HEADS.heads
+    )
+    return mass[: len(prompt.prefix) + 1].numpy()
