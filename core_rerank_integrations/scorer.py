@@ -59,10 +59,7 @@ class AttentionScorer:
         Raises:
             InvalidInputError: A query leaves no room for a document.
         """
-        planned = []
-        for candidates in lists:  # A comprehension would be one more frame for the warning.
-            planned.append(self._planner.windows(candidates, layout))
-        return planned
+        return [self._planner.windows(candidates, layout) for candidates in lists]
 
     def read(self, windows: Sequence[Window], weights: Mass | None = None) -> list[WindowAttention]:
         """Compute the attention of all prompts at once.

@@ -59,17 +59,22 @@ class CheckedModel(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            problems = {}
+            problems: dict[str, list[str]] = {}
             for item in error.errors():
-                name = str(item["loc"][0]) if item["loc"] else ""
                 cause = item.get("ctx", {}).get("error")
                 if isinstance(cause, HeadSetError):
                     raise cause from error
-                if isinstance(cause, InvalidInputError):
-                    problems[name] = str(cause)
-                else:
-                    problems.setdefault(name, f"{name}: {item['msg']}, got {fields.get(name)!r}")
-            raise InvalidInputError("; ".join(problems.values())) from error
+                name = str(item["loc"][0]) if item["loc"] else ""
+                is_own = isinstance(cause, InvalidInputError)
+                problems.setdefault(name, []).append(str(cause) if is_own else item["msg"])
+            raise InvalidInputError(
+                "; ".join(
+                    f"{name}: {' or '.join(messages)}, got {fields[name]!r}"
+                    if name
+                    else messages[0]
+                    for name, messages in problems.items()
+                )
+            ) from error
 
 
 class DocumentCache(BaseModel):

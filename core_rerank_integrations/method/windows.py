@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from core_rerank_integrations._internal.warnings import warn_caller
 from core_rerank_integrations.errors import DocumentTruncatedWarning, InvalidInputError
 from core_rerank_integrations.method.passages import BORDER_TOKENS, passages, truncate
 from core_rerank_integrations.method.prompt import (
@@ -118,8 +118,8 @@ class WindowPlanner:
             groups = [[index] for index in range(len(pieces))]
         else:
             pieces, lengths = self._truncated_pieces(documents, budget - overhead, layout)
-            lengths = [min(length + overhead, budget) for length in lengths]
-            groups = plan_windows(lengths, budget, layout.documents_per_prompt)
+            in_prompt = [min(length + overhead, budget) for length in lengths]
+            groups = plan_windows(in_prompt, budget, layout.documents_per_prompt)
         if layout.best_last:
             groups = [group[::-1] for group in groups]
         return self._encoded(documents, [[pieces[i] for i in group] for group in groups], question)
@@ -197,11 +197,10 @@ class WindowPlanner:
         for index, offsets in enumerate(self._encoder.offsets(documents)):
             span, dropped = truncate(documents[index], offsets, longest)
             if dropped:
-                warnings.warn(
+                warn_caller(
                     f"document {index} was cut to {longest} tokens; its last {dropped} tokens "
                     "were not ranked. Split long documents, or raise max_document_tokens",
                     DocumentTruncatedWarning,
-                    stacklevel=8,
                 )
             pieces.append((index, span))
             lengths.append(len(offsets) - dropped)
@@ -229,8 +228,8 @@ def plan_windows(lengths: Sequence[int], budget: int, size: int | None = None) -
     Returns:
         Document indices per window, ascending within each.
     """
-    if not lengths:
-        return []
+    if size == 1 or not lengths:
+        return [[index] for index in range(len(lengths))]
     longest_first = sorted(range(len(lengths)), key=lambda index: 2 * lengths[index] <= budget)
     size = size or len(lengths)
     count = max(ceil(len(lengths) / size), ceil(sum(lengths) / budget))

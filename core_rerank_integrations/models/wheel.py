@@ -53,7 +53,7 @@ def folder_from_wheel(alias: ModelAlias, wheel: Wheel) -> Path:
             )
         _convert(gguf, target)
 
-    return _build_once(wheel_folder(alias, wheel), build)
+    return build_once(wheel_folder(alias, wheel), build)
 
 
 def folder_from_gguf(gguf: Path) -> Path:
@@ -63,7 +63,7 @@ def folder_from_gguf(gguf: Path) -> Path:
         ModelError: The file cannot be read.
     """
     folder = cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:16]}"
-    return _build_once(folder, lambda _, target: _convert(gguf, target))
+    return build_once(folder, lambda _, target: _convert(gguf, target))
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -73,7 +73,7 @@ def _convert(gguf: Path, target: Path) -> None:
     convert_gguf(gguf, target)
 
 
-def _build_once(folder: Path, build: Callable[[Path, Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path, Path], None]) -> Path:
     """Return ``folder``; on first use, create it by ``build(working folder, target)``.
 
     The folder appears complete or not at all. A lock lets one of several processes do the work,

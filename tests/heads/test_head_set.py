@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from core_rerank_integrations import Head, HeadSet
+from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import HeadSetError
-from core_rerank_integrations.heads.head_set import (
-    ModelShape,
-    Provenance,
+from core_rerank_integrations.heads.head_set import ModelShape, Provenance
+from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig
+from core_rerank_integrations.heads.shipped import (
     default_head_set,
     named_head_set,
     shipped_head_sets,
 )
-from core_rerank_integrations.method.prompt import TEMPLATES
-from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig
+from core_rerank_integrations.method.templates import TEMPLATES
 
 SMOLLM2 = ModelShape(num_layers=30, num_heads=9, model_type="llama")
 
 
-def places(head_set: HeadSet) -> list[tuple[int, int]]:
+def pairs(head_set: HeadSet) -> list[tuple[int, int]]:
     return [(head.layer, head.head) for head in head_set.heads]
 
 
@@ -40,7 +40,7 @@ def test_own_format_survives_a_round_trip(tmp_path: Path) -> None:
         num_heads=2,
         heads=(Head(layer=1, head=0, score=0.5, weight=-0.25), Head(layer=3, head=1)),
         template="chatml",
-        scoring=ScoringConfig(window=5, rank_weights={"bm25": 0.5}),
+        scoring=ScoringConfig(documents_per_prompt=5, rank_weights={"bm25": 0.5}),
         provenance=Provenance(
             method="fit",
             details={"data": "münchen", "train": ["nq", "sentences"]},
@@ -62,15 +62,15 @@ def test_vllm_hook_format(tmp_path: Path) -> None:
     )
     head_set = HeadSet.load(path)
     assert head_set.model == "org/model"
-    assert places(head_set) == [(15, 21), (9, 26)]
+    assert pairs(head_set) == [(15, 21), (9, 26)]
 
 
 def test_core_release_format_takes_the_best_eight(tmp_path: Path) -> None:
     scores = {f"{layer}-1": layer / 100 for layer in range(20)}
     head_set = HeadSet.load(written(tmp_path, scores))
-    assert places(head_set) == [(layer, 1) for layer in range(19, 11, -1)]
+    assert pairs(head_set) == [(layer, 1) for layer in range(19, 11, -1)]
     assert head_set.heads[0].score == 0.19
-    assert places(head_set.top(3)) == [(19, 1), (18, 1), (17, 1)]
+    assert pairs(head_set.top(3)) == [(19, 1), (18, 1), (17, 1)]
     with pytest.raises(HeadSetError, match="its ranking holds 20"):
         head_set.top(21)
 
@@ -79,7 +79,7 @@ def test_qrhead_format(tmp_path: Path) -> None:
     text = 'attn_head_set: "14-22,13-16" # top\nmodel_name_or_path: "org/model"\n'
     head_set = HeadSet.load(written(tmp_path, text, "qr.yaml"))
     assert (head_set.model, head_set.provenance.method) == ("org/model", "qr")
-    assert places(head_set) == [(14, 22), (13, 16)]
+    assert pairs(head_set) == [(14, 22), (13, 16)]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,8 @@ def test_qrhead_format(tmp_path: Path) -> None:
         ({"heads": [{"layer": 1, "head": 0}], "wieght": 1}, "wieght"),
         ({"important_heads": [[1]]}, "not a usable head set"),
         ({"attn_head_set": "1-x"}, "not a usable head set"),
+        ({"attn_head_set": [1]}, "not a usable head set"),
+        ({"important_heads": [[1, 2]], "model_info": "org/model"}, "not a usable head set"),
     ],
 )
 def test_unusable_files_say_why(tmp_path: Path, content: Any, message: str) -> None:
@@ -110,10 +112,10 @@ def test_missing_file() -> None:
         named_head_set("nowhere")
 
 
-@pytest.mark.parametrize("pairs", [[(1,)], [3], [("a", 1)], [(1, -1)], [(1, 2), (1, 2)], []])
-def test_plain_lists_are_checked(pairs: Any) -> None:
+@pytest.mark.parametrize("wrong", [[(1,)], [3], [("a", 1)], [(1, -1)], [(1, 2), (1, 2)], []])
+def test_plain_lists_are_checked(wrong: Any) -> None:
     with pytest.raises(HeadSetError):
-        HeadSet.from_pairs(pairs)
+        HeadSet.from_pairs(wrong)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_matching_set_is_accepted_by_hub_id_alias_or_folder() -> None:
 
 def test_shipped_sets_are_complete() -> None:
     sets = shipped_head_sets()
-    assert len(sets) == 19
+    assert len(sets) == len(list(resource_folder("model_configs").glob("*.json"))) > 0
     for name, head_set in sets.items():
         assert name == head_set.name
         assert head_set.model
@@ -154,7 +156,7 @@ def test_shipped_sets_are_complete() -> None:
         assert head_set.num_heads
         if ranked_heads := head_set.provenance.ranked_heads:
             ranked = [(layer, head) for layer, head, _ in ranked_heads]
-            assert places(head_set) == ranked[: len(head_set.heads)]
+            assert pairs(head_set) == ranked[: len(head_set.heads)]
 
 
 def test_no_shipped_set_names_the_remedy() -> None:
@@ -169,21 +171,29 @@ def test_probabilities_of_a_calibration() -> None:
     assert calibration.probabilities(scores) == pytest.approx(expected)
 
 
-def test_a_calibration_is_of_documents_by_themselves() -> None:
+def test_a_calibration_requires_one_document_per_prompt() -> None:
     calibration = {"slope": 2.0, "intercept": -1.0}
-    assert HeadSet.from_pairs([(1, 1)], scoring={"window": 1, "calibration": calibration})
-    with pytest.raises(HeadSetError, match="of scores in windows of 1, but the window is 5"):
-        HeadSet.from_pairs([(1, 1)], scoring={"window": 5, "calibration": calibration})
-    with pytest.raises(HeadSetError, match=r"rule\.calibration\.slope"):
+    assert HeadSet.from_pairs(
+        [(1, 1)], scoring={"documents_per_prompt": 1, "calibration": calibration}
+    )
+    with pytest.raises(
+        HeadSetError, match="requires documents_per_prompt=1, got documents_per_prompt=5"
+    ):
         HeadSet.from_pairs(
-            [(1, 1)], scoring={"window": 1, "calibration": {**calibration, "slope": -1.0}}
+            [(1, 1)], scoring={"documents_per_prompt": 5, "calibration": calibration}
+        )
+    with pytest.raises(HeadSetError, match=r"scoring\.calibration\.slope"):
+        HeadSet.from_pairs(
+            [(1, 1)],
+            scoring={"documents_per_prompt": 1, "calibration": {**calibration, "slope": -1.0}},
         )
 
 
-def test_probabilities_belong_to_a_window() -> None:
+def test_a_calibration_belongs_to_a_number_of_documents() -> None:
     alone = HeadSet.from_pairs(
-        [(1, 1)], scoring={"window": 1, "calibration": {"slope": 2.0, "intercept": -1.0}}
+        [(1, 1)],
+        scoring={"documents_per_prompt": 1, "calibration": {"slope": 2.0, "intercept": -1.0}},
     )
     assert alone.with_documents_per_prompt(1) == alone
     together = alone.with_documents_per_prompt(5)
-    assert (together.scoring.window, together.scoring.calibration) == (5, None)
+    assert (together.scoring.documents_per_prompt, together.scoring.calibration) == (5, None)

@@ -1,4 +1,4 @@
-"""Sentences and words of a document, and what they were given."""
+"""Sentences and words of a document, and their scores."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import asyncio
 
 import numpy as np
 import pytest
-from support.head_sets import CALIBRATED
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from support.head_sets import CALIBRATED
 
 from core_rerank_integrations import (
     CoReDocumentCompressor,
@@ -112,7 +111,7 @@ def test_evidence_changes_nothing_else(calibrated: CoReReranker) -> None:
 def test_a_long_document_has_evidence_all_through(calibrated: CoReReranker) -> None:
     long = " ".join(f"{DOCUMENT} Number {number}." for number in range(12))
     (result,) = calibrated.rerank(QUERY, [long], evidence=True)
-    assert result.passage is not None
+    assert result.best_passage is not None
     places = [(part.start, part.stop) for part in result.evidence]
     assert sorted(places) == sentences(long)
 
@@ -123,24 +122,24 @@ def test_weights_of_its_own(calibrated: CoReReranker) -> None:
         {
             **CALIBRATED.model_dump(),
             "heads": [
-                head.model_copy(update={"evidence": -1.0 if place else 0.0})
-                for place, head in enumerate(heads)
+                head.model_copy(update={"evidence_weight": -1.0 if index else 0.0})
+                for index, head in enumerate(heads)
             ],
         }
     )
     assert told.evidence_weights.tolist() == [0.0] + [-1.0] * (len(heads) - 1)
     assert CALIBRATED.evidence_weights.tolist() == CALIBRATED.weights.tolist()
-    own = CoReReranker(calibrated.model, heads=told, reader=calibrated.reader)
+    own = CoReReranker.from_scorer(calibrated.scorer, calibrated.model, told)
     plain = calibrated.rerank(QUERY, [DOCUMENT], evidence=True)[0]
     other = own.rerank(QUERY, [DOCUMENT], evidence=True)[0]
     assert other.score == pytest.approx(plain.score, abs=1e-6)
     assert [part.score for part in other.evidence] != [part.score for part in plain.evidence]
-    calibrated.reader.clear_cache()  # What is kept of `N/A` is kept for each of them.
+    calibrated.clear_cache()
     afresh = own.rerank(QUERY, [DOCUMENT], evidence=True)[0]
     assert [part.score for part in afresh.evidence] == pytest.approx(
         [part.score for part in other.evidence], abs=1e-6
     )
-    assert Head(layer=0, head=0).evidence is None
+    assert Head(layer=0, head=0).evidence_weight is None
 
 
 def test_no_evidence_of_what_was_not_read(calibrated: CoReReranker) -> None:

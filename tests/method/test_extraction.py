@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from tokenizers import Tokenizer
@@ -15,7 +14,7 @@ from core_rerank_integrations import CoReDocumentCompressor, CoReNodePostprocess
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.method.evidence import Evidence
 from core_rerank_integrations.method.extraction import GAP, evidence_within, extract
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.results import RerankResult
 
 QUERY = "Who patented the telephone?"
@@ -28,7 +27,7 @@ SENTENCES = (
     Evidence(2, 17, 1.0, tokens=4),
     Evidence(75, 85, 0.0, tokens=3),
 )
-"""Of `DOCUMENT`, the strongest first."""
+"""The sentences of `DOCUMENT`, best first."""
 
 
 def texts(spans: tuple[tuple[int, int], ...]) -> list[str]:
@@ -39,7 +38,7 @@ def test_neighbours_stay_together_and_gaps_are_marked() -> None:
     kept = extract(DOCUMENT, SENTENCES, 18 / 25)
     assert kept.text == "The telephone was patented by Bell in 1876! 😀 Gulls fly."
     assert kept.spans == ((18, 74),)
-    kept = extract(DOCUMENT, [SENTENCES[place] for place in (0, 3, 1, 2)], 15 / 25)
+    kept = extract(DOCUMENT, [SENTENCES[index] for index in (0, 3, 1, 2)], 15 / 25)
     assert kept.text == f"The telephone was patented by Bell in 1876!{GAP}Fish swim."
     assert kept.spans == ((18, 61), (75, 85))
 
@@ -75,9 +74,9 @@ def test_what_is_kept_is_of_the_document_and_in_its_order(
     scores: list[float], share: float, by: str
 ) -> None:
     document = " ".join("Yes." for _ in scores)
-    places = [(5 * place, 5 * place + 4) for place in range(len(scores))]
+    spans = [(5 * index, 5 * index + 4) for index in range(len(scores))]
     evidence = sorted(
-        (Evidence(*place, score, tokens=2) for place, score in zip(places, scores, strict=True)),
+        (Evidence(*span, score, tokens=2) for span, score in zip(spans, scores, strict=True)),
         key=lambda sentence: -sentence.score,
     )
     kept = extract(document, evidence, share, by)  # type: ignore[arg-type]
@@ -92,7 +91,7 @@ def test_what_is_kept_is_of_the_document_and_in_its_order(
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.1, math.nan, True, "half", None])
-def test_what_is_no_share_is_refused(share: object) -> None:
+def test_other_shares_are_refused(share: object) -> None:
     with pytest.raises(InvalidInputError, match=r"share must be above 0 and at most 1, got"):
         extract(DOCUMENT, SENTENCES, share)  # type: ignore[arg-type]
 
@@ -129,9 +128,9 @@ def test_results_want_evidence_to_be_cut(calibrated: CoReReranker) -> None:
 
 def test_langchain_documents_are_cut(calibrated: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=calibrated, extract=0.6)
-    given_document = Document(DOCUMENT, id="a", metadata={"page": 3})
-    (cut,) = compressor.compress_documents([given_document], QUERY)
-    assert given_document == Document(DOCUMENT, id="a", metadata={"page": 3})
+    original = Document(DOCUMENT, id="a", metadata={"page": 3})
+    (cut,) = compressor.compress_documents([original], QUERY)
+    assert original == Document(DOCUMENT, id="a", metadata={"page": 3})
     assert (cut.id, cut.metadata["page"]) == ("a", 3)
     assert "evidence" not in cut.metadata
     spans = cut.metadata["extracted"]
@@ -139,7 +138,7 @@ def test_langchain_documents_are_cut(calibrated: CoReReranker) -> None:
     assert_whole_sentences(spans)
     assert len(cut.page_content) < len(DOCUMENT)
     by_score = CoReDocumentCompressor(reranker=calibrated, extract=1, extract_by="score")
-    assert by_score.compress_documents([given_document], QUERY)[0].page_content == DOCUMENT.strip()
+    assert by_score.compress_documents([original], QUERY)[0].page_content == DOCUMENT.strip()
 
 
 def assert_whole_sentences(spans: list[list[int]]) -> None:

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from core_rerank_integrations.errors import DocumentTruncatedWarning
-from core_rerank_integrations.backends.loading import load_encoder
-from core_rerank_integrations.models.resolve import LocalModel
-from core_rerank_integrations.method.windows import Layout, WindowPlanner, plan_windows
+from core_rerank_integrations.method.windows import (
+    Candidates,
+    Layout,
+    Window,
+    WindowPlanner,
+    plan_windows,
+)
+from core_rerank_integrations.models.encoder import load_encoder
+from core_rerank_integrations.models.local_model import LocalModel
 
 
 def test_one_window_when_all_fits() -> None:
@@ -28,20 +35,55 @@ def test_no_documents() -> None:
     assert plan_windows([], budget=10) == []
 
 
-def test_alone_a_document_is_cut_or_read_by_passages(smollm2: LocalModel) -> None:
+def length(window: Window) -> int:
+    return len(window.prefix.ids) + len(window.question)
+
+
+def test_a_single_document_is_truncated_or_divided_into_passages(smollm2: LocalModel) -> None:
     planner = WindowPlanner(load_encoder(smollm2, "chatml"), max_context=120)
-    long = "word " * 300
-    pieces = planner.windows("q", [long], Layout(1))
-    assert len(pieces) > 3
-    assert {index for piece in pieces for index in piece.indices} == {0}
-    assert max(len(piece.prompt) for piece in pieces) <= 120
-    # Features are of documents: cut to the context, such a one stays one piece.
+    candidates = Candidates("q", ("word " * 300,))
+    for _ in ("new", "cached"):
+        windows = planner.windows(candidates, Layout(1))
+        assert len(windows) > 3
+        assert {index for window in windows for index in window.indices} == {0}
+        assert max(map(length, windows)) <= 120
+    # Head features belong to a whole document, so it is truncated and stays one window.
     with pytest.warns(DocumentTruncatedWarning, match="document 0 was cut"):
-        (piece,) = planner.windows("q", [long], Layout(1, max_document_tokens=120))
-    assert len(piece.prompt) <= 120
+        (window,) = planner.windows(candidates, Layout(1, max_document_tokens=120))
+    assert length(window) <= 120
 
 
-def test_each_by_itself() -> None:
+class CountingTokenizer:
+    """A tokenizer that counts the texts it encodes."""
+
+    def __init__(self, tokenizer: Any, texts: list[str]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self._texts.append(text)
+        return self._tokenizer.encode(text, **options)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self._texts.extend(texts)
+        return self._tokenizer.encode_batch(texts, **options)
+
+
+def test_a_document_is_tokenised_once(smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_encoder(smollm2, "chatml")
+    planner = WindowPlanner(encoder, max_context=2048)
+    texts: list[str] = []
+    for name in ("_tokenizer", "_plain"):
+        monkeypatch.setattr(encoder, name, CountingTokenizer(getattr(encoder, name), texts))
+    documents = tuple(f"Note number {number}." for number in range(5))
+    layout = Layout(1, passage_tokens=100)
+    for question, expected in (("first question", 5), ("second question", 0)):
+        texts.clear()
+        planner.windows(Candidates(question, documents), layout)
+        assert sum("Note number" in text for text in texts) == expected
+        assert sum(question in text for text in texts) == 1
+
+
+def test_one_document_per_window() -> None:
     assert plan_windows([10, 90, 20], budget=90, size=1) == [[0], [1], [2]]
 
 

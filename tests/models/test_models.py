@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from core_rerank_integrations import models
 from core_rerank_integrations.errors import InvalidInputError, ModelError
-from core_rerank_integrations.backends.loading import load_encoder
-from core_rerank_integrations.models.resolve import ALIASES, LocalModel, resolve
+from core_rerank_integrations.models.aliases import ALIASES
+from core_rerank_integrations.models.encoder import load_encoder
+from core_rerank_integrations.models.local_model import LocalModel, model_shape
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.models.wheel import build_once
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def test_embedded_model_is_a_complete_folder(smollm2: LocalModel) -> None:
     assert smollm2.model_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     names = {path.name for path in smollm2.path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert models.model_shape(smollm2.config()) == (30, 9, "llama")
+    assert model_shape(smollm2.config()) == (30, 9, "llama")
     assert smollm2.tokenizer().is_fast
 
 
-def test_a_folder_is_taken_as_it_is(smollm2: LocalModel) -> None:
+def test_a_folder_is_used_directly(smollm2: LocalModel) -> None:
     assert resolve(smollm2.path) == LocalModel(smollm2.path, None)
 
 
@@ -46,7 +48,7 @@ def test_a_folder_is_taken_as_it_is(smollm2: LocalModel) -> None:
         (Path(__file__).parent, "holds no config.json"),
     ],
 )
-def test_what_is_no_model_is_refused(model: str | Path, message: str) -> None:
+def test_other_names_are_refused(model: str | Path, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         resolve(model)
 
@@ -118,8 +120,8 @@ def test_a_gguf_file_says_whether_prompts_begin_with_a_token(
 ) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", adds_bos)
     model = resolve(tmp_path / "tiny.gguf")
-    prompt = load_encoder(model, "plain").encode("gulls", ["grey gulls"])
-    assert (prompt.prefix[0] == 256) == adds_bos
+    (prefix,) = load_encoder(model, "plain").prefixes([["grey gulls"]])
+    assert (prefix.ids[0] == 256) == adds_bos
 
 
 def test_an_interrupted_fetch_is_cleared_away_by_the_next(cache: Path) -> None:
@@ -132,14 +134,14 @@ def test_an_interrupted_fetch_is_cleared_away_by_the_next(cache: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        models._made_once(cache / "made", interrupted)
+        build_once(cache / "made", interrupted)
     assert leftovers(cache) == []
 
     def complete(work: Path, target: Path) -> None:
         assert list(work.iterdir()) == []
         target.mkdir()
 
-    assert models._made_once(cache / "made", complete) == cache / "made"
+    assert build_once(cache / "made", complete) == cache / "made"
     assert leftovers(cache) == ["made"]
 
 
@@ -152,7 +154,7 @@ def _slowly(work: Path, target: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    models._made_once(folder, _slowly)
+    build_once(folder, _slowly)
 
 
 def test_several_processes_make_a_folder_once(tmp_path: Path) -> None:

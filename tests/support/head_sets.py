@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from support import reference
-
 from core_rerank_integrations import HeadSet
+from support import reference
 
 HEADS = HeadSet.from_pairs(
     reference.HEADS,
@@ -12,10 +11,10 @@ HEADS = HeadSet.from_pairs(
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     model_type="llama",
     template="chatml",
-    scoring={"window": 20},
+    scoring={"documents_per_prompt": 20},
 )
 """The heads of the reference scores, whatever the package ships."""
 CALIBRATED = HEADS.with_scoring(
-    window=1, passage_tokens=40, calibration={"slope": 30.0, "intercept": -2.0}
+    documents_per_prompt=1, passage_tokens=40, calibration={"slope": 30.0, "intercept": -2.0}
 )
 """The same, each document by itself, with a calibration of no meaning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from core_rerank_integrations import Head, HeadSet
-from core_rerank_integrations.models.resolve import LocalModel
-from core_rerank_integrations.method.prompt import Prompt, Span
+from core_rerank_integrations.backends.base import AttentionBackend, PromptGroup
+from core_rerank_integrations.method.prompt import SharedPrefix, Span
+from core_rerank_integrations.models.local_model import LocalModel
 
 VOCABULARY = 97
 TINY: dict[str, Any] = {
@@ -110,38 +112,75 @@ def tiny(folder: Path, family: str) -> LocalModel:
     return saved(folder, getattr(transformers, name)(**{**TINY, **changes}))
 
 
-def prompts() -> list[Prompt]:
-    """Two suffixes over one prefix, one alone over another, one asked twice, a long one.
+def prefix(
+    ids: np.ndarray[Any, Any], instruction: int, baseline: np.ndarray[Any, Any], documents: int = 1
+) -> SharedPrefix:
+    """A prefix of tokens without a text."""
+    return SharedPrefix(ids, instruction, (Span(0, 1),) * documents, (), baseline)
 
-    The first two begin alike, as with an instruction before the question.
+
+def groups() -> list[PromptGroup]:
+    """Two questions about one prefix, one about a short prefix, one about a long one.
+
+    The second prefix has no instruction.
     """
     generator = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray[Any, Any]:
         return generator.integers(3, VOCABULARY, count)
 
-    shared, alone, long = tokens(40), tokens(17), tokens(90)
-    suffixes = [tokens(9), tokens(5), tokens(14), tokens(7)]
-    suffixes[1][:3] = suffixes[0][:3]
-    pairs = [(shared, suffixes[0]), (alone, suffixes[2]), (shared, suffixes[1])]
-    pairs += [(long, suffixes[3]), (shared, suffixes[0])]
-    instructions = (3, 0, 3, 6, 3)
+    shared, short, long = tokens(40), tokens(17), tokens(90)
+    first, second, third, fourth = tokens(9), tokens(5), tokens(14), tokens(7)
+    baseline = tokens(4)
     return [
-        Prompt(prefix, suffix, (Span(0, 1),), instruction)
-        for (prefix, suffix), instruction in zip(pairs, instructions, strict=True)
+        PromptGroup(
+            prefix(np.concatenate((shared, first[:3])), 3, baseline), [first[3:], second[3:]]
+        ),
+        PromptGroup(prefix(short, 0, baseline), [third]),
+        PromptGroup(prefix(np.concatenate((long, fourth[:6])), 6, baseline), [fourth[6:]]),
     ]
 
 
-def expected(model: LocalModel, prompt: Prompt) -> np.ndarray[Any, Any]:
-    """The whole model, one prompt, every attention weight."""
+def expected(
+    model: LocalModel, prefix: SharedPrefix, question: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """The weighted attention mass of one question, by the whole model's eager attention."""
     eager = AutoModelForCausalLM.from_pretrained(
         model.path, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
+    tokens = torch.as_tensor(np.concatenate((prefix.ids, question)))[None]
     with torch.inference_mode():
         attentions = eager(tokens, output_attentions=True, use_cache=False).attentions
+    start = prefix.context_length
     mass = sum(
-        head.weight * attentions[head.layer][0, head.head, len(prompt.prefix) :].mean(dim=0)
+        head.weight * attentions[head.layer][0, head.head, start:].mean(dim=0)
         for head in HEADS.heads
     )
-    return mass[: len(prompt.prefix) + 1].numpy()
+    return mass[: start + 1].numpy()
+
+
+def expected_masses(model: LocalModel, groups: Sequence[PromptGroup]) -> list[np.ndarray[Any, Any]]:
+    """The weighted mass of each group's baseline and questions, in order."""
+    return [
+        expected(model, group.prefix, question)
+        for group in groups
+        for question in (group.prefix.baseline, *group.questions)
+    ]
+
+
+def masses(backend: AttentionBackend, groups: Sequence[PromptGroup]) -> list[np.ndarray[Any, Any]]:
+    """What a backend computes of the same, in the same order."""
+    return [
+        mass[0]
+        for result in backend.attention_mass(groups, HEADS.weights[None])
+        for mass in (result.baseline, *result.questions)
+    ]
+
+
+def assert_close(
+    computed: Sequence[np.ndarray[Any, Any]],
+    expected: Sequence[np.ndarray[Any, Any]],
+    tolerance: float = 1e-6,
+) -> None:
+    for mass, other in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(mass, other, rtol=0, atol=tolerance)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
+from core_rerank_integrations._internal.warnings import warn_caller
 from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
 from core_rerank_integrations.backends.local.prefix_cache import PrefixCache
 from core_rerank_integrations.backends.local.prefix_run import PrefixRun
@@ -93,10 +93,9 @@ class LocalBackend(ABC):
                         written += self._cache.write(run.prefix.key, run.cached)
                     dropped += self._cache.trim()
         if dropped:
-            warnings.warn(
+            warn_caller(
                 f"{dropped} cached documents were dropped, the least recently used first: the "
-                "disk cache is too small for all. Raise DocumentCache(disk_bytes=...)",
-                stacklevel=4,
+                "disk cache is too small for all. Raise DocumentCache(disk_bytes=...)"
             )
         return written
 

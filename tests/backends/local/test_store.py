@@ -1,4 +1,4 @@
-"""Entries on disk: whole or absent, bounded, whoever writes and dies beside."""
+"""Entries on disk are whole or absent, and bounded, with other writers and crashes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from core_rerank_integrations import DocumentCache
+from core_rerank_integrations.backends.local.store import DocumentStore
 from core_rerank_integrations.errors import StorageError
-from core_rerank_integrations.backends.local.store import DocumentCache, DocumentStore
 
 LIMIT = 1 << 30
 WRITER = """
@@ -87,7 +88,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     kept = [number for number in range(5) if bytes([number]) in store]
     assert kept == [0, 3, 4]
     assert store.trim() == 0
-    with pytest.raises(StorageError, match="takes 4000 bytes on disk, and all may take 3500"):
+    with pytest.raises(StorageError, match="takes 4000 bytes on disk, and the limit is 3500"):
         store.put(b"large", b"x" * 4000)
 
 

@@ -11,9 +11,19 @@ import numpy as np
 import openvino
 import pytest
 import transformers
-from support.tiny_models import HEADS, TINY, expected, prompts, saved, tiny
+from support.tiny_models import (
+    HEADS,
+    TINY,
+    assert_close,
+    expected_masses,
+    groups,
+    masses,
+    saved,
+    tiny,
+)
 
 from core_rerank_integrations import HeadSet
+from core_rerank_integrations.backends.loading import chosen_backend, load_backend
 from core_rerank_integrations.backends.openvino import backend as backend_module
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
 from core_rerank_integrations.errors import (
@@ -21,10 +31,10 @@ from core_rerank_integrations.errors import (
     ModelError,
     UnsupportedModelError,
 )
-from core_rerank_integrations.backends.loading import chosen_backend, load_backend
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.settings import RerankerSettings
 
-KNOWN = [
+FAMILIES = [
     "llama",
     "llama-3-rope",
     "mistral",
@@ -38,19 +48,19 @@ KNOWN = [
 HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@pytest.mark.parametrize("longest_opening", [1024, 25])
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("max_prefix_tokens", [1024, 25])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_attention_mass(
-    family: str, longest_opening: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, max_prefix_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of new documents and known ones, in one piece and read piece by piece."""
-    monkeypatch.setattr(backend_module, "LONGEST_OPENING", longest_opening)
+    """New and cached documents, read at once and in pieces."""
+    monkeypatch.setattr(backend_module, "MAX_PREFIX_TOKENS", max_prefix_tokens)
     model = tiny(tmp_path, family)
     backend = OpenVINOBackend(model, HEADS, dtype="float32")
-    for _ in ("new documents", "known documents"):
-        for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-            assert mass.dtype == np.float32
-            np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=3e-6)
+    for _ in ("new documents", "cached documents"):
+        computed = masses(backend, groups())
+        assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
+        assert_close(computed, expected_masses(model, groups()), 3e-6)
 
 
 @pytest.mark.parametrize(
@@ -65,18 +75,18 @@ def test_attention_mass(
 def test_what_llamas_differ_in(changes: dict[str, Any], tmp_path: Path) -> None:
     model = saved(tmp_path, transformers.LlamaConfig(**{**TINY, **changes}))
     backend = OpenVINOBackend(model, HEADS, dtype="float32")
-    for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-        np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=3e-6)
+    assert_close(masses(backend, groups()), expected_masses(model, groups()), 3e-6)
 
 
 def test_heads_keep_the_order_of_their_set(tmp_path: Path) -> None:
     model = tiny(tmp_path, "llama")
     pairs = [(3, 2), (0, 1), (2, 3), (2, 0)]
-    of_all = OpenVINOBackend(model, HeadSet.from_pairs(pairs), dtype="float32").head_mass(prompts())
-    for place, pair in enumerate(pairs):
-        one = OpenVINOBackend(model, HeadSet.from_pairs([pair]), dtype="float32")
-        for mass, alone in zip(of_all, one.head_mass(prompts()), strict=True):
-            np.testing.assert_allclose(mass[place], alone[0], rtol=0, atol=1e-6)
+    together = OpenVINOBackend(model, HeadSet.from_pairs(pairs), dtype="float32")
+    all_heads = [result.questions[0] for result in together.attention_mass(groups())]
+    for index, pair in enumerate(pairs):
+        backend = OpenVINOBackend(model, HeadSet.from_pairs([pair]), dtype="float32")
+        one_head = [result.questions[0][0] for result in backend.attention_mass(groups())]
+        assert_close([mass[index] for mass in all_heads], one_head)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -85,12 +95,13 @@ def test_less_precision_stays_close(dtype: str, tmp_path: Path) -> None:
         pytest.skip("this processor has no bfloat16")
     model = tiny(tmp_path, "qwen3")
     backend = OpenVINOBackend(model, HEADS, dtype=dtype)
-    differs = False
-    for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-        assert mass.dtype == np.float32
-        np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=5e-2)
-        differs |= not np.allclose(mass, expected(model, prompt), rtol=0, atol=1e-6)
-    assert differs, "it is float32"
+    computed, reference = masses(backend, groups()), expected_masses(model, groups())
+    assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
+    assert_close(computed, reference, 5e-2)
+    differences = [
+        np.abs(mass - other).max() for mass, other in zip(computed, reference, strict=True)
+    ]
+    assert max(differences) > 1e-6, "it is float32"
 
 
 @pytest.mark.parametrize(
@@ -112,19 +123,23 @@ def test_what_it_does_not_know_is_refused_by_name(
     model = saved(tmp_path, getattr(transformers, name)(**{**TINY, **changes}))
     with pytest.raises(UnsupportedModelError, match=message):
         OpenVINOBackend(model, HEADS)
-    assert chosen_backend("auto", model, HEADS) == "transformers"
+    assert chosen_backend(RerankerSettings(), model, HEADS) == "transformers"
 
 
-def test_which_backend_is_taken_where_none_is_named(tmp_path: Path) -> None:
+def test_the_backend_that_auto_selects(tmp_path: Path) -> None:
     model = tiny(tmp_path, "llama")
-    assert chosen_backend("auto", model, HEADS, device="cpu") == "openvino"
-    assert chosen_backend("auto", model, HEADS, device="cuda") == "transformers"
-    assert chosen_backend("auto", model, HEADS, dtype="float16") == "transformers"
-    assert chosen_backend("vllm", model, HEADS) == "vllm"
+
+    def chosen(**settings: str) -> str:
+        return chosen_backend(RerankerSettings(**settings), model, HEADS)
+
+    assert chosen(device="cpu") == "openvino"
+    assert chosen(device="cuda") == "transformers"
+    assert chosen(dtype="float16") == "transformers"
+    assert chosen(backend="vllm") == "vllm"
     with pytest.raises(InvalidInputError, match="on the CPU, not on 'cuda'"):
-        load_backend("openvino", model, HEADS, "auto", device="cuda")
+        load_backend("openvino", RerankerSettings(device="cuda"), model, HEADS)
     (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
-    assert chosen_backend("auto", model, HEADS, device="cpu") == "transformers"
+    assert chosen(device="cpu") == "transformers"
 
 
 def test_wrong_dtype_and_missing_weights(tmp_path: Path) -> None:

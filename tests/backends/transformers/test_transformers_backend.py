@@ -15,8 +15,10 @@ from support.tiny_models import (
     SLIDING,
     TINY,
     VOCABULARY,
-    expected,
-    prompts,
+    assert_close,
+    expected_masses,
+    groups,
+    masses,
     saved,
     tiny,
 )
@@ -24,7 +26,7 @@ from support.tiny_models import (
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import InvalidInputError, ModelError, UnsupportedModelError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 
 def reading(model: LocalModel, heads: HeadSet = HEADS, **settings: Any) -> TransformersBackend:
@@ -36,10 +38,10 @@ def reading(model: LocalModel, heads: HeadSet = HEADS, **settings: Any) -> Trans
 def test_attention_mass(family: str, max_batch_tokens: int, tmp_path: Path) -> None:
     model = tiny(tmp_path, family)
     backend = reading(model, max_batch_tokens=max_batch_tokens)
-    for _ in ("new documents", "known documents"):
-        for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-            assert mass.dtype == np.float32
-            np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=2e-6)
+    for _ in ("new documents", "cached documents"):
+        computed = masses(backend, groups())
+        assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
+        assert_close(computed, expected_masses(model, groups()), 2e-6)
 
 
 def test_layers_above_the_highest_head_are_not_built(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_nothing_runs_after_the_last_queries_and_keys(tmp_path: Path) -> None:
     ran = []
     for name, module in backend._model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    backend.attention_mass(prompts()[:1])
+    backend.attention_mass(groups()[:1])
     assert "layers.3.self_attn.k_proj" in ran
     assert "layers.2.mlp" in ran
     assert not {"layers.3.self_attn.o_proj", "layers.3.mlp", "norm"} & set(ran)
@@ -75,20 +77,19 @@ def test_half_precision_stays_close(dtype: str, tmp_path: Path) -> None:
     model = tiny(tmp_path, "qwen3")
     backend = TransformersBackend(model, HEADS, dtype=dtype)
     assert next(backend._model.parameters()).dtype == getattr(torch, dtype)
-    for prompt, mass in zip(prompts(), backend.attention_mass(prompts()), strict=True):
-        assert mass.dtype == np.float32
-        np.testing.assert_allclose(mass, expected(model, prompt), rtol=0, atol=5e-2)
+    computed = masses(backend, groups())
+    assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
+    assert_close(computed, expected_masses(model, groups()), 5e-2)
 
 
 def test_one_model_serves_two_head_sets(tmp_path: Path) -> None:
-    """Nothing global remembers the first."""
+    """No global state belongs to the first."""
     model = tiny(tmp_path, "llama")
     other = HeadSet.from_pairs([(1, 1)])
     first, second = reading(model), reading(model, other)
-    before = first.attention_mass(prompts())
-    second.attention_mass(prompts())
-    for mass, again in zip(before, first.attention_mass(prompts()), strict=True):
-        np.testing.assert_allclose(again, mass, rtol=0, atol=1e-6)
+    before = masses(first, groups())
+    second.attention_mass(groups())
+    assert_close(masses(first, groups()), before)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,6 @@ def test_unknown_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_equals_cpu(family: str, tmp_path: Path) -> None:
     model = tiny(tmp_path, family)
-    cpu = TransformersBackend(model, HEADS, device="cpu").attention_mass(prompts())
+    cpu = TransformersBackend(model, HEADS, device="cpu", dtype="float32")
     cuda = TransformersBackend(model, HEADS, device="cuda", dtype="float32")
-    for mass, again in zip(cpu, cuda.attention_mass(prompts()), strict=True):
-        np.testing.assert_allclose(again, mass, rtol=0, atol=2e-5)
+    assert_close(masses(cuda, groups()), masses(cpu, groups()), 2e-5)
