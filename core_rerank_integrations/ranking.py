@@ -37,7 +37,7 @@ def rank(
     probabilities: list[float | None] = [None] * count
     if scoring.calibration is not None:
         calibrated = scoring.calibration.probabilities(scored.scores)
-        probabilities = np.where(is_read, calibrated, None).tolist()
+        probabilities = [float(calibrated[i]) if is_read[i] else None for i in range(count)]
     answerability = None
     if scoring.abstention is not None:
         answerability = scoring.abstention.answerability(
@@ -54,16 +54,11 @@ def rank(
         )
         for index in best_indices(scores, count)
     ]
-    kept = [
-        result
-        for result in results
-        if not result.reranked or _passes(result, answerability, scoring, options)
-    ][: options.top_n]
+    kept = [result for result in results if _passes(result, answerability, scoring, options)]
+    kept = kept[: options.top_n]
     if options.evidence:
         kept = [
             replace(result, evidence=evidence_in(result.document, scored.tokens[result.index]))
-            if result.reranked
-            else result
             for result in kept
         ]
     return RerankResults(tuple(kept), answerability)
@@ -151,7 +146,9 @@ def _passes(
     scoring: ScoringConfig,
     options: RerankOptions,
 ) -> bool:
-    """Return whether a result reaches the thresholds of the call."""
+    """Return whether a result reaches the thresholds of the call, or was not read."""
+    if not result.reranked:
+        return True
     if options.min_score is not None and result.score < options.min_score:
         return False
     if options.score_threshold is None:

@@ -182,7 +182,11 @@ class AttentionScorer:
     def _stream_within(
         self, seconds: float, windows: Sequence[Window], weights: Mass
     ) -> Iterator[tuple[int, WindowAttention]]:
-        """Read windows in order, at least one, until the next would exceed the time limit."""
+        """Read windows in order, at least one, until the next would exceed the time limit.
+
+        Yields:
+            The index of a window and its attention.
+        """
         end = time.perf_counter() + seconds
         done, count = 0, 1
         while done < len(windows):

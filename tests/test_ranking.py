@@ -1,56 +1,104 @@
-"""The ranking of the default heads, which does not depend on positions."""
+"""From scores to results, without a model."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.heads.shipped import default_head_set
-from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads.scoring_config import ScoringConfig
+from core_rerank_integrations.method.list_scores import ScoredList
+from core_rerank_integrations.ranking import check_candidates, check_options, rank
+from core_rerank_integrations.results import RerankResults
+from core_rerank_integrations.settings import RerankOptions
 
-EVERYDAY = Path(__file__).parent / "data" / "everyday.jsonl"
-
-
-@pytest.fixture(scope="module")
-def default(smollm2: LocalModel) -> Iterator[CoReReranker]:
-    with CoReReranker(smollm2.path, heads=default_head_set(smollm2.model_id)) as reranker:
-        yield reranker
-
-
-def everyday() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
-
-
-def test_everyday_questions_find_their_sentence_wherever_it_stands(default: CoReReranker) -> None:
-    found = dict.fromkeys(range(5), 0)
-    for item in everyday():
-        requests = [
-            (item["question"], [*item["wrong"][:index], item["right"], *item["wrong"][index:]])
-            for index in found
-        ]
-        for index, results in enumerate(default.rerank_batch(requests)):
-            found[index] += results[0].index == index
-    assert len(everyday()) == 50
-    assert min(found.values()) >= 0.95 * 50, found
+DOCUMENTS = ["a", "b", "c", "d"]
+PLAIN = ScoringConfig(rank_weight=1.0, score_weight=2.0, rank_weights={"dense": 3.0})
+CALIBRATED = ScoringConfig(
+    documents_per_prompt=1,
+    calibration={"slope": 1.0, "intercept": 0.0},
+    abstention={
+        "mean": 0, "candidates": 0, "slope": 1, "size_slope": 0, "intercept": -2, "threshold": 0.5,
+    },
+)  # fmt: skip
 
 
-def test_shuffling_changes_nothing(default: CoReReranker) -> None:
-    draw = random.Random(0)
-    documents = [text for item in everyday()[:4] for text in (item["right"], *item["wrong"])]
-    query = everyday()[0]["question"]
-    first = default.rerank(query, documents)
-    for _ in range(3):
-        shuffled = draw.sample(documents, len(documents))
-        again = default.rerank(query, shuffled)
-        assert [result.document for result in again] == [result.document for result in first]
-        assert [result.probability for result in again] == pytest.approx(
-            [result.probability for result in first], abs=1e-4
-        )
-    (alone,) = default.rerank(query, first[0].document.splitlines())
-    assert alone.probability == pytest.approx(first[0].probability, abs=1e-4)
+def ranked(
+    scores: list[float],
+    scoring: ScoringConfig = PLAIN,
+    first_stage_scores: list[float] | None = None,
+    **options: Any,
+) -> RerankResults:
+    count = len(scores)
+    candidates = check_candidates("q", DOCUMENTS[:count], first_stage_scores)
+    scored = ScoredList(np.array(scores), [None] * count, [[] for _ in scores])
+    return rank(candidates, scored, scoring, RerankOptions(**options))
+
+
+def order(results: RerankResults) -> str:
+    return "".join(result.document for result in results)
+
+
+def test_results_are_sorted_and_ties_keep_their_order() -> None:
+    results = ranked([1.0, 3.0, 1.0, 2.0])
+    assert order(results) == "bdac"
+    assert [result.index for result in results] == [1, 3, 0, 2]
+    assert results[:2] == [results[0], results[1]]
+    assert order(ranked([1.0, 3.0, 1.0, 2.0], top_n=2)) == "bd"
+
+
+def test_the_first_stage_counts_by_its_kind_then_its_scores_then_its_order() -> None:
+    zeros = [0.0] * 4
+    scores = [1.0, 2.0, 3.0, 4.0]
+    z_scores = (np.array(scores) - 2.5) / np.std(scores)
+    for options, expected in (
+        ({}, [0, 0, 0, 0]),
+        ({"first_stage": "other"}, -np.log([1, 2, 3, 4])),
+        ({"first_stage": "bm25"}, -np.log([1, 2, 3, 4])),
+        ({"first_stage": "dense"}, -3 * np.log([1, 2, 3, 4])),
+        ({"first_stage": "other", "first_stage_scores": scores}, 2 * z_scores),
+        ({"first_stage_scores": scores}, 2 * z_scores),
+        ({"first_stage": "dense", "first_stage_scores": scores}, -3 * np.log([1, 2, 3, 4])),
+    ):
+        by_index = sorted(ranked(zeros, **options), key=lambda result: result.index)
+        np.testing.assert_allclose([result.score for result in by_index], expected, atol=1e-12)
+
+
+def test_probabilities_leave_out_the_first_stage() -> None:
+    weighted = CALIBRATED.model_copy(update={"rank_weight": 9.0})
+    results = ranked([0.0, 2.0], weighted, first_stage="other")
+    assert order(results) == "ab"
+    assert [result.relevance_score for result in results] == pytest.approx(
+        [0.5, 1 / (1 + np.exp(-2))]
+    )
+
+
+def test_thresholds() -> None:
+    assert order(ranked([1.0, 3.0, -1.0], min_score=1.0)) == "ba"
+    assert order(ranked([1.0, 3.0, -1.0], CALIBRATED, score_threshold=0.5)) == "ba"
+    assert order(ranked([1.0, 3.0, -1.0], CALIBRATED, score_threshold=0.5, min_score=2.0)) == "b"
+    with pytest.raises(InvalidInputError, match="not calibrated; use min_score"):
+        check_options(RerankOptions(score_threshold=0.5), PLAIN)
+    with pytest.raises(InvalidInputError, match="cannot tell whether"):
+        check_options(RerankOptions(score_threshold="auto"), PLAIN)
+    check_options(RerankOptions(score_threshold="auto", min_score=0.1), CALIBRATED)
+
+
+def test_answerability_belongs_to_the_whole_list() -> None:
+    wide, narrow = [6.0, 0.0, 0.0], [1.0, 0.0, 0.0]
+    results = ranked(wide, CALIBRATED, top_n=1)
+    assert results.answerability == pytest.approx(1 / (1 + np.exp(2 - 4)))
+    assert order(ranked(wide, CALIBRATED, score_threshold="auto")) == "abc"
+    empty = ranked(narrow, CALIBRATED, score_threshold="auto")
+    assert len(empty) == 0
+    assert empty.answerability == pytest.approx(1 / (1 + np.exp(2 - 2 / 3)))
+    assert ranked(narrow).answerability is None
+
+
+def test_documents_that_were_not_read_come_last_whatever_the_threshold() -> None:
+    results = ranked([-np.inf, 1.0, -np.inf, 9.0], CALIBRATED, score_threshold=0.9)
+    assert order(results) == "dac"
+    assert [result.reranked for result in results] == [True, False, False]
+    assert [result.probability for result in results[1:]] == [None, None]

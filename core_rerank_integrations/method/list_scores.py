@@ -116,5 +116,5 @@ def merge_windows(
                 best_passages[index] = passage if passages[index] > 1 else None
     for window in remaining:
         for index in window.indices:
-            scores[index], best_passages[index] = -np.inf, None
+            scores[index], best_passages[index], tokens[index] = -np.inf, None, []
     return ScoredList(scores, best_passages, tokens)

@@ -1,4 +1,4 @@
-"""The prompt of arXiv 2510.02219 as token ids: a prefix that all questions share, and a question."""
+"""The prompt of arXiv 2510.02219 as token ids: a shared prefix and a question."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What backends that run the model in this process share.
 
 backend.py        batches of prefixes and questions, one forward pass at a time
-prefix_run.py     a prefix and its questions in one pass
 prefix_cache.py   cached prefixes, in memory and on disk
 store.py          the files of the cache
 """

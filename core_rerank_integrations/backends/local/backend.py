@@ -5,18 +5,38 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from core_rerank_integrations._internal.warnings import warn_caller
 from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
-from core_rerank_integrations.backends.local.prefix_cache import PrefixCache
-from core_rerank_integrations.backends.local.prefix_run import PrefixRun
+from core_rerank_integrations.backends.local.prefix_cache import CachedPrefix, PrefixCache
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
 from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
 from core_rerank_integrations.method.scoring import Mass
 
 MAX_LOADED_BYTES = 1 << 28
 """Maximum size of the prefixes that are loaded from disk for one pass, if memory_bytes is lower."""
+
+
+@dataclass
+class PrefixRun:
+    """A prefix and the questions to run after it.
+
+    Attributes:
+        prefix: The prefix.
+        questions: Token ids of the questions.
+        cached: The cached prefix; ``None`` if the prefix has to run too.
+    """
+
+    prefix: SharedPrefix
+    questions: list[TokenIds]
+    cached: CachedPrefix | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that have to run."""
+        return sum(map(len, self.questions)) + (0 if self.cached else len(self.prefix.ids))
 
 
 class LocalBackend(ABC):
@@ -146,7 +166,11 @@ class LocalBackend(ABC):
         waiting: list[tuple[int, SharedPrefix]],
         questions: Sequence[Sequence[TokenIds]],
     ) -> list[tuple[int, PrefixRun]]:
-        """Take as many prefixes from ``waiting`` as one pass holds, at least one."""
+        """Take as many prefixes from ``waiting`` as one pass holds, at least one.
+
+        Raises:
+            ClosedError: The backend was closed.
+        """
         if self._closed:
             raise ClosedError("the model was closed while a call was waiting for it")
         batch: list[tuple[int, PrefixRun]] = []

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations.backends.local.backend import LocalBackend
+from core_rerank_integrations.backends.local.backend import LocalBackend, PrefixRun
 from core_rerank_integrations.backends.local.prefix_cache import (
     CachedPrefix,
     PrefixCache,
     TensorFormat,
 )
-from core_rerank_integrations.backends.local.prefix_run import PrefixRun
 from core_rerank_integrations.backends.openvino.decoder import Decoder
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from openvino import Model, Node, PartialShape, Type
-from openvino import opset15 as ops
+from openvino import Model, Node, PartialShape, Type, opset15 as ops
 
 from core_rerank_integrations.backends.openvino.decoder import Decoder, Rotary
 from core_rerank_integrations.backends.openvino.weights import Weights

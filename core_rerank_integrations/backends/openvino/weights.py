@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from openvino import Node, Shape, Tensor, Type
-from openvino import opset15 as ops
+from openvino import Node, Shape, Tensor, Type, opset15 as ops
 from openvino.op import Constant
 
 from core_rerank_integrations.errors import ModelError

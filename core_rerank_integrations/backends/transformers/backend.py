@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from core_rerank_integrations.backends.local.backend import LocalBackend
+from core_rerank_integrations.backends.local.backend import LocalBackend, PrefixRun
 from core_rerank_integrations.backends.local.prefix_cache import PrefixCache, TensorFormat
-from core_rerank_integrations.backends.local.prefix_run import PrefixRun
 from core_rerank_integrations.errors import ModelError, UnsupportedModelError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds

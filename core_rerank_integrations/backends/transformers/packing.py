@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from core_rerank_integrations.backends.local.backend import PrefixRun
 from core_rerank_integrations.backends.local.prefix_cache import CachedPrefix
-from core_rerank_integrations.backends.local.prefix_run import PrefixRun
 from core_rerank_integrations.backends.transformers.attention import (
     LayerHeads,
     attention_sums,
@@ -52,20 +52,16 @@ class PackedRun:
         self.border = start + (length if self.is_new else 0)
         self.stop = self.border
         self.questions: list[tuple[int, int]] = []
-        self._sums: list[Tensor] = []
+        self.sums: list[Tensor] = []
         for question in run.questions:
             self.questions.append((self.stop, self.stop + len(question)))
-            self._sums.append(torch.zeros(heads, length + len(question), device=device))
+            self.sums.append(torch.zeros(heads, length + len(question), device=device))
             self.stop += len(question)
-
-    def add(self, question: int, indices: Tensor, sums: Tensor) -> None:
-        """Set the attention of one question, summed over its rows, of some heads."""
-        self._sums[question][indices] = sums
 
     def masses(self) -> list[Mass]:
         """Return the mean attention of the query span for each question, [heads, tokens]."""
         masses = []
-        for (start, stop), sums in zip(self.questions, self._sums, strict=True):
+        for (start, stop), sums in zip(self.questions, self.sums, strict=True):
             sums[:, : self.cached.instruction_mass.shape[1]] += self.cached.instruction_mass
             masses.append((sums / (self.instruction_rows + stop - start)).cpu().numpy())
         return masses
@@ -173,7 +169,7 @@ class PackedSequence:
                 if output is not None and outputs is not None:
                     output[:, begin:stop] = outputs
                 if heads is not None and sums is not None:
-                    run.add(question, heads.indices, sums)
+                    run.sums[question][heads.indices] = sums
         if output is None:
             raise LastHeadReached
         return output
@@ -191,7 +187,11 @@ def packed_attention(
     core_sequence: PackedSequence | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Implement Transformers' attention interface; tensors are [batch, heads, tokens, size]."""
+    """Implement Transformers' attention interface; tensors are [batch, heads, tokens, size].
+
+    Raises:
+        UnsupportedModelError: The attention of the model cannot be read.
+    """
     model = type(module).__name__
     if core_sequence is None:
         raise UnsupportedModelError(f"{model} does not pass keyword arguments to its attention")

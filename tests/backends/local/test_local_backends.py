@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from core_rerank_integrations import DocumentCache, HeadSet
 from core_rerank_integrations.backends.base import PromptGroup
-from core_rerank_integrations.backends.local.backend import LocalBackend
-from core_rerank_integrations.backends.local.prefix_run import PrefixRun
+from core_rerank_integrations.backends.local.backend import LocalBackend, PrefixRun
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import ClosedError, InvalidInputError, StorageError
