@@ -1,10 +1,9 @@
-"""What a rerank costs on a CPU, engine by engine, against what users would take instead.
+"""Measure the time of a rerank on a CPU, by engine, against the alternatives; `make bench-cpu`.
 
 In one process, in turn: a plain float32 prefill of the same list by the full model, a cross-encoder
-of MiniLM-L6's shape (random weights: its time is what counts) in sentence-transformers and in
-OpenVINO, and reranks of new documents, of known ones, and of ones that come from disk. Prints
-Markdown tables; `make bench-cpu`. Takes some ten minutes on two cores, and ten more with
-`--knowledge-base 5000`.
+of MiniLM-L6's shape (random weights, because only its time counts) in sentence-transformers and in
+OpenVINO, and reranks of documents that are new, cached in memory, or cached on disk. Prints
+Markdown tables. Takes some ten minutes on two cores, and ten more with `--knowledge-base 5000`.
 """
 
 from __future__ import annotations
@@ -20,25 +19,26 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from common import LONG_WORDS, MODEL, NQ_WORDS, WORDS, machine, requests, tracked
+from common import LONG_WORDS, MODEL, NQ_WORDS, WORDS, machine, prompt_ids, requests, tracked
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from core_rerank_integrations import CoReReranker, DocumentCache
+from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.resolve import resolve
 
 DOCUMENTS = 20
-KNOWN_COUNTS = (20, 100, 500)
+CACHED_COUNTS = (20, 100, 500)
 REST_SECONDS = 0.3
-"""Between two runs: PyTorch's threads spin for a while after their work."""
+"""Pause between two runs, because PyTorch's threads spin for a while after their work."""
 
 Run = Callable[[int], Any]
 
 
 def in_turn(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each, taken in turn; one round of all is not counted."""
+    """Return wall seconds of each, which run in turn; one round of all does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tracked(rounds + 1, "in turn"):
+    for number in tracked(range(rounds + 1), "in turn"):
         for name, run in runs.items():
             time.sleep(REST_SECONDS)
             start = time.perf_counter()
@@ -48,7 +48,7 @@ def in_turn(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def cross_encoder() -> CrossEncoder:
-    """Of MiniLM-L6's shape, with random weights, on the tokenizer that is at hand."""
+    """Create a cross-encoder of MiniLM-L6's shape, with random weights and our tokenizer."""
     config = BertConfig(
         vocab_size=resolve(MODEL).config().vocab_size,
         hidden_size=384,
@@ -66,7 +66,7 @@ def cross_encoder() -> CrossEncoder:
 
 
 class OpenVINOCrossEncoder:
-    """The same network as OpenVINO runs it, padded to the longest pair."""
+    """The same network in OpenVINO, padded to the longest pair."""
 
     def __init__(self, encoder: CrossEncoder, precision: str) -> None:
         self._tokenizer = encoder.tokenizer
@@ -91,7 +91,7 @@ class OpenVINOCrossEncoder:
 
 
 def engines() -> list[tuple[str, str]]:
-    """Backends and dtypes that make sense on this processor."""
+    """Return the backends and dtypes for this processor."""
     has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     half = ["bfloat16"] if has_bfloat16 else []
     return [
@@ -101,7 +101,7 @@ def engines() -> list[tuple[str, str]]:
 
 
 class Engine:
-    """A reranker whose documents are new, known, or on disk."""
+    """A reranker whose documents are new, cached in memory, or cached on disk."""
 
     def __init__(self, backend: str, dtype: str, folder: Path) -> None:
         self.name = f"{backend}, {dtype}"
@@ -109,18 +109,17 @@ class Engine:
         self.reranker = CoReReranker(MODEL, backend=backend, dtype=dtype, document_cache=cache)
 
     def from_disk(self, query: str, documents: Sequence[str]) -> None:
-        self.reranker.reader.forget()  # As in a process that was just started.
+        self.reranker.clear_cache()  # As in a process that was just started.
         self.reranker.score(query, documents)
 
 
 def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int | None) -> None:
-    """The tables of one length of documents."""
+    """Print the table of one length of documents."""
     model = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=torch.float32).eval()
     new = requests(rounds + 1, DOCUMENTS, words, longest_query=query_words)
-    ((_, known),) = requests(1, DOCUMENTS, words, label="known ")
-    encoder = running[0].reranker.reader.encoder
-    prompts = [encoder.encode(query, documents) for query, documents in new]
-    tokens = [torch.as_tensor(np.concatenate((p.prefix, p.suffix)))[None] for p in prompts]
+    ((_, cached),) = requests(1, DOCUMENTS, words, label="known ")
+    encoder = load_encoder(resolve(MODEL))
+    tokens = [prompt_ids(encoder, query, documents) for query, documents in new]
 
     def prefill(number: int) -> None:
         with torch.inference_mode():
@@ -136,17 +135,17 @@ def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int
     runs: dict[str, Run] = {"prefill": prefill}
     for name, predict in encoders.items():
         runs[f"cross-encoder, {name}"] = lambda number, predict=predict: predict(
-            [(new[number][0], text) for text in known]
+            [(new[number][0], text) for text in cached]
         )
     for engine in running:
-        engine.reranker.cache_documents(known)
+        engine.reranker.cache_documents(cached)
         score, from_disk = engine.reranker.score, engine.from_disk
         runs |= {
             f"{engine.name}: new": lambda number, score=score: score(*new[number]),
             f"{engine.name}: from disk": lambda number, from_disk=from_disk: from_disk(
-                f"{new[number][0]} on disk", known
+                f"{new[number][0]} on disk", cached
             ),
-            f"{engine.name}: known": lambda number, score=score: score(new[number][0], known),
+            f"{engine.name}: cached": lambda number, score=score: score(new[number][0], cached),
         }
     times = in_turn(runs, rounds)
 
@@ -154,11 +153,12 @@ def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int
         ratios = [a / b for a, b in zip(times[name], times[other], strict=True)]
         return f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
 
+    length = np.mean([ids.shape[1] for ids in tokens])
     print(
-        f"\n{words} words a document, {np.mean([t.shape[1] for t in tokens]):.0f} tokens a list, "
+        f"\n{words} words per document, {length:.0f} tokens per list, "
         f"questions of {np.mean([len(query.split()) for query, _ in new]):.0f} words.\n"
     )
-    print("| what | s | of the plain prefill | of the cross-encoder of its engine |")
+    print("| run | s | of the plain prefill | of the cross-encoder of its engine |")
     print("| --- | --- | --- | --- |")
     for name in runs:
         seconds = statistics.median(times[name])
@@ -169,43 +169,41 @@ def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int
         print(f"| {name} | {seconds:.3f} | {ratio(name, 'prefill')} | {to_encoder} |", flush=True)
 
 
-def known_lists(engine: Engine, rounds: int) -> None:
-    """How the cost of known documents grows with their number."""
+def cached_lists(engine: Engine, rounds: int) -> None:
+    """Print how the cost of cached documents grows with their number."""
     queries = [query for query, _ in requests(rounds + 1, 1)]
-    ((_, documents),) = requests(1, max(KNOWN_COUNTS), WORDS, label="many ")
+    ((_, documents),) = requests(1, max(CACHED_COUNTS), WORDS, label="many ")
     engine.reranker.cache_documents(documents)
     runs = {
         str(count): lambda number, count=count: engine.reranker.score(
             queries[number], documents[:count]
         )
-        for count in KNOWN_COUNTS
+        for count in CACHED_COUNTS
     }
-    print(f"\nKnown documents, {engine.name}.\n")
-    print("| documents | s | ms a document |\n| --- | --- | --- |")
+    print(f"\nCached documents, {engine.name}.\n")
+    print("| documents | s | ms per document |\n| --- | --- | --- |")
     for count, seconds in in_turn(runs, rounds).items():
         median = statistics.median(seconds)
         print(f"| {count} | {median:.3f} | {1000 * median / int(count):.1f} |", flush=True)
 
 
 def knowledge_base(engine: Engine, size: int) -> None:
-    """A base is read once; a hundred questions are asked about 20 of its passages each."""
+    """Cache a knowledge base, and rerank 20 of its passages for each of a hundred questions."""
     ((_, documents),) = requests(1, size, WORDS, label="base ")
     start = time.perf_counter()
     written = engine.reranker.cache_documents(documents, show_progress=True)
     reading = time.perf_counter() - start
-    engine.reranker.reader.forget()
+    engine.reranker.clear_cache()
     before = resident()
     draw = np.random.default_rng(0)
     seconds = []
     for query, _ in requests(100, 1, label="base "):
-        chosen = [documents[place] for place in draw.choice(size, DOCUMENTS, replace=False)]
+        chosen = [documents[index] for index in draw.choice(size, DOCUMENTS, replace=False)]
         start = time.perf_counter()
         engine.reranker.score(query, chosen)
         seconds.append(time.perf_counter() - start)
     print(f"\nA knowledge base of {size} passages, {engine.name}.\n")
-    print(
-        "| reading ms a passage | on disk GiB | 100 reranks of 20: median s | memory they add MiB |"
-    )
+    print("| ms to read a passage | on disk GiB | 100 reranks of 20: median s | added memory MiB |")
     print("| --- | --- | --- | --- |")
     print(
         f"| {1000 * reading / size:.0f} | {written / 2**30:.1f} | "
@@ -214,7 +212,7 @@ def knowledge_base(engine: Engine, size: int) -> None:
 
 
 def resident() -> float:
-    """MiB."""
+    """Return the resident memory of this process in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) / 1024
 
@@ -226,7 +224,7 @@ def main() -> None:
         "--query-words",
         type=int,
         default=NQ_WORDS,
-        help="questions of at most that many; by default as long as Natural Questions'",
+        help="maximum words of a question; by default like those of Natural Questions",
     )
     parser.add_argument("--knowledge-base", type=int, metavar="PASSAGES")
     arguments = parser.parse_args()
@@ -236,7 +234,7 @@ def main() -> None:
         for words in (WORDS, LONG_WORDS):
             compare(words, arguments.rounds, running, arguments.query_words)
         best = Engine("openvino", "auto", Path(folder))
-        known_lists(best, arguments.rounds)
+        cached_lists(best, arguments.rounds)
         if arguments.knowledge_base:
             knowledge_base(best, arguments.knowledge_base)
 

@@ -1,8 +1,9 @@
-"""What is left of documents that are cut to their strongest sentences; `make bench-extraction`.
+"""Measure what extracts keep of documents; `make bench-extraction`.
 
-Of relevant documents, how many still hold an answer (wants questions that come with answers); of
-candidates, how well MiniLM ranks by what is left of them. Beside the heads stand as many tokens
-from a document's beginning, and its sentences that are nearest to the question by MiniLM's vectors.
+For relevant documents, how many extracts still have an answer (needs questions that come with
+answers). For candidates, how well MiniLM ranks by their extracts. The heads are compared with as
+many tokens from a document's beginning, and with its sentences that are nearest to the question by
+MiniLM's vectors.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from core_rerank_integrations import CoReReranker, RerankResult
+from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.method.extraction import Extract, ExtractBy, extract
-from core_rerank_integrations.research import JudgedRun
-from core_rerank_integrations.research.fit_evidence import answers_of
-from core_rerank_integrations.research.measures import mean_measures
-from core_rerank_integrations.research.sources import draw
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations._internal.progress import tracked
+from core_rerank_integrations.research import JudgedRun
+from core_rerank_integrations.research.measures import mean_measures
+from core_rerank_integrations.research.sources import draw_samples
 
 CANDIDATES = 20
 SHARES: tuple[tuple[float, ExtractBy], ...] = ((0.5, "tokens"), (0.3, "tokens"), (0.7, "score"))
@@ -34,7 +34,7 @@ WAYS = ("the whole", "the heads", "MiniLM's nearest sentences", "the first token
 
 
 class Cut(NamedTuple):
-    """A way to cut, and how: by which share of what."""
+    """A way to cut documents: the share to keep, and what it is a share of."""
 
     way: str
     share: float
@@ -45,14 +45,14 @@ CUTS = [Cut(way, *share) for way in WAYS for share in SHARES]
 
 
 class Cutter:
-    """Cuts documents in all ways."""
+    """Cut documents in all ways."""
 
     def __init__(self) -> None:
         self._encoder = SentenceTransformer(str(get_model_path()), device="cpu")
         self._tokenizer = Tokenizer.from_file(str(resolve(MODEL).path / "tokenizer.json"))
 
     def nearness(self, query: str, texts: Sequence[str]) -> dict[str, float]:
-        """Of each text to the query, by MiniLM."""
+        """Compute the nearness of each text to the query, by MiniLM."""
         once = list(dict.fromkeys(texts))
         vectors = self._encoder.encode([query, *once], normalize_embeddings=True)
         return dict(zip(once, (vectors[1:] @ vectors[0]).tolist(), strict=True))
@@ -60,9 +60,9 @@ class Cutter:
     def cut(
         self, query: str, results: Sequence[RerankResult]
     ) -> list[dict[Cut, tuple[str, float]]]:
-        """What is left of each document, and which share of its tokens.
+        """Return the extracts of each document, and their shares of its tokens.
 
-        MiniLM's sentences and the first tokens may be as many tokens as the heads' sentences are.
+        MiniLM's sentences and the first tokens have as many tokens as the heads' sentences.
         """
         sentences = [_sentences(result) for result in results]
         near = self.nearness(query, [text for texts in sentences for text in texts])
@@ -73,7 +73,7 @@ class Cutter:
 
     def _cut(self, result: RerankResult, near: Sequence[float]) -> dict[Cut, tuple[str, float]]:
         document, evidence = result.document, result.evidence
-        by_minilm = [evidence[place] for place in np.argsort(-np.array(near), kind="stable")]
+        by_minilm = [evidence[index] for index in np.argsort(-np.array(near), kind="stable")]
         ends = [stop for _, stop in self._tokenizer.encode(document).offsets]
         left = {}
         for share, by in SHARES:
@@ -96,7 +96,7 @@ def _sentences(result: RerankResult) -> list[str]:
 
 
 def _size(result: RerankResult, cut: Extract) -> float:
-    """The share of a document's tokens that is left."""
+    """Return the share of a document's tokens that an extract keeps."""
     kept = sum(
         part.tokens
         for part in result.evidence
@@ -106,49 +106,49 @@ def _size(result: RerankResult, cut: Extract) -> float:
 
 
 def answers_kept(reranker: CoReReranker, cutter: Cutter, source: JudgedRun) -> None:
-    """Print how many relevant documents that hold an answer still do."""
-    (drawn,) = draw([source])
-    answers = answers_of(source.folder)
+    """Print how many extracts of relevant documents still have the answer."""
+    (sample,) = draw_samples([source])
+    collection = sample.collection
     pairs = [
-        (query, drawn.collection.passages[name].content)
-        for query in drawn.queries
-        for name, grade in drawn.collection.qrels[query].items()
+        (query, collection.passages[name].content)
+        for query in sample.queries
+        for name, grade in collection.qrels[query].items()
         if grade > 0
     ]
-    held, sizes = defaultdict(list), defaultdict(list)
-    for key, document in tracked(pairs, len(pairs), "Answers"):
-        query = drawn.collection.queries[key]
-        wanted = [plain(answer) for answer in answers[key] if plain(answer)]
-        if not any(answer in plain(document) for answer in wanted):
+    hits, sizes = defaultdict(list), defaultdict(list)
+    for key, document in progress_bar(True, "Answers")(pairs, len(pairs)):
+        query = collection.queries[key]
+        answers = [plain(answer) for answer in collection.answers.get(key, ()) if plain(answer)]
+        if not any(answer in plain(document) for answer in answers):
             continue
         (left,) = cutter.cut(query, reranker.rerank(query, [document], evidence=True))
         for cut, (text, size) in left.items():
-            held[cut].append(any(answer in plain(text) for answer in wanted))
+            hits[cut].append(any(answer in plain(text) for answer in answers))
             sizes[cut].append(size)
-    documents = len(held[CUTS[0]])
-    print(f"\n{documents} relevant documents of {drawn.label}: share that holds an answer\n")
-    _print_table({cut: np.mean(values) for cut, values in held.items()}, sizes)
+    documents = len(hits[CUTS[0]])
+    print(f"\n{documents} relevant documents of {sample.label}: share with an answer\n")
+    _print_table({cut: np.mean(values) for cut, values in hits.items()}, sizes)
 
 
 def ranked_by_extracts(reranker: CoReReranker, cutter: Cutter, source: JudgedRun) -> None:
-    """Print how well MiniLM ranks candidates by what is left of them."""
-    (drawn,) = draw([source])
+    """Print how well MiniLM ranks candidates by their extracts."""
+    (sample,) = draw_samples([source])
+    collection = sample.collection
     runs: dict[Cut, dict[str, list[str]]] = defaultdict(dict)
     sizes = defaultdict(list)
-    for key in tracked(drawn.queries, len(drawn.queries), "Ranking"):
-        query = drawn.collection.queries[key]
-        names = [name for name, _ in drawn.run[key][:CANDIDATES]]
-        texts = [drawn.collection.passages[name].content for name in names]
+    for key in progress_bar(True, "Ranking")(sample.queries, len(sample.queries)):
+        names = [name for name, _ in sample.run[key][:CANDIDATES]]
+        query, texts, _ = collection.candidates(key, names)
         results = reranker.rerank(query, texts, evidence=True)
         left = cutter.cut(query, results)
         near = cutter.nearness(query, [text for cuts in left for text, _ in cuts.values()])
         for cut in CUTS:
             nearest = np.array([near[cuts[cut][0]] for cuts in left])
-            places = np.argsort(-nearest, kind="stable")
-            runs[cut][key] = [names[results[place].index] for place in places]
+            order = np.argsort(-nearest, kind="stable")
+            runs[cut][key] = [names[results[index].index] for index in order]
             sizes[cut] += [cuts[cut][1] for cuts in left]
-    qrels = {query: drawn.collection.qrels[query] for query in drawn.queries}
-    print(f"\n{drawn.label}: nDCG@10 of MiniLM over the best {CANDIDATES}, cut\n")
+    qrels = {query: collection.qrels[query] for query in sample.queries}
+    print(f"\n{sample.label}: nDCG@10 of MiniLM over the best {CANDIDATES}, cut\n")
     _print_table({cut: mean_measures(qrels, run)["nDCG@10"] for cut, run in runs.items()}, sizes)
 
 

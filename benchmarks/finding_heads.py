@@ -1,7 +1,7 @@
-"""What finding heads costs, against plain prefills of the same prompts; `make bench-heads`.
+"""Measure the time of finding heads against plain prefills; `make bench-heads`.
 
-Questions of 20 documents of about 110 tokens. The full model runs both ways; finding heads adds the
-attention of every head, the `N/A` baseline that QR scores need, and the files that keep it all.
+Questions have 20 documents of about 110 tokens. The full model runs both ways; finding heads adds
+the attention of every head, the `N/A` baseline that QR scores need, and the files of the features.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import torch
-from common import MODEL, alternate, machine, requests
+from common import MODEL, alternate, machine, prompt_ids, requests
 from transformers import AutoModelForCausalLM
 
-from core_rerank_integrations.research.detection import Case, score_heads
-from core_rerank_integrations.research.features import HeadReader
-from core_rerank_integrations.backends.loading import load_encoder
+from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.research import FindOptions, HeadReader
+from core_rerank_integrations.research.detection import Case, score_heads
 
 
 def main() -> None:
@@ -33,31 +34,30 @@ def main() -> None:
         model.path, dtype=getattr(torch, arguments.dtype)
     ).eval()
     work = requests(arguments.questions + 1, 20, label="f")
-    prompts = [encoder.encode(query, documents) for query, documents in work]
+    prompts = [prompt_ids(encoder, query, documents) for query, documents in work]
 
     @torch.inference_mode()
     def prefill(number: int) -> None:
-        prompt = prompts[number]
-        tokens = torch.tensor([*prompt.prefix.tolist(), *prompt.suffix.tolist()])
-        plain(tokens[None], use_cache=False, logits_to_keep=1)
+        plain(prompts[number], use_cache=False, logits_to_keep=1)
 
     print(f"{machine('torch', 'transformers')}, {arguments.dtype}\n")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        HeadReader(MODEL, dtype=arguments.dtype, cache=Path(folder)) as reader,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
+        options = FindOptions(data=[], model=MODEL, dtype=arguments.dtype, cache=Path(folder))
+        reader = HeadReader(options)
 
         def find(number: int) -> None:
             query, documents = work[number]
-            score_heads(reader.read, reader.heads.heads, [Case("q", query, tuple(documents), 0)])
+            case = Case(Candidates(query, tuple(documents)), 0)
+            score_heads(reader.read, reader.heads.heads, [case], options.temperature)
 
         ours, theirs = alternate(find, prefill, arguments.questions)
         start = time.perf_counter()
         for number in range(1, arguments.questions + 1):
             find(number)
         again = time.perf_counter() - start
+        reader.close()
     ratio = sum(ours) / sum(theirs)
-    print("| questions | finding s a prompt | plain prefill s | ratio | again, from files, s |")
+    print("| questions | finding s per prompt | plain prefill s | ratio | again, from files, s |")
     print("| --- | --- | --- | --- | --- |")
     print(
         f"| {arguments.questions} | {statistics.median(ours):.2f} | "

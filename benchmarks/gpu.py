@@ -1,8 +1,8 @@
-"""Every GPU figure of this project, from a machine with CUDA; prints Markdown.
+"""Measure all GPU figures of this project, on a machine with CUDA; prints Markdown.
 
-Models of published shapes with random weights, so nothing is fetched. Some seven minutes with
-vLLM; without it, the Transformers backend alone is measured. ``--tiny`` shrinks the models and the
-work, to try the script where there is no GPU.
+The models have published shapes and random weights, so nothing is downloaded. Takes some seven
+minutes with vLLM; without it, only the Transformers backend is measured. ``--tiny`` shrinks the
+models and the work, to try the script without a GPU.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -26,16 +26,16 @@ from common import machine
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.backends.base import AttentionBackend
+from core_rerank_integrations.backends.base import AttentionBackend, PromptGroup
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
-from core_rerank_integrations.heads.head_set import named_head_set
-from core_rerank_integrations.models.resolve import LocalModel
-from core_rerank_integrations.method.prompt import Prompt, Span
+from core_rerank_integrations.heads.shipped import named_head_set
+from core_rerank_integrations.method.prompt import SharedPrefix, Span
+from core_rerank_integrations.models.local_model import LocalModel
 
 ROUNDS = 10
 CONCURRENT = 16
 DOCUMENTS, DOCUMENT_TOKENS = 40, 158
-"""150 tokens of text, and the marker and newlines around them."""
+"""150 tokens of text, and their marker and newlines."""
 QUERY_TOKENS, BASELINE_TOKENS = 40, 27
 
 SHAPES: dict[str, tuple[Any, str]] = {
@@ -64,25 +64,28 @@ SMALL = LlamaConfig(
 
 
 class Work:
-    """Prompt pairs that were never asked before, of the shape of a rerank."""
+    """New prompts of the shape of a rerank: documents, a question and the baseline."""
 
     def __init__(self, vocabulary: int, documents: int) -> None:
         self._draw = np.random.default_rng(0)
         self._vocabulary = vocabulary
-        self._prefix = documents * DOCUMENT_TOKENS
+        self._prefix_tokens = documents * DOCUMENT_TOKENS
 
-    def pair(self) -> list[Prompt]:
-        prefix = self._tokens(self._prefix)
-        spans = (Span(0, len(prefix)),)
-        suffixes = (self._tokens(QUERY_TOKENS), self._tokens(BASELINE_TOKENS))
-        return [Prompt(prefix, suffix, spans) for suffix in suffixes]
+    def group(self) -> PromptGroup:
+        ids, question, baseline = map(
+            self._tokens, (self._prefix_tokens, QUERY_TOKENS, BASELINE_TOKENS)
+        )
+        return PromptGroup(SharedPrefix(ids, 0, (Span(0, len(ids)),), (), baseline), [question])
+
+    def prompt(self) -> np.ndarray[Any, Any]:
+        return self._tokens(self._prefix_tokens + QUERY_TOKENS)
 
     def _tokens(self, count: int) -> np.ndarray[Any, Any]:
         return self._draw.integers(3, self._vocabulary, count)
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """Median wall time; two calls before are not counted."""
+    """Return the median wall time; the first two calls do not count."""
     times = []
     for _ in range(rounds + 2):
         start = time.perf_counter()
@@ -95,14 +98,6 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
-@contextmanager
-def closing(backend: Any) -> Iterator[AttentionBackend]:
-    try:
-        yield backend
-    finally:
-        backend.close()
-
-
 def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) -> None:
     from vllm import LLM, SamplingParams
 
@@ -110,9 +105,10 @@ def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) ->
 
     model = LocalModel(folder, None)
     config = model.config()
-    uncut = HeadSet.from_pairs([*pairs(heads)[:-1], (config.num_hidden_layers - 1, 0)])
+    pairs = [(head.layer, head.head) for head in heads.heads]
+    uncut = HeadSet.from_pairs([*pairs[:-1], (config.num_hidden_layers - 1, 0)])
     options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 16384}
-    row(f"**{name}**, bf16", "ms a rerank", f"reranks a second, {CONCURRENT} at once", "ratio")
+    row(f"**{name}**, bf16", "ms per rerank", f"reranks per second, {CONCURRENT} at once", "ratio")
     row("---", "---", "---", "---")
 
     full = LLM(str(folder), dtype="bfloat16", enable_prefix_caching=False,
@@ -120,9 +116,7 @@ def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) ->
     one = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
 
     def generate(engine: LLM) -> None:
-        prompt = work.pair()[0]
-        tokens = [*prompt.prefix.tolist(), *prompt.suffix.tolist()]
-        engine.generate({"prompt_token_ids": tokens}, one, use_tqdm=False)
+        engine.generate({"prompt_token_ids": work.prompt().tolist()}, one, use_tqdm=False)
 
     plain = seconds(partial(generate, full), rounds)
     row("vLLM `generate(max_tokens=1)`, full model", f"{1000 * plain:.0f}", "", "1")
@@ -135,12 +129,14 @@ def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) ->
         ("uncut, compiled", uncut, {}),
     ]
     for label, chosen, changes in variants:
+        weights = chosen.weights[None]
         backend = VLLMBackend(model, chosen, dtype="bfloat16", engine_args={**options, **changes})
-        with closing(backend) as reranker, ThreadPoolExecutor(CONCURRENT) as pool:
-            alone = seconds(lambda r=reranker: r.attention_mass(work.pair()), rounds)
-            jobs = [work.pair() for _ in range(CONCURRENT * 2)]
+        with closing(backend), ThreadPoolExecutor(CONCURRENT) as pool:
+            rerank = partial(backend.attention_mass, weights=weights)
+            alone = seconds(lambda rerank=rerank: rerank([work.group()]), rounds)
+            jobs = [[work.group()] for _ in range(CONCURRENT * 2)]
             start = time.perf_counter()
-            list(pool.map(reranker.attention_mass, jobs))
+            list(pool.map(rerank, jobs))
             rate = len(jobs) / (time.perf_counter() - start)
         row(label, f"{1000 * alone:.0f}", f"{rate:.1f}", f"{alone / plain:.2f}")
 
@@ -148,17 +144,16 @@ def measure(name: str, folder: Path, heads: HeadSet, work: Work, rounds: int) ->
 def measure_transformers(
     name: str, config: Any, heads: HeadSet, work: Work, rounds: int, folder: Path
 ) -> None:
-    """Random weights of the layers that run are written to disk: this backend loads files."""
+    """Write random weights of the layers that run to disk, because this backend loads files."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    row(f"**{name}**, bf16, Transformers alone", "ms a rerank", "", "ratio")
+    row(f"**{name}**, bf16, Transformers alone", "ms per rerank", "", "ratio")
     row("---", "---", "---", "---")
 
     @torch.inference_mode()
     def prefill(model: Any) -> None:
-        prompt = work.pair()[0]
-        tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)), device=device)
+        tokens = torch.as_tensor(work.prompt(), device=device)
         logits = model(input_ids=tokens[None], use_cache=False, logits_to_keep=1).logits
         logits.argmax().item()  # Waits for the device.
 
@@ -169,25 +164,30 @@ def measure_transformers(
     model.save_pretrained(folder)
     del model
     backend = TransformersBackend(LocalModel(folder, None), heads, dtype="bfloat16")
-    with closing(backend) as reranker:
-        alone = seconds(lambda: reranker.attention_mass(work.pair()), rounds)
+    with closing(backend):
+        weights = heads.weights[None]
+        alone = seconds(lambda: backend.attention_mass([work.group()], weights), rounds)
     layers = f"cut to {heads.highest_layer + 1} layers"
     row(f"this package, {layers}", f"{1000 * alone:.0f}", "", f"{alone / plain:.2f}")
 
 
 def parity(folder: Path, with_vllm: bool) -> None:
-    """A random small model, float32: this machine's device against Transformers on CPU."""
+    """Compare this device with Transformers on CPU, on a small random model in float32."""
     AutoModelForCausalLM.from_config(SMALL).save_pretrained(folder)
     model, work = LocalModel(folder, None), Work(SMALL.vocab_size, 4)
     heads = HeadSet.from_pairs([(0, 1), (2, 0), (2, 5), (3, 7)])
-    prompts = [prompt for _ in range(3) for prompt in work.pair()]
-    with closing(TransformersBackend(model, heads, dtype="float32", device="cpu")) as reference:
-        expected = reference.attention_mass(prompts)
+    groups = [work.group() for _ in range(3)]
 
-    def compare(label: str, backend: Any) -> None:
-        with closing(backend) as other:
-            masses = other.attention_mass(prompts)
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(masses, expected, strict=True))
+    def masses(backend: AttentionBackend) -> list[np.ndarray[Any, Any]]:
+        with closing(backend):
+            results = backend.attention_mass(groups, heads.weights[None])
+        return [mass for result in results for mass in (result.baseline, *result.questions)]
+
+    expected = masses(TransformersBackend(model, heads, dtype="float32", device="cpu"))
+
+    def compare(label: str, backend: AttentionBackend) -> None:
+        pairs = zip(masses(backend), expected, strict=True)
+        worst = max(float(np.abs(mass - other).max()) for mass, other in pairs)
         print(f"\nParity, random small Llama, float32, {label}: largest difference {worst:.1e}")
 
     compare("Transformers", TransformersBackend(model, heads, dtype="float32"))
@@ -200,10 +200,6 @@ def parity(folder: Path, with_vllm: bool) -> None:
             compare(label, VLLMBackend(model, heads, dtype="float32", engine_args=arguments))
 
 
-def pairs(heads: HeadSet) -> list[tuple[int, int]]:
-    return [(head.layer, head.head) for head in heads.heads]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
@@ -214,7 +210,7 @@ def main() -> None:
         point.name == "core_rerank" for point in entry_points(group="vllm.general_plugins")
     ):
         parser.error(
-            "vLLM finds this package by its entry point, so it has to be installed: "
+            "vLLM finds this package by its entry point, so it must be installed: "
             "pip install --no-deps ."
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -224,8 +220,8 @@ def main() -> None:
         config, shipped = SHAPES[name]
         heads, documents = named_head_set(shipped), DOCUMENTS
         if arguments.tiny:
-            kept = {"model_type": config.model_type, "architectures": config.architectures}
-            config = type(config).from_dict({**SMALL.to_dict(), **kept, "num_hidden_layers": 6})
+            identity = {"model_type": config.model_type, "architectures": config.architectures}
+            config = type(config).from_dict({**SMALL.to_dict(), **identity, "num_hidden_layers": 6})
             heads, documents = HeadSet.from_pairs([(1, 0), (3, 5)]), 4
         work = Work(config.vocab_size, documents)
         with tempfile.TemporaryDirectory() as shape, tempfile.TemporaryDirectory() as weights:

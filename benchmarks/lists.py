@@ -1,18 +1,18 @@
-"""Judged lists of short, long and mixed documents, made from questions that come with answers.
+"""Make judged lists of short, long and mixed documents from questions that come with answers.
 
-From a folder in the layout of BEIR whose ``queries.jsonl`` holds ``answers`` (Natural Questions),
-it writes five folders of the same layout, with candidates in no order
+From a folder in the layout of BEIR whose ``queries.jsonl`` has ``answers`` (Natural Questions), it
+writes five folders of the same layout, with candidates in random order
 (``runs/<split>.given.trec``):
 
-    passages    the best ten of both first stages, without those that hold an answer unjudged
+    passages    the best ten of both first stages, without unjudged ones that contain an answer
     sentences   the sentence with the answer among others of its passage and of other candidates
-    joined      three passages in one document, over the same questions
+    joined      three passages in one document, for the same questions
     mixed       sentences, passages and joined passages in one list; each third question has its
                 relevant document in another of these forms
-    lengths     what `benchmarks/ranking.py` reads: per question four lists, of a short or a long
+    lengths     for `benchmarks/ranking.py`: four lists per question, of a short or a long
                 relevant document among short or long others
 
-They are what the shipped fits are fitted on and judged by, beside the collection itself.
+The shipped fits are fitted on these lists and chosen by them, beside the collection itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from core_rerank_integrations.research.collection import Collection, Run, load_run, save_run
+from core_rerank_integrations.research.collection import Collection, load_run, save_run
 
 SPLITS = ("train", "dev")
 OTHERS = 9
@@ -38,7 +38,7 @@ STOP_WORDS = frozenset(
     a an and are as at be been by did do does first for from had has have he her his how in is it
     its most much many of on or she that the their they this to was were what when where which
     who with you
-    """.split()  # noqa: SIM905  A list of forty strings says no more.
+    """.split()  # noqa: SIM905  A list of forty strings would be harder to read.
 )
 
 
@@ -53,28 +53,32 @@ class Question(NamedTuple):
 
 
 class Lists:
-    """Makes the documents and the lists of one collection.
+    """Make the documents and the lists of one collection.
 
     Args:
         folder: The collection.
         runs: First stages whose candidates are the irrelevant documents.
-        seed: Of all draws.
+        seed: Seed of all samples.
     """
 
     def __init__(self, folder: Path, runs: Sequence[str], seed: int = 0) -> None:
         self.texts: dict[str, str] = {}
         self._random = random.Random(seed)
-        self._folder, self._run_names = folder, runs
-        lines = (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()
-        self._answers = {
-            record["_id"]: [plain(answer) for answer in record["answers"] if plain(answer)]
-            for record in map(json.loads, lines)
+        self._collections = {split: Collection.load(folder, split) for split in SPLITS}
+        self._runs = {
+            split: [load_run(folder / "runs" / f"{split}.{name}.trec", collection) for name in runs]
+            for split, collection in self._collections.items()
         }
-        passages = Collection.load(folder, SPLITS[0]).passages
+        self._answers = {
+            query: [plain(answer) for answer in answers if plain(answer)]
+            for collection in self._collections.values()
+            for query, answers in collection.answers.items()
+        }
+        passages = self._collections[SPLITS[0]].passages
         self.texts |= {name: passage.content for name, passage in passages.items()}
         self._sentences = {name: _sentences(passage.text) for name, passage in passages.items()}
         for name, sentences in self._sentences.items():
-            self.texts |= {f"{name}#{place}": text for place, text in enumerate(sentences)}
+            self.texts |= {f"{name}#{index}": text for index, text in enumerate(sentences)}
         self._joined_in: dict[str, str] = {}
         shuffled = sorted(passages)
         self._random.shuffle(shuffled)
@@ -85,8 +89,8 @@ class Lists:
             self._joined_in |= dict.fromkeys(members, name)
 
     def passages(self, split: str, count: int) -> dict[str, tuple[str, list[str]]]:
-        """Query text and candidates of ``count`` questions, the judged one first."""
-        collection, runs = self._split(split)
+        """Return query text and candidates of ``count`` questions, the judged one first."""
+        collection, runs = self._collections[split], self._runs[split]
         names = sorted(collection.queries)
         random.Random(7).shuffle(names)
         lists = {}
@@ -98,37 +102,32 @@ class Lists:
             others = [
                 document
                 for document in best
-                if document not in relevant and not self._answers_it(name, document)
+                if document not in relevant and not self._has_answer(name, document)
             ]
             if relevant and others:
                 lists[name] = (collection.queries[name], [*relevant[:1], *others])
         return lists
 
-    def _split(self, split: str) -> tuple[Collection, list[Run]]:
-        collection = Collection.load(self._folder, split)
-        paths = [self._folder / "runs" / f"{split}.{name}.trec" for name in self._run_names]
-        return collection, [load_run(path, collection) for path in paths]
-
     def questions(self, split: str, count: int) -> list[Question]:
-        """``count`` questions at most, of those that a single sentence answers."""
-        collection, runs = self._split(split)
+        """Return at most ``count`` questions that a single sentence answers."""
+        collection, runs = self._collections[split], self._runs[split]
         names = sorted(collection.queries)
         self._random.shuffle(names)
-        found = (self._question(collection, name, runs) for name in names)
-        return list(islice((question for question in found if question), count))
+        questions = (self._question(collection, name, runs) for name in names)
+        return list(islice((question for question in questions if question), count))
 
     def _question(
         self, collection: Collection, name: str, runs: Sequence[Mapping[str, Sequence[str]]]
     ) -> Question | None:
         text = collection.queries[name]
         relevant = [document for document, grade in collection.qrels[name].items() if grade > 0]
-        asked = _words(text)
+        query_words = _words(text)
         answering = [
             document
             for passage in relevant
-            for document in self._of(passage)
-            if self._answers_it(name, document)
-            and len(_words(self.texts[document]) & asked) >= max(2, 0.4 * len(asked))
+            for document in self._sentences_of(passage)
+            if self._has_answer(name, document)
+            and len(_words(self.texts[document]) & query_words) >= max(2, 0.4 * len(query_words))
         ]
         if not answering:
             return None
@@ -138,16 +137,18 @@ class Lists:
                 document
                 for documents in zip(*near, strict=False)
                 for document in documents
-                if document not in relevant and not self._answers_it(name, document)
+                if document not in relevant and not self._has_answer(name, document)
             )
         )
-        beside = [document for document in self._of(relevant[0]) if document not in answering]
-        elsewhere = [document for passage in candidates for document in self._of(passage)]
-        elsewhere.sort(key=lambda document: -len(_words(self.texts[document]) & asked))
+        beside = [
+            document for document in self._sentences_of(relevant[0]) if document not in answering
+        ]
+        elsewhere = [document for passage in candidates for document in self._sentences_of(passage)]
+        elsewhere.sort(key=lambda document: -len(_words(self.texts[document]) & query_words))
         sentences = [*beside[:2], *elsewhere]
         joined = dict.fromkeys(self._joined_in[document] for document in candidates)
         others = [
-            [document for document in documents if not self._answers_it(name, document)][:OTHERS]
+            [document for document in documents if not self._has_answer(name, document)][:OTHERS]
             for documents in (sentences, candidates, joined)
         ]
         if min(map(len, others)) < OTHERS // 2:
@@ -157,16 +158,16 @@ class Lists:
             name, text, *([first, *rest] for first, rest in zip(best, others, strict=True))
         )
 
-    def _of(self, passage: str) -> list[str]:
-        return [f"{passage}#{place}" for place in range(len(self._sentences.get(passage, ())))]
+    def _sentences_of(self, passage: str) -> list[str]:
+        return [f"{passage}#{index}" for index in range(len(self._sentences.get(passage, ())))]
 
-    def _answers_it(self, question: str, document: str) -> bool:
+    def _has_answer(self, question: str, document: str) -> bool:
         text = plain(self.texts[document])
-        return any(answer in text for answer in self._answers[question])
+        return any(answer in text for answer in self._answers.get(question, ()))
 
 
 def plain(text: str) -> str:
-    """Lower-case letters, digits and single spaces."""
+    """Reduce a text to lower-case letters, digits and single spaces."""
     decomposed = unicodedata.normalize("NFKD", text.lower())
     return " ".join(re.sub(r"[^a-z0-9\s]", "", decomposed).split())
 
@@ -181,13 +182,13 @@ def _sentences(text: str) -> list[str]:
 
 
 def mixed(number: int, question: Question) -> list[str]:
-    """Three other documents of each form, the relevant one in one of them."""
+    """Return three other documents of each form, and the relevant one in one of them."""
     forms = question[2:]
     return [forms[number % len(forms)][0], *(document for form in forms for document in form[1:4])]
 
 
 def of_two_lengths(question: Question) -> dict[str, list[str]]:
-    """By name, the four lists of a short or a long document among short or long others."""
+    """Return the lists of a short or a long document among short or long others, by name."""
     forms = {"short": question.sentences, "long": question.joined}
     size = min(map(len, forms.values()))
     return {
@@ -203,11 +204,11 @@ def write_folder(
     splits: Mapping[str, Mapping[str, tuple[str, Sequence[str]]]],
     draw: random.Random,
 ) -> None:
-    """A folder in the layout of BEIR.
+    """Write a folder in the layout of BEIR.
 
     Args:
-        folder: Where.
-        texts: Of all documents; only those in a list are written.
+        folder: The folder.
+        texts: Texts of all documents; only those in a list are written.
         splits: By split and query id, the question and its documents, the relevant one first.
         draw: Shuffles the candidates.
     """
@@ -227,7 +228,7 @@ def write_folder(
         ranking = {}
         for query, (_, documents) in items.items():
             shuffled = draw.sample(documents, len(documents))
-            ranking[query] = [(name, -float(place)) for place, name in enumerate(shuffled)]
+            ranking[query] = [(name, -float(rank)) for rank, name in enumerate(shuffled)]
         save_run(folder / "runs" / f"{split}.given.trec", ranking, "given")
 
 
@@ -246,14 +247,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="collection with answers")
     parser.add_argument("--output", type=Path, required=True, help="folder for the five folders")
     parser.add_argument("--runs", nargs="+", default=["bm25", "minilm"])
-    parser.add_argument("--train", type=int, default=450, help="questions at most")
-    parser.add_argument("--dev", type=int, default=150, help="questions at most")
-    parser.add_argument("--passages", type=int, default=1200, help="questions at most")
+    parser.add_argument("--train", type=int, default=450, help="maximum number of questions")
+    parser.add_argument("--dev", type=int, default=150, help="maximum number of questions")
+    parser.add_argument("--passages", type=int, default=1200, help="maximum number of questions")
     arguments = parser.parse_args()
     lists = Lists(arguments.data, arguments.runs)
     draw = random.Random(0)
     questions = {split: lists.questions(split, getattr(arguments, split)) for split in SPLITS}
-    made = {
+    forms = {
         "sentences": lambda _, question: {question.id: question.sentences},
         "joined": lambda _, question: {question.id: question.joined},
         "mixed": lambda number, question: {question.id: mixed(number, question)},
@@ -265,20 +266,18 @@ def main() -> None:
     folder = arguments.output / "passages"
     splits = {split: lists.passages(split, arguments.passages) for split in SPLITS}
     write_folder(folder, lists.texts, splits, draw)
-    print(
-        f"{folder}: {', '.join(f'{len(items)} {split}' for split, items in splits.items())} lists"
-    )
-    for folder, documents_of in made.items():
+    print_counts(folder, splits)
+    for form, documents_of in forms.items():
         splits = {
             split: {
                 query: (question.text, documents)
-                for number, question in enumerate(asked)
+                for number, question in enumerate(of_split)
                 for query, documents in documents_of(number, question).items()
             }
-            for split, asked in questions.items()
+            for split, of_split in questions.items()
         }
-        write_folder(arguments.output / folder, lists.texts, splits, draw)
-        print_counts(arguments.output / folder, splits)
+        write_folder(arguments.output / form, lists.texts, splits, draw)
+        print_counts(arguments.output / form, splits)
 
 
 if __name__ == "__main__":

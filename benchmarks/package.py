@@ -1,4 +1,4 @@
-"""What installing and importing the package costs; `make bench-package`.
+"""Measure the cost of installing and importing the package; `make bench-package`.
 
 Builds the wheels and prints their sizes, starts Python with and without an import, and with
 `--environment` installs `[cpu,langchain]` into a clean environment and measures that.
@@ -30,7 +30,7 @@ def build_wheels(folder: Path) -> list[Path]:
 
 
 def environment_size(folder: Path, requirement: str) -> tuple[float, float]:
-    """MB of a clean environment, before and after ``requirement`` is installed."""
+    """Return the MB of a clean environment before and after ``requirement`` is installed."""
 
     def size() -> float:
         return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
@@ -44,7 +44,7 @@ def environment_size(folder: Path, requirement: str) -> tuple[float, float]:
 
 
 def import_seconds(statement: str, rounds: int) -> tuple[float, float]:
-    """Median wall seconds of Python's start, plain and with ``statement``."""
+    """Return the median wall seconds of Python's start, plain and with ``statement``."""
 
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)

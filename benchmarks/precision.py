@@ -1,26 +1,26 @@
-"""What less precision than float32 changes in a ranking; `make bench-precision`.
+"""Measure how precisions below float32 change rankings; `make bench-precision`.
 
-Ranks every list of a collection in each precision, and prints how many keep their best three and
-what becomes of nDCG@10. Each precision is a pass over all lists, so minutes to half an hour.
+Ranks every list of a collection in each precision, and prints how many lists keep their best three,
+and nDCG@10. Each precision is a pass over all lists, which takes minutes to half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from common import MODEL, machine
 
+from core_rerank_integrations._internal.progress import progress_bar
+from core_rerank_integrations.heads.shipped import named_head_set
+from core_rerank_integrations.models.resolve import resolve
 from core_rerank_integrations.research.collection import Collection, load_run
 from core_rerank_integrations.research.measures import mean_measures
-from core_rerank_integrations.research.methods import JointReranker, Method, rank_all
-from core_rerank_integrations.heads.head_set import named_head_set
-from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations._internal.progress import tracked
+from core_rerank_integrations.research.methods import JointReranker, Method
+from core_rerank_integrations.settings import RerankerSettings
 
 FIT, FAST = (named_head_set(f"{kind}-{MODEL}-instruct") for kind in ("fit", "fast"))
-METHODS = [Method("fit", FIT), Method("fit+first-stage", FIT, True), Method("fast", FAST)]
+METHODS = [Method("fit", FIT), Method("fit+first-stage", FIT, "other"), Method("fast", FAST)]
 
 
 def main() -> None:
@@ -43,10 +43,9 @@ def main() -> None:
 
     rankings: dict[str, dict[str, dict[str, list[str]]]] = {}
     for dtype in ("float32", *arguments.dtypes):
-        reranker = JointReranker(resolve(MODEL), METHODS, arguments.backend, dtype)
-        ranked = rank_all(
-            collection, run, partial(reranker.scores, tracked=partial(tracked, what=dtype)), queries
-        )
+        settings = RerankerSettings(backend=arguments.backend, dtype=dtype)
+        reranker = JointReranker(resolve(MODEL), METHODS, settings)
+        ranked = reranker.rank(collection, run, queries, progress_bar(True, dtype))
         reranker.close()
         rankings[dtype] = {
             method: {query: [document for document, _ in pairs] for query, pairs in lists.items()}

@@ -1,8 +1,7 @@
-"""What a ranking depends on that it should not: place, length, wording; `make bench-ranking`.
+"""Measure how rankings depend on position, length and wording; `make bench-ranking`.
 
-Everyday questions over five sentences need nothing but this repository. `--data` adds a collection
-in the layout of BEIR, for shuffled lists; `--lengths` the folder of that name that
-`benchmarks/lists.py` makes.
+Everyday questions over five sentences need only this repository. `--data` adds a collection in the
+layout of BEIR, for shuffled lists; `--lengths` adds the folder `lengths` of `benchmarks/lists.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from common import machine
-from rich.console import Console
-from rich.progress import track
+from common import machine, tracked
 from scipy.stats import kendalltau
 
 from core_rerank_integrations import CoReReranker
@@ -27,30 +24,25 @@ EVERYDAY = Path(__file__).parents[1] / "tests" / "data"
 SHUFFLES = 5
 
 
-def tracked(items: Sequence[str], what: str) -> Iterable[str]:
-    return track(items, description=what, console=Console(stderr=True), transient=True)
-
-
 def everyday(reranker: CoReReranker, path: Path) -> str:
-    """How often the sentence with the answer is first of five; each stands at every place once."""
+    """Measure how often the sentence with the answer is first of five, at each position once."""
     lines = path.read_text(encoding="utf-8").splitlines()
     first = []
     for line in tracked(lines, path.stem):
         item = json.loads(line)
-        places = [
-            [*item["wrong"][:place], item["right"], *item["wrong"][place:]] for place in range(5)
+        lists = [
+            [*item["wrong"][:index], item["right"], *item["wrong"][index:]] for index in range(5)
         ]
-        results = reranker.rerank_batch([(item["question"], documents) for documents in places])
-        first += [ranked[0].index == place for place, ranked in enumerate(results)]
-    by_place = [fmean(first[place::5]) for place in range(5)]
-    cells = ", ".join(f"{share:.2f}" for share in by_place)
+        results = reranker.rerank_batch([(item["question"], documents) for documents in lists])
+        first += [ranked[0].index == index for index, ranked in enumerate(results)]
+    cells = ", ".join(f"{fmean(first[index::5]):.2f}" for index in range(5))
     return f"| {path.stem} | {len(lines)} | {fmean(first):.3f} | {cells} |"
 
 
 def shuffled(
     reranker: CoReReranker, collection: Collection, run: Run, queries: Sequence[str], apart: bool
 ) -> str:
-    """How far a ranking stays the same when its list is shuffled."""
+    """Measure how well a ranking stays the same when its list is shuffled."""
     draw = random.Random(0)
     same, taus = [], []
     for query in tracked(queries, "shuffled lists"):
@@ -73,12 +65,12 @@ def shuffled(
             kendalltau([ranked[0].index(n) for n in names], [ranking.index(n) for n in names])[0]
             for ranking in ranked[1:]
         ]
-    how = "apart" if apart else "together"
-    return f"| {len(queries)} | {how} | {fmean(same):.4f} | {fmean(taus):.4f} |"
+    mode = "apart" if apart else "together"
+    return f"| {len(queries)} | {mode} | {fmean(same):.4f} | {fmean(taus):.4f} |"
 
 
 def lengths(reranker: CoReReranker, collection: Collection, run: Run) -> list[str]:
-    """How often the relevant document is first, by its length and that of the others."""
+    """Measure how often the relevant document is first, by its length and the others'."""
     first = defaultdict(list)
     for query in tracked(list(run), "lists of two lengths"):
         texts = [collection.passages[name].content for name in run[query]]
@@ -92,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--heads")
-    parser.add_argument("--window", type=int)
+    parser.add_argument("--documents-per-prompt", type=int)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--run", default="bm25")
     parser.add_argument("--queries", type=int, default=100)
@@ -100,11 +92,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path)
     arguments = parser.parse_args()
     print(machine("torch", "transformers") + "\n")
-    with CoReReranker(arguments.model, heads=arguments.heads, window=arguments.window) as reranker:
+    with CoReReranker(
+        arguments.model,
+        arguments.heads,
+        documents_per_prompt=arguments.documents_per_prompt,
+    ) as reranker:
         print(f"Heads: {reranker.heads.name}\n")
-        print(
-            "| questions | | right first | when it stands 1st to 5th |\n| --- | --- | --- | --- |"
-        )
+        print("| questions | | right first | at positions 1 to 5 |\n| --- | --- | --- | --- |")
         for name in ("everyday", "everyday-other-words"):
             print(everyday(reranker, EVERYDAY / f"{name}.jsonl"), flush=True)
         if arguments.data:

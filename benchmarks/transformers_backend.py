@@ -1,6 +1,7 @@
-"""What a rerank costs on the Transformers backend, against plain Transformers, in one process.
+"""Measure the time of a rerank on the Transformers backend against plain Transformers.
 
-Prints a Markdown table of ratios; `make bench`. Takes some ten minutes on two cores.
+Prints a Markdown table of ratios, from one process; `make bench`. Takes some ten minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from common import HEADS, MODEL, alternate, machine, requests, tracked
+from common import HEADS, MODEL, alternate, machine, prompt_ids, requests, tracked
 from transformers import AutoModelForCausalLM
 
 from core_rerank_integrations import CoReReranker, HeadSet
-from core_rerank_integrations.heads.head_set import named_head_set
+from core_rerank_integrations.heads.shipped import named_head_set
+from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.resolve import resolve
 
 BACKEND = "transformers"
@@ -27,16 +28,14 @@ LIST_LENGTHS = (5, 20, 40, 100)
 
 
 def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int) -> str:
-    """A rerank of 20 documents, N/A included, over a plain prefill of them in one prompt."""
-    folder = resolve(MODEL).path
-    full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    """Compare a rerank of 20 documents, N/A included, with a plain prefill of one prompt."""
+    model = resolve(MODEL)
+    full = AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, dtype)).eval()
     with CoReReranker(MODEL, heads=heads, backend=BACKEND, dtype=dtype) as reranker:
         work = requests(rounds + 1, 20)
-        prompts = [reranker.reader.encoder.encode(*request) for request in work]
-        tokens = [
-            torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
-            for prompt in prompts
-        ]
+        # The reranker's own encoder would cache what the timed runs tokenise.
+        encoder = load_encoder(model, heads.template)
+        tokens = [prompt_ids(encoder, *request) for request in work]
 
         def prefill(number: int) -> None:
             with torch.inference_mode():
@@ -54,15 +53,19 @@ def compare_with_full_prefill(name: str, heads: HeadSet, dtype: str, rounds: int
     )
 
 
-def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
-    """Seconds a document for lists of several lengths, every list fresh."""
+def cost_over_list_length(documents_per_prompt: int | None, rounds: int) -> list[str]:
+    """Measure the seconds per document for lists of several lengths, of new documents."""
     rows = []
     with CoReReranker(
-        MODEL, heads=HEADS, backend=BACKEND, dtype="float32", window=window
+        MODEL,
+        HEADS,
+        backend=BACKEND,
+        dtype="float32",
+        documents_per_prompt=documents_per_prompt,
     ) as reranker:
         work = {count: requests(rounds + 1, count) for count in LIST_LENGTHS}
         times: dict[int, list[float]] = {count: [] for count in LIST_LENGTHS}
-        for number in tracked(rounds + 1, "list lengths"):
+        for number in tracked(range(rounds + 1), "list lengths"):
             for count in LIST_LENGTHS:
                 start = time.perf_counter()
                 reranker.score(*work[count][number])
@@ -71,35 +74,31 @@ def cost_over_list_length(window: int | None, rounds: int) -> list[str]:
     for count in LIST_LENGTHS:
         seconds = statistics.median(times[count][1:])
         rows.append(
-            f"| {window or 'shipped (20)'} | {count} | {seconds:.2f} | "
+            f"| {documents_per_prompt or 'shipped (20)'} | {count} | {seconds:.2f} | "
             f"{1000 * seconds / count:.0f} | {seconds / count / reference:.2f} |"
         )
     return rows
 
 
-def peak_memory(what: str) -> float:
-    """Peak resident MiB of a fresh process that runs ``what`` on one prompt of 20 documents."""
-    command = [sys.executable, __file__, "--memory-of", what]
+def peak_memory(run: str) -> float:
+    """Return the peak resident MiB of a new process that runs one prompt of 20 documents."""
+    command = [sys.executable, __file__, "--memory-of", run]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.splitlines()[-1])
 
 
-def measure_memory(what: str) -> None:
-    # Both sides encode the prompt alike; the rerank also loads, verifies and caches.
+def measure_memory(run: str) -> None:
+    # Both sides encode the same prompt; the rerank also loads, verifies and caches.
     query, documents = requests(1, 20)[0]
-    if what == "rerank":
+    if run == "rerank":
         CoReReranker(MODEL, heads=HEADS, backend=BACKEND, dtype="float32").score(query, documents)
-    elif what == "full":
-        from core_rerank_integrations.method.prompt import TEMPLATES, PromptEncoder
-
+    elif run == "full":
         local = resolve(MODEL)
-        encoder = PromptEncoder(local.tokenizer().backend_tokenizer, TEMPLATES["chatml"])
-        prompt = encoder.encode(query, documents)
+        tokens = prompt_ids(load_encoder(local, HEADS.template), query, documents)
         model = AutoModelForCausalLM.from_pretrained(local.path, dtype=torch.float32).eval()
         with torch.inference_mode():
-            tokens = torch.as_tensor(np.concatenate((prompt.prefix, prompt.suffix)))[None]
             model(tokens, use_cache=False, logits_to_keep=1)
-    # Not getrusage, whose peak a child process inherits from its parent.
+    # getrusage does not serve, because a child process inherits the peak of its parent.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1024)
 
@@ -120,12 +119,12 @@ def main() -> None:
     for kind in SHIPPED:
         heads = named_head_set(f"{kind}-{MODEL}-instruct")
         print(compare_with_full_prefill(kind, heads, "bfloat16", arguments.rounds), flush=True)
-    print("\n| window | documents | rerank s | ms a document | against 20 |")
+    print("\n| documents per prompt | documents | rerank s | ms per document | against 20 |")
     print("| --- | --- | --- | --- | --- |")
-    for window in (None, 1):
-        for row in cost_over_list_length(window, max(arguments.rounds // 2, 1)):
+    for documents_per_prompt in (None, 1):
+        for row in cost_over_list_length(documents_per_prompt, max(arguments.rounds // 2, 1)):
             print(row, flush=True)
-    base, full, rerank = (peak_memory(what) for what in ("nothing", "full", "rerank"))
+    base, full, rerank = (peak_memory(run) for run in ("nothing", "full", "rerank"))
     print("\n| peak memory, float32 | MiB | above the libraries | against the full model |")
     print("| --- | --- | --- | --- |")
     print(f"| libraries alone | {base:.0f} | | |")

@@ -1,157 +1,151 @@
-"""When nothing in a list is relevant: fitted on lists whose relevant documents were taken out."""
+"""Fitting an abstention, on lists with and without their relevant documents."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from core_rerank_integrations._internal.progress import tracked
-from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations._internal.progress import Progress, no_progress, progress_bar
+from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.heads.scoring_config import Abstention, distance, log_odds, logistic
-from core_rerank_integrations.models.resolve import DEFAULT_MODEL
+from core_rerank_integrations.heads.scoring_config import (
+    Abstention,
+    log_odds,
+    logistic,
+    shrunken_margin,
+)
+from core_rerank_integrations.heads.shipped import head_set_for
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.research.fit_evidence import answers_of, holds_any
-from core_rerank_integrations.research.sources import Drawn, JudgedRun, draw
-
-with requires_extra("eval"):
-    from scipy.optimize import minimize
-
-Array = npt.NDArray[np.float64]
+from core_rerank_integrations.research.collection import has_contrast
+from core_rerank_integrations.research.options import AbstentionOptions
+from core_rerank_integrations.research.scoring_fit import fit_logistic
+from core_rerank_integrations.research.sources import Sample, draw_samples
+from core_rerank_integrations.research.weights import Array
 
 SIZES = (1, 2, 3, 5, 10)
-"""Of shorter lists that are fitted on beside those as they come."""
-LOST = 0.01
-"""Share of the lists with something relevant that may come back empty."""
+"""Numbers of irrelevant candidates in the shorter lists that are also fitted on."""
 
 
-class JudgedOdds(NamedTuple):
-    """Log-odds of a list's candidates.
+class JudgedLogOdds(NamedTuple):
+    """Log-odds of the candidates of one list.
 
     Attributes:
-        relevant: Of those that are relevant, one or more.
-        others: Of the rest, one or more.
+        relevant: Log-odds of the relevant candidates, shape [at least 1].
+        others: Log-odds of the other candidates, shape [at least 1].
     """
 
     relevant: Array
     others: Array
 
-    def shortened(self, size: int, draw_from: random.Random) -> JudgedOdds:
-        """One that is relevant, and ``size`` others."""
-        others = draw_from.sample(self.others.tolist(), min(size, len(self.others)))
-        return JudgedOdds(self.relevant[:1], np.array(others))
+    def shortened(self, size: int, generator: random.Random) -> JudgedLogOdds:
+        """Return one relevant candidate and a sample of at most ``size`` others."""
+        others = generator.sample(self.others.tolist(), min(size, len(self.others)))
+        return JudgedLogOdds(self.relevant[:1], np.array(others))
 
     def lists(self) -> tuple[Array, Array]:
-        """With something relevant, and as long without; one other has to make room for it."""
+        """Return the log-odds of a list with relevant candidates and of one without.
+
+        The lists have the same length: relevant candidates replace others.
+        """
         kept = self.others[: max(len(self.others) - len(self.relevant), 0)]
         return np.concatenate((self.relevant, kept)), self.others
 
 
-def judged_odds(
-    drawn: Drawn, reranker: CoReReranker, candidates: int = 20, show_progress: bool = False
-) -> list[JudgedOdds]:
-    """What a reranker says about the candidates of each question.
+def judged_log_odds(
+    sample: Sample, reranker: CoReReranker, candidates: int, progress: Progress = no_progress
+) -> list[JudgedLogOdds]:
+    """Compute the log-odds of the candidates of each question.
 
-    Where questions come with answers, what holds one and was not judged is left out; so are lists
-    with nothing relevant, or nothing else.
+    If questions come with answers, unjudged candidates that contain an answer are left out. So
+    are lists without a relevant or without an irrelevant candidate.
 
     Args:
-        drawn: Questions and their candidates.
-        reranker: Of heads that are calibrated.
-        candidates: How many a question.
-        show_progress: Whether a bar on standard error says how far this is.
+        sample: Questions and their candidates.
+        reranker: A reranker with calibrated heads.
+        candidates: Maximum number of candidates per question.
+        progress: Wraps the questions.
     """
-    collection, run, queries = drawn.collection, drawn.run, drawn.queries
-    answers = answers_of(drawn.source.folder)
+    collection = sample.collection
     judged = []
-    for query in tracked(queries, len(queries), "Reading") if show_progress else queries:
+    for query in progress(sample.queries, len(sample.queries)):
         grades = collection.qrels[query]
-        texts, relevant = [], []
-        for name, _ in run[query][:candidates]:
+        texts, is_relevant = [], []
+        for name, _ in sample.run[query][:candidates]:
             text = collection.passages[name].content
-            is_relevant = grades.get(name, 0) > 0
-            if is_relevant or not holds_any(answers[query], text):
+            if grades.get(name, 0) > 0 or not collection.has_answer(query, text):
                 texts.append(text)
-                relevant.append(is_relevant)
-        if all(relevant) or not any(relevant):
-            continue
-        results = reranker.rerank(collection.queries[query], texts)
-        found = {result.index: result.probability or 0.0 for result in results}
-        odds = log_odds([found[place] for place in range(len(texts))])
-        places = np.array(relevant)
-        judged.append(JudgedOdds(odds[places], odds[~places]))
+                is_relevant.append(grades.get(name, 0) > 0)
+        if has_contrast(is_relevant):
+            results = reranker.rerank(collection.queries[query], texts)
+            by_index = sorted(results, key=lambda result: result.index)
+            odds = log_odds([result.probability or 0.0 for result in by_index])
+            relevant = np.array(is_relevant)
+            judged.append(JudgedLogOdds(odds[relevant], odds[~relevant]))
     return judged
 
 
-def fit_rule(
-    groups: Sequence[Sequence[JudgedOdds]], lost: float = LOST, seed: int = 0
+def fit_answerability(
+    groups: Sequence[Sequence[JudgedLogOdds]], max_false_abstentions: float = 0.01, seed: int = 0
 ) -> Abstention:
-    """Fit when a list is said to hold nothing relevant, by logistic loss.
+    """Fit the model of a list's answerability by logistic loss, and its threshold.
 
-    Half of the lists hold something relevant, the other half are the same ones without. Beside the
-    lists as they come stand shorter ones (`SIZES`), each length counting alike.
+    Half of the lists hold a relevant document; the other half are the same lists without it.
+    Shorter lists (`SIZES`) are fitted on as well; each length counts alike.
 
     Args:
-        groups: Of each collection, its lists; each counts the same, however many it has.
-        lost: Share of the lists with something relevant that may come back empty.
-        seed: Of what is drawn for shorter lists.
+        groups: The lists of each collection. Each collection counts alike, however many lists it
+            has.
+        max_false_abstentions: Share of the lists with a relevant document that may be lost.
+        seed: Seed of the samples for shorter lists.
 
     Raises:
-        InvalidInputError: There is no list, or ``lost`` is not between 0 and 1.
+        InvalidInputError: There is no list.
     """
-    _check_lost(lost)
     if not any(groups):
         raise InvalidInputError(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
         )
-    mean, candidates = _drawn_mean([item.others for group in groups for item in group])
+    mean, candidates = _prior_mean([item.others for group in groups for item in group])
     rows, answers, weights = [], [], []
     for group in groups:
-        draw_from = random.Random(seed)
+        generator = random.Random(seed)
         for items in (
             group,
-            *([item.shortened(size, draw_from) for item in group] for size in SIZES),
+            *([item.shortened(size, generator) for item in group] for size in SIZES),
         ):
             for item in items:
-                for answered, odds in zip((1.0, 0.0), item.lists(), strict=True):
-                    rows.append((distance(odds, mean, candidates), np.log(len(odds)), 1.0))
+                for answered, odds in zip((True, False), item.lists(), strict=True):
+                    rows.append((shrunken_margin(odds, mean, candidates), np.log(len(odds)), 1.0))
                     answers.append(answered)
                     weights.append(1 / len(items))
-    features, signs = np.array(rows), 1 - 2 * np.array(answers)
+    features, is_answered = np.array(rows), np.array(answers)
     shares = np.array(weights) / sum(weights)
-
-    def loss(line: Array) -> float:
-        return float(shares @ np.logaddexp(0, signs * (features @ line)))
-
-    line = minimize(loss, [1.0, 0.0, 0.0], bounds=[(1e-6, None), (None, None), (None, None)]).x
-    slope, size_slope, intercept = line
-    holding = signs < 0
-    found = logistic(features[holding] @ line)
-    threshold = np.quantile(found, lost, weights=shares[holding], method="inverted_cdf")
+    line = fit_logistic(features, is_answered, shares)
+    threshold = np.quantile(
+        logistic(features[is_answered] @ line),
+        max_false_abstentions,
+        weights=shares[is_answered],
+        method="inverted_cdf",
+    )
+    slope, size_slope, intercept = line.tolist()
     return Abstention(
         mean=mean,
         candidates=candidates,
-        slope=float(slope),
-        size_slope=float(size_slope),
-        intercept=float(intercept),
+        slope=slope,
+        size_slope=size_slope,
+        intercept=intercept,
         threshold=float(threshold),
     )
 
 
-def _check_lost(lost: float) -> None:
-    if not 0 <= lost <= 1:
-        raise InvalidInputError(f"lost must be between 0 and 1, got {lost}")
+def _prior_mean(lists: Sequence[Array]) -> tuple[float, float]:
+    """Return the mean of all lists, and the number of candidates that it is worth.
 
-
-def _drawn_mean(lists: Sequence[Array]) -> tuple[float, float]:
-    """The mean of all lists, and how many candidates of it a list's own mean is worth less.
-
-    James and Stein's estimator: the variance within lists over that between their means.
+    The number is that of the James-Stein estimator: the variance within lists divided by the
+    variance between their means.
     """
     means = np.array([odds.mean() for odds in lists])
     longer = [odds for odds in lists if len(odds) > 1]
@@ -161,46 +155,35 @@ def _drawn_mean(lists: Sequence[Array]) -> tuple[float, float]:
     return float(means.mean()), within / between if between else 0.0
 
 
-def fit_abstention(
-    heads: HeadSet,
-    sources: Sequence[JudgedRun],
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    candidates: int = 20,
-    lost: float = LOST,
-    seed: int = 0,
-    backend: str = "auto",
-    dtype: str = "auto",
-    show_progress: bool = False,
-) -> HeadSet:
-    """A head set that knows when nothing in a list is relevant: `CoReReranker.answerable`.
+def fit_abstention(options: AbstentionOptions, *, show_progress: bool = False) -> HeadSet:
+    """Add an abstention to a head set, by which it computes the answerability of a list.
 
     Args:
-        heads: The head set, calibrated; how it ranks stays as it is.
-        sources: Judged candidates, each source counting alike.
-        model: The model of the heads.
-        candidates: Candidates a question.
-        lost: See `fit_rule`.
-        seed: Seed of the drawing.
-        backend: As for `CoReReranker`.
-        dtype: As for `CoReReranker`.
-        show_progress: Whether bars on standard error say how far this is.
+        options: The head set, the model and the data.
+        show_progress: Whether to show progress bars on standard error.
+
+    Returns:
+        The head set; its ranking does not change.
 
     Raises:
-        InvalidInputError: A collection cannot be read, there is nothing to fit on, ``lost`` is not
-            between 0 and 1, or the heads are not calibrated.
-        HeadSetError: The heads are not this model's.
+        InvalidInputError: A collection cannot be read, there is nothing to fit on, or the heads
+            are not calibrated.
+        HeadSetError: There is no such head set, or it belongs to another model.
+        ModelError: The model cannot be found, downloaded, or read exactly.
     """
+    heads = head_set_for(options.heads, None)
     if heads.scoring.calibration is None:
         raise InvalidInputError(
-            f"the heads {heads.name!r} are not calibrated; `core-rerank heads fit --window 1` "
-            "makes such as are"
+            f"the heads {heads.name!r} are not calibrated; fit calibrated heads with "
+            "`core-rerank heads fit --documents-per-prompt 1`"
         )
-    _check_lost(lost)  # Before what takes long.
-    drawn = draw(sources, seed)
-    with CoReReranker(model, heads, backend=backend, dtype=dtype) as reranker:
-        groups = [judged_odds(source, reranker, candidates, show_progress) for source in drawn]
-    details = {**heads.provenance.details, "abstention": [source.label for source in drawn]}
+    samples = draw_samples(options.lists, options.seed)
+    progress = progress_bar(show_progress, "Reading")
+    with CoReReranker(options.model, heads, **options.runtime) as reranker:
+        groups = [
+            judged_log_odds(sample, reranker, options.candidates, progress) for sample in samples
+        ]
+    details = {**heads.provenance.details, "abstention": [sample.label for sample in samples]}
     provenance = heads.provenance.model_copy(update={"details": details})
-    fitted = heads.with_scoring(abstention=fit_rule(groups, lost, seed))
-    return fitted.model_copy(update={"provenance": provenance})
+    abstention = fit_answerability(groups, options.max_false_abstentions, options.seed)
+    return heads.with_scoring(abstention=abstention).model_copy(update={"provenance": provenance})

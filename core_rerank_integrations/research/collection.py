@@ -1,19 +1,24 @@
-"""Judged collections on disk, in the layout of BEIR, and TREC runs over them."""
+"""Judged collections in the layout of BEIR, and TREC runs over them."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.method.windows import Candidates
 
 Qrels = dict[str, dict[str, int]]
-"""Relevance grade per query id and document id; what is not listed counts as 0."""
+"""Relevance grade per query id and document id; a pair that is not listed counts as 0."""
+Run = dict[str, list[str]]
+"""Document ids per query id, best first."""
+ScoredRun = dict[str, list[tuple[str, float]]]
+"""Document ids and scores per query id, best first."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +31,38 @@ class Passage:
 
     @property
     def content(self) -> str:
-        """What is indexed and ranked."""
+        """Title and text, which are indexed and ranked."""
         return f"{self.title} {self.text}".strip()
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents, queries and judgments of a folder in the layout of BEIR."""
+    """Documents, queries and judgments of a folder in the layout of BEIR.
+
+    Attributes:
+        passages: Documents by id.
+        queries: Texts of the judged queries by id.
+        qrels: Judgments.
+        answers: Answers by query id, for queries that come with answers.
+    """
 
     passages: dict[str, Passage]
     queries: dict[str, str]
     qrels: Qrels
+    answers: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, split: str = "test", partial: bool = False) -> Collection:
         """Read ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``.
 
-        Queries without a judgment in this split are left out.
+        Queries without a judgment in this split are left out. A query may have ``answers``, a
+        list of strings.
 
         Args:
-            folder: Where the files lie.
-            split: Which judgments.
-            partial: Whether the folder may lack judged documents, as where it holds only the
-                candidates of a large corpus. They still count in an ideal ranking.
+            folder: Folder of the files.
+            split: Name of the judgments.
+            partial: Whether the folder may lack judged documents, for example if it holds only
+                the candidates of a large corpus. They still count in an ideal ranking.
 
         Raises:
             InvalidInputError: A file is missing or malformed, or a judgment names a query or,
@@ -58,27 +72,42 @@ class Collection:
             record["_id"]: Passage(record["_id"], record.get("title", ""), record["text"])
             for record in _records(folder / "corpus.jsonl")
         }
-        queries = {record["_id"]: record["text"] for record in _records(folder / "queries.jsonl")}
+        records = {record["_id"]: record for record in _records(folder / "queries.jsonl")}
         qrels: Qrels = {}
         path = folder / "qrels" / f"{split}.tsv"
-        for query, passage, grade in _judgments(path):
-            for kind, name, known in (("query", query, queries), ("document", passage, passages)):
-                if name not in known and not (partial and kind == "document"):
-                    raise InvalidInputError(f"{path} judges the {kind} {name!r}, which is missing")
-            qrels.setdefault(query, {})[passage] = grade
-        return cls(passages, {key: queries[key] for key in queries if key in qrels}, qrels)
+        for query, document, grade in _judgments(path):
+            if query not in records:
+                raise InvalidInputError(f"{path} judges the query {query!r}, which is missing")
+            if document not in passages and not partial:
+                raise InvalidInputError(
+                    f"{path} judges the document {document!r}, which is missing"
+                )
+            qrels.setdefault(query, {})[document] = grade
+        judged = {query: record for query, record in records.items() if query in qrels}
+        return cls(
+            passages,
+            {query: record["text"] for query, record in judged.items()},
+            qrels,
+            {query: record["answers"] for query, record in judged.items() if "answers" in record},
+        )
+
+    def candidates(self, query: str, documents: Iterable[str]) -> Candidates:
+        """Return the texts of a query and of documents, which are given by id."""
+        texts = tuple(self.passages[document].content for document in documents)
+        return Candidates(self.queries[query], texts)
+
+    def has_answer(self, query: str, text: str) -> bool:
+        """Return whether a text contains an answer to a query, in any case."""
+        return any(answer.casefold() in text.casefold() for answer in self.answers.get(query, ()))
 
 
-Run = dict[str, list[str]]
-"""Document ids per query id, best first."""
-
-
-ScoredRun = dict[str, list[tuple[str, float]]]
-"""Document ids and scores per query id, best first."""
+def has_contrast(grades: Iterable[float]) -> bool:
+    """Return whether grades are of both relevant and irrelevant documents."""
+    return len({grade > 0 for grade in grades}) == 2
 
 
 def load_run(path: Path, collection: Collection) -> Run:
-    """The documents of `load_scored_run`."""
+    """Read the document ids of a TREC run; see `load_scored_run`."""
     scored = load_scored_run(path, collection)
     return {query: [document for document, _ in ranking] for query, ranking in scored.items()}
 
@@ -114,7 +143,7 @@ def load_scored_run(path: Path, collection: Collection) -> ScoredRun:
         )
     if not scored:
         raise InvalidInputError(f"the run {path} is empty")
-    # As trec_eval does: by score; of equal scores, by the rank that is written down.
+    # The order of trec_eval: by score, and by the written rank for equal scores.
     return {
         query: [(document, -negative) for negative, _, document in sorted(entries)]
         for query, entries in scored.items()
@@ -136,7 +165,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 record = json.loads(line)
-                if "_id" not in record or "text" not in record:
+                if not isinstance(record, dict) or not {"_id", "text"} <= record.keys():
                     raise InvalidInputError(f"{path}, line {number}: needs '_id' and 'text'")
                 yield record
     except (OSError, json.JSONDecodeError) as error:

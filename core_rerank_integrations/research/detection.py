@@ -1,4 +1,4 @@
-"""Finding a model's retrieval heads: SCoRe and QR scores of all its heads (arXiv 2510.02219)."""
+"""Detection of a model's retrieval heads: SCoRe and QR scores of all heads (arXiv 2510.02219)."""
 
 from __future__ import annotations
 
@@ -7,162 +7,149 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from core_rerank_integrations._internal.files import write_atomically
-from core_rerank_integrations._internal.progress import tracked
+from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads.head_set import PUBLISHED_CORE_HEADS, Head, HeadSet
+from core_rerank_integrations.heads.head_set import Head, HeadSet
 from core_rerank_integrations.heads.scoring_config import ScoringConfig
+from core_rerank_integrations.method.windows import Candidates, Layout
 from core_rerank_integrations.research.collection import Collection, load_run
 from core_rerank_integrations.research.features import HeadFeatures, HeadReader
-from core_rerank_integrations.research.sources import JudgedRun
+from core_rerank_integrations.research.options import Detection, FindOptions
 
 with requires_extra("eval"):
     from scipy.special import softmax
 
-DEFAULT_TEMPERATURES = (0.001, 0.1)
-"""Of the paper: the first for Mistral and Granite, the second for Llama 3.1 and Phi-4."""
-
-Read = Callable[[str, Sequence[str]], HeadFeatures]
-Detection = Literal["core", "qr"]
-"""Which score ranks the heads: SCoRe, or calibrated attention on the relevant document alone."""
+Array = npt.NDArray[np.float64]
 
 
 class Case(NamedTuple):
-    """One prompt of the detection: a question, one relevant document among hard negatives."""
+    """A prompt for the detection.
 
-    question: str
-    query: str
-    documents: tuple[str, ...]
+    Attributes:
+        candidates: A question, one relevant document and hard negatives.
+        positive: Index of the relevant document.
+    """
+
+    candidates: Candidates
     positive: int
-    """Where the relevant document stands."""
 
 
 def detection_cases(
     collection: Collection,
     run: Mapping[str, Sequence[str]],
-    questions: int | None = 200,
-    negatives: int = 19,
-    positions: int = 2,
-    seed: int = 0,
+    questions: int | None,
+    options: FindOptions,
 ) -> list[Case]:
-    """Prompts with one relevant document each, at positions spread over the list.
+    """Create prompts with one relevant document each, at positions spread over the list.
 
     The negatives are the first stage's best that are not judged relevant, in its order. The
-    relevant one has the best grade; of several, the one that the first stage ranks first.
+    relevant document has the best grade; of several, it is the one that the first stage ranks
+    first.
 
     Args:
         collection: Documents, queries and judgments.
         run: Document ids per query id, best first.
-        questions: How many, drawn by ``seed`` from those that have a relevant document and
-            enough negatives; ``None`` for all.
-        negatives: Hard negatives beside the relevant document.
-        positions: Prompts per question, the relevant document moved evenly through the list.
-        seed: Seed of the drawing, and of where the relevant document stands first.
+        questions: Number of questions, drawn from those with a relevant document and enough
+            negatives; ``None`` for all.
+        options: ``negatives``, ``positions`` and ``seed``. The seed also decides where a relevant
+            document is first.
 
     Raises:
-        InvalidInputError: Fewer questions have enough negatives, or a number has no meaning.
+        InvalidInputError: Too few questions have enough negatives, or there are more positions
+            than documents in a list.
     """
-    for name, number in (("negatives", negatives), ("positions", positions)):
-        if number < 1:
-            raise InvalidInputError(f"{name} must be at least 1, got {number}")
-    if positions > negatives + 1:
+    length = options.negatives + 1
+    if options.positions > length:
         raise InvalidInputError(
-            f"{positions} positions are more than a list of {negatives + 1} documents has"
+            f"{options.positions} positions are more than a list of {length} documents has"
         )
-    draw = random.Random(seed)
+    generator = random.Random(options.seed)
     shuffled = sorted(collection.queries)
-    draw.shuffle(shuffled)
+    generator.shuffle(shuffled)
     cases: list[Case] = []
     used = 0
     for question in shuffled:
-        first = draw.randrange(negatives + 1)
-        chosen = _choose(collection, question, run.get(question, ()), negatives)
+        first = generator.randrange(length)
+        chosen = _choose(collection, question, run.get(question, ()), options.negatives)
         if chosen is None:
             continue
-        positive, others = chosen
-        for place in range(positions):
-            position = (first + place * (negatives + 1) // positions) % (negatives + 1)
-            documents = [*others[:position], positive, *others[position:]]
-            cases.append(Case(question, collection.queries[question], tuple(documents), position))
+        relevant, negatives = chosen
+        for number in range(options.positions):
+            positive = (first + number * length // options.positions) % length
+            documents = [*negatives[:positive], relevant, *negatives[positive:]]
+            cases.append(Case(collection.candidates(question, documents), positive))
         used += 1
         if used == questions:
             break
     if used == 0 or (questions is not None and used < questions):
         raise InvalidInputError(
-            f"{used} of {len(shuffled)} questions have a relevant document and {negatives} "
-            f"candidates that are not, {questions or 'at least one'} were asked for; lower "
-            "--questions or --negatives, or give a run of more candidates"
+            f"{used} of {len(shuffled)} questions have a relevant document and "
+            f"{options.negatives} candidates that are not, {questions or 'at least one'} were "
+            "asked for; lower --questions or --negatives, or give a run of more candidates"
         )
     return cases
 
 
 def _choose(
-    collection: Collection, question: str, candidates: Sequence[str], negatives: int
+    collection: Collection, question: str, candidates: Sequence[str], count: int
 ) -> tuple[str, list[str]] | None:
-    """The relevant document and its negatives, or ``None`` where there are too few."""
+    """Return the ids of the relevant document and its negatives, or ``None`` if too few."""
     grades = collection.qrels[question]
     best = max(grades.values())
-    if best <= 0:
+    negatives = [name for name in candidates if grades.get(name, 0) <= 0][:count]
+    if best <= 0 or len(negatives) < count:
         return None
-    ranks = {document: rank for rank, document in enumerate(candidates)}
-    relevant = [document for document, grade in grades.items() if grade == best]
-    positive = min(relevant, key=lambda document: (ranks.get(document, len(ranks)), document))
-    others = [document for document in candidates if grades.get(document, 0) <= 0][:negatives]
-    if len(others) < negatives:
-        return None
-    texts = collection.passages
-    return texts[positive].content, [texts[document].content for document in others]
+    ranks = {name: rank for rank, name in enumerate(candidates)}
+    relevant = [name for name, grade in grades.items() if grade == best]
+    return min(relevant, key=lambda name: (ranks.get(name, len(ranks)), name)), negatives
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores of all heads, each an average over prompts.
+    """Scores of all heads, each a mean over prompts.
 
     Attributes:
-        heads: (layer, head) of every column.
-        prompts: How many prompts were averaged.
+        heads: (layer, head) of each score.
+        prompts: Number of prompts.
         core: SCoRe by temperature, shape [heads]: the softmax over documents of the attention
             mass divided by the temperature, at the relevant document.
-        core_error: Standard error of each SCoRe.
-        qr: Mean calibrated score of the relevant document, shape [heads].
+        core_error: Standard error of each SCoRe, by temperature, shape [heads].
+        qr: Calibrated score of the relevant document, shape [heads].
     """
 
     heads: tuple[tuple[int, int], ...]
     prompts: int
-    core: Mapping[float, npt.NDArray[np.float64]]
-    core_error: Mapping[float, npt.NDArray[np.float64]]
-    qr: npt.NDArray[np.float64]
+    core: Mapping[float, Array]
+    core_error: Mapping[float, Array]
+    qr: Array
 
-    def ranking(
-        self, method: Detection, temperature: float | None = None, max_layer: int | None = None
-    ) -> list[tuple[int, int, float]]:
-        """(layer, head, score), best first; ties keep the order of layers and heads.
+    def ranking(self, method: Detection) -> list[tuple[int, int, float]]:
+        """Return (layer, head, score), best first; ties keep the order of layers and heads.
 
         Args:
-            method: ``core`` or ``qr``.
-            temperature: Of ``core``; ``None`` takes the first.
-            max_layer: Heads above it are left out.
+            method: ``qr``, or ``core`` at the first temperature.
         """
-        if method == "core":
-            scores = self.core[next(iter(self.core)) if temperature is None else temperature]
-        else:
-            scores = self.qr
+        scores = self.qr if method == "qr" else next(iter(self.core.values()))
         ranked = [
             (layer, head, float(score))
             for (layer, head), score in zip(self.heads, scores, strict=True)
-            if max_layer is None or layer <= max_layer
         ]
         return sorted(ranked, key=lambda item: -item[2])
 
     def save(self, path: Path) -> None:
-        """Write all scores as JSON: per method and temperature, ``{"layer-head": score}``."""
+        """Write all scores as JSON: per method and temperature, ``{"layer-head": score}``.
 
-        def named(scores: npt.NDArray[np.float64]) -> dict[str, float]:
+        Raises:
+            StorageError: The file cannot be written.
+        """
+
+        def named(scores: Array) -> dict[str, float]:
             return {
                 f"{layer}-{head}": round(float(score), 9)
                 for (layer, head), score in zip(self.heads, scores, strict=True)
@@ -180,29 +167,27 @@ class HeadScores:
 
 
 def score_heads(
-    read: Read,
+    read: Callable[[Candidates, Layout], HeadFeatures],
     heads: Sequence[Head],
     cases: Iterable[Case],
-    temperatures: Sequence[float] = DEFAULT_TEMPERATURES,
+    temperatures: Sequence[float],
 ) -> HeadScores:
-    """Score every head on every case, all temperatures in one pass over the data.
+    """Score every head on every case, at all temperatures in one pass over the data.
 
     Args:
-        read: Gives the head features of a query and its documents, all in one prompt.
-        heads: The heads that ``read`` reports, in its order.
-        cases: The prompts; they are looked at one by one.
-        temperatures: Of SCoRe's softmax.
+        read: Computes the features of a list; see `HeadReader.read`.
+        heads: The heads of the features, in order.
+        cases: The prompts; they are read one by one.
+        temperatures: Temperatures of SCoRe's softmax.
 
     Raises:
-        InvalidInputError: There are no cases, or a temperature is not above zero.
+        InvalidInputError: There are no cases.
     """
-    if not temperatures or min(temperatures) <= 0:
-        raise InvalidInputError(f"temperatures must be above 0, got {list(temperatures)}")
     count = 0
     core = np.zeros((2, len(temperatures), len(heads)))
     qr = np.zeros(len(heads))
     for case in cases:
-        features = read(case.query, case.documents)
+        features = read(case.candidates, Layout())
         attention = features.attention.astype(np.float64)
         for row, temperature in enumerate(temperatures):
             score = softmax(attention / temperature, axis=0)[case.positive]
@@ -223,85 +208,61 @@ def score_heads(
 
 
 class FoundHeads(NamedTuple):
-    """What `find_heads` found.
+    """Result of `find_heads`.
 
     Attributes:
         head_set: The best heads.
-        scores: Of all heads.
+        scores: Scores of all heads.
     """
 
     head_set: HeadSet
     scores: HeadScores
 
 
-def find_heads(
-    reader: HeadReader,
-    data: Sequence[JudgedRun],
-    method: Detection = "core",
-    num_heads: int = PUBLISHED_CORE_HEADS,
-    *,
-    negatives: int = 19,
-    positions: int = 2,
-    temperatures: Sequence[float] = DEFAULT_TEMPERATURES,
-    window: int | None = None,
-    reverse: bool = False,
-    seed: int = 0,
-    name: str = "found",
-    show_progress: bool = False,
-) -> FoundHeads:
-    """Score every head on judged questions, and take the best.
+def find_heads(options: FindOptions, *, show_progress: bool = False) -> FoundHeads:
+    """Score every head on judged questions, and select the best.
 
-    An interrupted run goes on where it was: what the model said is kept by the reader.
+    What the model computes is stored, so that an interrupted run continues; see `HeadReader`.
 
     Args:
-        reader: Reads the heads of a model.
-        data: Questions, judgments and the runs that hard negatives are taken from; the heads are to
-            be of no one domain, so there may be several.
-        method: Which score ranks the heads.
-        num_heads: How many are taken.
-        negatives: See `detection_cases`.
-        positions: See `detection_cases`.
-        temperatures: Of SCoRe; the first ranks the heads.
-        window: Documents a prompt to rerank with, for the head set.
-        reverse: Whether to rerank with the best candidate next to the query, likewise.
-        seed: Seed of the drawing.
-        name: Of the head set.
-        show_progress: Whether a bar on standard error says how far this is.
+        options: The model, the data and the method.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
-        InvalidInputError: A file cannot be read, too few questions have enough negatives, or a
-            number or the method has no meaning.
+        InvalidInputError: A file cannot be read, or too few questions have enough negatives.
+        HeadSetError: The model has no layer ``max_layer``.
+        ModelError: The model cannot be found, downloaded, or read exactly.
+        StorageError: Features cannot be written or read back.
     """
-    if method not in get_args(Detection):
-        raise InvalidInputError(f"method must be core or qr, got {method!r}")
     cases = []
-    for source in data:
+    for source in options.data:
         collection = Collection.load(source.folder, source.split)
-        ranked = load_run(source.run, collection)
-        cases += detection_cases(collection, ranked, source.questions, negatives, positions, seed)
-    scores = score_heads(
-        reader.read,
-        reader.heads.heads,
-        tracked(cases, len(cases), "Finding heads") if show_progress else cases,
-        temperatures,
-    )
-    ranking = scores.ranking(method)
+        run = load_run(source.run, collection)
+        cases += detection_cases(collection, run, source.questions or options.questions, options)
+    with HeadReader(options) as reader:
+        progress = progress_bar(show_progress, "Finding heads")
+        scores = score_heads(
+            reader.read, reader.heads.heads, progress(cases, len(cases)), options.temperature
+        )
+    ranking = scores.ranking(options.method)
     head_set = reader.head_set(
-        name,
-        HeadSet.from_ranking(ranking, num_heads).heads,
-        ScoringConfig(window=window, reverse=reverse),
-        method,
+        options.name or "found",
+        HeadSet.from_ranking(ranking, options.num_heads).heads,
+        ScoringConfig(
+            documents_per_prompt=options.documents_per_prompt, best_last=options.best_last
+        ),
+        options.method,
         {
             "source": "core-rerank heads find",
-            "data": [source.folder.name for source in data],
-            "split": [source.split for source in data],
-            "run": [source.run.name for source in data],
-            "questions": len(cases) // positions,
-            "negatives": negatives,
-            "positions": positions,
+            "data": [source.folder.name for source in options.data],
+            "split": [source.split for source in options.data],
+            "run": [source.run.name for source in options.data],
+            "questions": len(cases) // options.positions,
+            "negatives": options.negatives,
+            "positions": options.positions,
             "prompts": scores.prompts,
-            **({"temperature": temperatures[0]} if method == "core" else {}),
-            "seed": seed,
+            **({"temperature": options.temperature[0]} if options.method == "core" else {}),
+            "seed": options.seed,
         },
         ranking,
     )

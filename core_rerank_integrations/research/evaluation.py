@@ -1,20 +1,20 @@
-"""Methods side by side: how good their rankings are, and what they bring over the first stage."""
+"""Evaluation: measures of several methods on the same candidates, and their differences."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from core_rerank_integrations._internal.progress import tracked
+from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.models.resolve import DEFAULT_MODEL, resolve
+from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.models.resolve import resolve
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.research.collection import Collection, Qrels, Run, load_run
+from core_rerank_integrations.research.collection import Collection, Qrels, ScoredRun, load_run
 from core_rerank_integrations.research.measures import (
     MAIN_MEASURE,
     Measured,
@@ -28,45 +28,45 @@ from core_rerank_integrations.research.methods import (
     Method,
     head_count_methods,
     named_method,
-    rank_all,
 )
-from core_rerank_integrations.scorer import no_progress
+from core_rerank_integrations.research.options import EvaluationOptions
+from core_rerank_integrations.settings import RerankerSettings
 
 
 @dataclass
 class MethodResult:
-    """What one method did with every query.
+    """Results of one method.
 
     Attributes:
-        method: Which.
-        measured: Values per query.
-        rankings: (document id, score) per query id, best first.
+        method: The method.
+        measured: Measures per query.
+        rankings: Documents and scores per query.
         seconds: Wall time of a rerank, of the queries that were timed.
-        p_value: Of a two-sided paired t-test of nDCG@10 against the first stage; ``None`` for
-            the first stage itself.
-        reliability: Of the probabilities, where the method gives any.
+        p_value: Two-sided paired t-test of nDCG@10 against the first stage; ``None`` for the
+            first stage itself.
+        reliability: Reliability of the probabilities; empty if the method has none.
     """
 
     method: Method
     measured: Measured
-    rankings: dict[str, list[tuple[str, float]]]
+    rankings: ScoredRun
     seconds: list[float] = field(default_factory=list)
     p_value: float | None = None
     reliability: list[ReliabilityBin] = field(default_factory=list)
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over queries."""
+        """Means of the measures over queries."""
         return means_of(self.measured)
 
-    def values(self, name: str = MAIN_MEASURE) -> list[float]:
-        """One measure of every query, in the order of `measured`."""
-        return [values[name] for values in self.measured.values()]
+    def values(self) -> list[float]:
+        """Return nDCG@10 of every query, in the order of `measured`."""
+        return [values[MAIN_MEASURE] for values in self.measured.values()]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
         results: One for each method.
@@ -79,109 +79,92 @@ class Evaluation:
     curve: str | None = None
 
 
-def evaluate(
-    collection: str | Path,
-    run: str | Path,
-    methods: Sequence[str | Method] = ("first-stage", "core", "fit+first-stage"),
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    split: str = "test",
-    candidates: int = 20,
-    queries: int | None = None,
-    window: int | None = None,
-    curve: str | None = None,
-    timed: int = 0,
-    backend: str = "auto",
-    dtype: str = "auto",
-    show_progress: bool = False,
-) -> Evaluation:
+def evaluate(options: EvaluationOptions, *, show_progress: bool = False) -> Evaluation:
     """Measure a first stage and head sets on the same candidates, and test the difference.
 
-    Methods that want their prompts alike share one pass of the model.
+    Methods with the same prompts share one pass of the model.
 
     Args:
-        collection: Folder in the layout of BEIR.
-        run: TREC run of the first stage: the candidates.
-        methods: Names, see `named_method`, or methods of your own.
-        model: Alias, hub id, folder or GGUF file.
-        split: Which judgments.
-        candidates: How many of a query's candidates are ranked.
-        queries: The first queries only; ``None`` for all.
-        window: Documents a prompt; ``None`` for each head set's own.
-        curve: A head set whose ranking is tried at 1, 2, 4, ... heads.
-        timed: Queries by which each method is timed by itself.
-        backend: As for `CoReReranker`.
-        dtype: As for `CoReReranker`.
-        show_progress: Whether a bar on standard error says how far this is.
+        options: The data, the methods and the model.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
         InvalidInputError: A file cannot be read, two methods have one name, or no method has heads.
         HeadSetError: A method names no head set of this model.
-        ModelError: The model is not to be had, or cannot be read exactly.
+        ModelError: The model cannot be found, downloaded, or read exactly.
     """
-    folder, path = Path(collection), Path(run)
-    loaded = Collection.load(folder, split, partial=True)
-    judged = {document for grades in loaded.qrels.values() for document in grades}
-    ranked = {query: ranking[:candidates] for query, ranking in load_run(path, loaded).items()}
-    asked = list(loaded.queries)[:queries]
-    local_model = resolve(model)
-    chosen = [
-        method if isinstance(method, Method) else named_method(method, local_model)
+    collection = Collection.load(options.data, options.split, partial=True)
+    run = {
+        query: ranking[: options.candidates]
+        for query, ranking in load_run(options.run, collection).items()
+    }
+    queries = list(collection.queries)[: options.queries]
+    model = resolve(options.model)
+    methods = [
+        method if isinstance(method, Method) else named_method(method, model)
+        for method in options.methods
+    ]
+    if options.curve is not None:
+        methods += head_count_methods(options.curve, model)
+    methods = [
+        replace(method, heads=method.heads.with_documents_per_prompt(options.documents_per_prompt))
+        if method.heads
+        else method
         for method in methods
     ]
-    if curve is not None:
-        chosen += head_count_methods(curve, local_model)
-    if window is not None:
-        chosen = [method.with_documents_per_prompt(window) for method in chosen]
-    names = [method.name for method in chosen]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise InvalidInputError(f"methods named twice: {', '.join(sorted(repeated))}")
-    if not any(method.heads for method in chosen):
+    counts = Counter(method.name for method in methods)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise InvalidInputError(f"methods named twice: {', '.join(repeated)}")
+    if not any(method.heads for method in methods):
         raise InvalidInputError("name at least one method beside the first stage")
-    joint = JointReranker(local_model, chosen, backend, dtype)
+    joint = JointReranker(model, methods, RerankerSettings(**options.runtime))
     try:
-        shown = partial(tracked, what="Reading") if show_progress else no_progress
-        rankings = rank_all(loaded, ranked, partial(joint.scores, tracked=shown), asked)
+        progress = progress_bar(show_progress, "Reading")
+        rankings = joint.rank(collection, run, queries, progress)
     finally:
         joint.close()
-    results = compare(loaded.qrels, chosen, rankings)
+    results = compare(collection.qrels, methods, rankings)
+    timed = [collection.candidates(query, run.get(query, ())) for query in queries[: options.timed]]
     for result in results:
         heads = result.method.heads
         if timed and heads is not None and "@" not in result.method.name:
             heads = heads.model_copy(update={"model": None})  # The folder has no hub id.
-            with CoReReranker(
-                local_model.path, heads=heads, backend=backend, dtype=dtype
-            ) as reranker:
-                result.seconds = _seconds(reranker, loaded, ranked, asked[:timed])
+            with CoReReranker(model.path, heads, **options.runtime) as reranker:
+                result.seconds = _seconds(reranker, timed)
+    judged = {document for grades in collection.qrels.values() for document in grades}
     about: dict[str, str | int] = {
-        "collection": f"{folder.name}, {split}",
-        "queries": len(asked),
-        "first stage": f"{path.name}, {candidates} candidates",
-        "judged documents outside the corpus": len(judged - loaded.passages.keys()),
-        "model": str(model),
-        "window": window or "each head set's own",
-        "backend and dtype": f"{backend}, {dtype}",
+        "collection": f"{options.data.name}, {options.split}",
+        "queries": len(queries),
+        "first stage": f"{options.run.name}, {options.candidates} candidates",
+        "judged documents outside the corpus": len(judged - collection.passages.keys()),
+        "model": str(options.model),
+        "documents per prompt": options.documents_per_prompt or "each head set's own",
+        "backend and dtype": f"{options.backend}, {options.dtype}",
         "date": time.strftime("%Y-%m-%d"),
     }
-    return Evaluation(results, about, curve)
+    return Evaluation(results, about, options.curve)
 
 
 def compare(
-    qrels: Qrels,
-    methods: Sequence[Method],
-    rankings: Mapping[str, Mapping[str, list[tuple[str, float]]]],
+    qrels: Qrels, methods: Sequence[Method], rankings: Mapping[str, ScoredRun]
 ) -> list[MethodResult]:
-    """Measure every method's rankings, and test them against the first stage's."""
+    """Measure the rankings of every method, and test them against the first stage's.
+
+    Args:
+        qrels: Relevance grades.
+        methods: The methods.
+        rankings: Documents and scores by method and query.
+    """
     with requires_extra("eval"):
         from scipy.stats import ttest_rel
     results = []
     for method in methods:
-        ranked = dict(rankings[method.name])
+        ranked = rankings[method.name]
         ids = {query: [document for document, _ in pairs] for query, pairs in ranked.items()}
         judged = {query: qrels[query] for query in ranked}
         result = MethodResult(method, measure(judged, ids), ranked)
         calibration = method.heads and method.heads.scoring.calibration
-        if calibration and not method.ranked:
+        if calibration and method.first_stage is None:
             pairs = [(query, *pair) for query, pairs in ranked.items() for pair in pairs]
             result.reliability = reliability(
                 calibration.probabilities(np.array([score for _, _, score in pairs])),
@@ -191,20 +174,19 @@ def compare(
     first_stage = next((result for result in results if result.method.heads is None), None)
     for result in results:
         if first_stage is not None and result is not first_stage:
-            ours, theirs = result.values(), first_stage.values()
-            # Equal in every query: the test is undefined, and nothing differs.
-            result.p_value = 1.0 if ours == theirs else float(ttest_rel(ours, theirs).pvalue)
+            values, baseline = result.values(), first_stage.values()
+            # The test is undefined if the values are equal in every query.
+            result.p_value = (
+                1.0 if values == baseline else float(ttest_rel(values, baseline).pvalue)
+            )
     return results
 
 
-def _seconds(
-    reranker: CoReReranker, collection: Collection, run: Run, queries: Sequence[str]
-) -> list[float]:
-    """Wall time of a rerank of each query's candidates; one uncounted rerank goes before."""
+def _seconds(reranker: CoReReranker, lists: Sequence[Candidates]) -> list[float]:
+    """Measure the wall time of a rerank of each list, after one rerank that does not count."""
     seconds = []
-    for query in [queries[-1], *queries]:
-        texts = [collection.passages[document].content for document in run.get(query, [])]
+    for query, documents, _ in (lists[-1], *lists):
         start = time.perf_counter()
-        reranker.score(collection.queries[query], texts)
+        reranker.score(query, documents)
         seconds.append(time.perf_counter() - start)
     return seconds[1:]

@@ -1,11 +1,9 @@
-"""Weights by which heads tell the sentence with the answer from the others of its document."""
+"""Evidence weights, which separate the sentence with the answer from the rest of its document."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,44 +11,38 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from core_rerank_integrations._internal.progress import tracked
-from core_rerank_integrations.backends.loading import load_scorer
+from core_rerank_integrations._internal.progress import Progress, no_progress, progress_bar
+from core_rerank_integrations.backends.loading import chosen_backend
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.method.evidence import (
-    TokenScores,
-    character_scores,
-    sentences,
-    sums,
-)
-from core_rerank_integrations.models.resolve import DEFAULT_MODEL, model_shape, resolve
-from core_rerank_integrations.research.collection import Collection
-from core_rerank_integrations.scorer import (
-    AttentionScorer,
-    Candidates,
-    Progress,
-    layout_of,
-    no_progress,
-)
+from core_rerank_integrations.heads.shipped import head_set_for
+from core_rerank_integrations.method.evidence import TokenScores, character_scores, sentences, sums
+from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.models.local_model import model_shape
+from core_rerank_integrations.models.resolve import resolve
+from core_rerank_integrations.research.collection import Collection, has_contrast
+from core_rerank_integrations.research.options import EvidenceOptions
+from core_rerank_integrations.research.weights import Array, ListwiseLoss
+from core_rerank_integrations.scorer import AttentionScorer, load_scorer
+from core_rerank_integrations.settings import RerankerSettings
 
 with requires_extra("eval"):
     from scipy.optimize import minimize
-    from scipy.special import logsumexp
 
-Array = npt.NDArray[np.float64]
-
-STRENGTH = 0.01
-"""Of the penalty on squared weights, in features of unit deviation; by four folds of NQ train."""
+L2_STRENGTH = 0.01
+"""Strength of the penalty on squared weights, for features of unit deviation; chosen by four folds
+of NQ train."""
+MIN_SENTENCES = 3
 
 
 class AnsweredDocument(NamedTuple):
-    """A question, a document that answers it, and where.
+    """A question and a document that answers it in some of its sentences.
 
     Attributes:
-        query: The question.
-        document: Its text.
-        sentences: Where the document's sentences begin and end.
-        answers: Which of them hold an answer, boolean, shape [sentences]; some, not all.
+        query: Text of the question.
+        document: Text of the document.
+        sentences: Start and stop of each sentence, in characters of the document.
+        answers: Whether each sentence contains an answer, boolean, shape [sentences].
     """
 
     query: str
@@ -59,184 +51,139 @@ class AnsweredDocument(NamedTuple):
     answers: npt.NDArray[np.bool_]
 
 
-def answers_of(folder: Path) -> dict[str, list[str]]:
-    """By query id, the answers of a collection's ``queries.jsonl``; none where it has none."""
-    with (folder / "queries.jsonl").open(encoding="utf-8") as lines:
-        return {record["_id"]: record.get("answers", []) for record in map(json.loads, lines)}
-
-
-def holds_any(answers: Sequence[str], text: str) -> bool:
-    """Whether one of the answers stands in ``text``, in capitals or not."""
-    return any(answer.casefold() in text.casefold() for answer in answers)
-
-
 def answered_documents(
-    folder: str | Path, split: str, questions: int | None = None, seed: int = 0
+    folder: Path, split: str, questions: int | None = None, seed: int = 0
 ) -> list[AnsweredDocument]:
-    """Relevant documents of a collection whose questions come with answers.
+    """Return relevant documents of a collection whose questions come with answers.
 
-    Left out are documents of fewer than three sentences, and those in which no sentence holds an
-    answer, or every one.
+    Documents of fewer than three sentences are left out, and those in which no sentence or every
+    sentence contains an answer.
 
     Args:
-        folder: In the layout of BEIR; ``queries.jsonl`` has ``answers``, a list of strings.
-        split: Which judgments.
-        questions: How many relevant documents to draw first; ``None`` for all.
-        seed: Seed of the drawing.
+        folder: Folder in the layout of BEIR; ``queries.jsonl`` has ``answers``, a list of strings.
+        split: Name of the judgments.
+        questions: Number of relevant documents to draw first; ``None`` for all.
+        seed: Seed of the sample.
 
     Raises:
-        InvalidInputError: A file cannot be read, questions have no answers, or none is left.
+        InvalidInputError: A file cannot be read, or no document is left, for example because no
+            question has answers.
     """
-    folder = Path(folder)
     collection = Collection.load(folder, split)
-    answers = answers_of(folder)
     pairs = [
-        (query, document)
+        (query, name)
         for query, grades in collection.qrels.items()
-        for document, grade in grades.items()
-        if grade > 0 and answers[query]
+        for name, grade in grades.items()
+        if grade > 0 and collection.answers.get(query)
     ]
     random.Random(seed).shuffle(pairs)
-    found = []
+    documents = []
     for query, name in islice(pairs, questions):
         text = collection.passages[name].content
         borders = sentences(text)
-        hits = np.array([holds_any(answers[query], text[start:stop]) for start, stop in borders])
-        if len(borders) >= 3 and hits.any() and not hits.all():
-            found.append(AnsweredDocument(collection.queries[query], text, borders, hits))
-    if not found:
+        answers = [collection.has_answer(query, text[start:stop]) for start, stop in borders]
+        if len(borders) >= MIN_SENTENCES and has_contrast(answers):
+            documents.append(
+                AnsweredDocument(collection.queries[query], text, borders, np.array(answers))
+            )
+    if not documents:
         raise InvalidInputError(
             f"{folder}, {split}: no relevant document has an answer in some of its sentences; "
             "queries.jsonl needs 'answers', a list of strings"
         )
-    return found
+    return documents
 
 
 def sentence_features(
-    reader: AttentionScorer,
+    scorer: AttentionScorer,
     heads: HeadSet,
     documents: Sequence[AnsweredDocument],
-    tracked: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> list[Array]:
-    """What each head gives to each sentence: of each document, shape [sentences, heads].
+    """Compute the calibrated mass of each head on each sentence.
 
     Args:
-        reader: Reads ``heads``.
-        heads: How they want documents to be read.
-        documents: Each is read by itself.
-        tracked: Wraps the prompts as they are read; a progress bar, say.
+        scorer: A scorer that runs ``heads``.
+        heads: The heads.
+        documents: The documents; each is read in a prompt of its own.
+        progress: Wraps the prompts.
+
+    Returns:
+        One array per document, shape [sentences, heads].
     """
-    layout = layout_of(heads.with_documents_per_prompt(1))
-    planned = reader.plan([Candidates(item.query, (item.document,)) for item in documents], layout)
-    prompts = [window for windows in planned for window in windows]
+    layout = heads.with_documents_per_prompt(1).scoring.layout()
+    planned = scorer.plan([Candidates(item.query, (item.document,)) for item in documents], layout)
     owners = [number for number, windows in enumerate(planned) for _ in windows]
+    windows = [window for windows in planned for window in windows]
     passages: list[list[TokenScores]] = [[] for _ in documents]
-    for place, reading in tracked(reader.stream(prompts, by_head=True), len(prompts)):
-        passages[owners[place]] += (tokens.gathered() for tokens in reading.token_scores())
+    for index, attention in progress(scorer.stream(windows), len(windows)):
+        passages[owners[index]] += (tokens.shifted() for tokens in attention.token_scores())
     return [
-        sums(character_scores(item.document, read), item.sentences).T
-        for item, read in zip(documents, passages, strict=True)
+        sums(character_scores(item.document, tokens), item.sentences).T
+        for item, tokens in zip(documents, passages, strict=True)
     ]
 
 
-def fit_evidence_weights(
-    features: Sequence[Array], documents: Sequence[AnsweredDocument], strength: float = STRENGTH
-) -> Array:
-    """Weights by which the sentences that hold an answer are given most, shape [heads].
+def fit_evidence_weights(features: Sequence[Array], documents: Sequence[AnsweredDocument]) -> Array:
+    """Fit weights that give the highest scores to the sentences with an answer.
 
-    The loss of a document is the cross-entropy between its sentences with an answer and the softmax
-    of all its sentences' scores; the penalty is on the squares of the weights.
+    The loss of a document is the cross-entropy between its sentences with an answer and the
+    softmax of the scores of all its sentences. The penalty is on the squares of the weights.
 
     Args:
-        features: See `sentence_features`.
-        documents: What they are of.
-        strength: Of the penalty.
+        features: Features of the sentences; see `sentence_features`.
+        documents: The documents of the features.
 
-    Raises:
-        InvalidInputError: ``strength`` is negative.
+    Returns:
+        Shape [heads].
     """
-    if strength < 0:
-        raise InvalidInputError(f"strength must not be negative, got {strength}")
-    deviation = np.concatenate(list(features)).std(axis=0)
+    deviation = np.concatenate(features).std(axis=0)
     scale = np.where(deviation > 0, deviation, 1.0)
-    lists = [
-        (of_document / scale, item.answers / item.answers.sum())
-        for of_document, item in zip(features, documents, strict=True)
-    ]
+    loss = ListwiseLoss([item / scale for item in features], [item.answers for item in documents])
 
-    def loss(weights: Array) -> tuple[float, Array]:
-        total, gradient = 0.0, np.zeros_like(weights)
-        for of_document, target in lists:
-            logits = of_document @ weights
-            log_shares = logits - logsumexp(logits)
-            total -= float(target @ log_shares)
-            gradient += of_document.T @ (np.exp(log_shares) - target)
-        return (
-            total / len(lists) + strength * float(weights @ weights),
-            gradient / len(lists) + 2 * strength * weights,
-        )
+    def objective(weights: Array) -> tuple[float, Array]:
+        value, gradient = loss.value_and_gradient(weights)
+        penalty = L2_STRENGTH * float(weights @ weights)
+        return value + penalty, gradient + 2 * L2_STRENGTH * weights
 
-    weights: Array = minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B").x / scale
+    solution = minimize(objective, np.zeros(len(scale)), jac=True, method="L-BFGS-B")
+    weights: Array = solution.x / scale
     return weights
 
 
-def sentence_hits(
-    scores: Sequence[npt.ArrayLike], documents: Sequence[AnsweredDocument], best: int = 1
-) -> float:
-    """How often one of the ``best`` sentences by score holds an answer; of equals, the earlier."""
-    hits = [
-        item.answers[np.argsort(-np.asarray(of_document), kind="stable")[:best]].any()
-        for of_document, item in zip(scores, documents, strict=True)
-    ]
-    return float(np.mean(hits))
-
-
-def fit_evidence(
-    heads: HeadSet,
-    folder: str | Path,
-    split: str,
-    questions: int | None = None,
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    seed: int = 0,
-    backend: str = "auto",
-    dtype: str = "auto",
-    show_progress: bool = False,
-) -> HeadSet:
-    """A head set with evidence weights, by which `CoReReranker.rerank` finds the best sentences.
+def fit_evidence(options: EvidenceOptions, *, show_progress: bool = False) -> HeadSet:
+    """Add evidence weights to a head set, by which `CoReReranker.rerank` scores sentences.
 
     Args:
-        heads: The head set; how it ranks stays as it is.
-        folder: A collection whose questions come with answers; see `answered_documents`.
-        split: Which judgments.
-        questions: How many relevant documents to draw; ``None`` for all.
-        model: The model of the heads.
-        seed: Seed of the drawing.
-        backend: As for `CoReReranker`.
-        dtype: As for `CoReReranker`.
-        show_progress: Whether a bar on standard error says how far this is.
+        options: The head set, the model and the data.
+        show_progress: Whether to show a progress bar on standard error.
+
+    Returns:
+        The head set; its ranking does not change.
 
     Raises:
         InvalidInputError: The collection cannot be read, or has no answers.
-        HeadSetError: The heads are not this model's.
+        HeadSetError: There is no such head set, or it belongs to another model.
+        ModelError: The model cannot be found, downloaded, or read exactly.
     """
-    documents = answered_documents(folder, split, questions, seed)
-    local_model = resolve(model)
-    heads.check(local_model.model_id, model_shape(local_model.config()))
-    shown = partial(tracked, what="Reading") if show_progress else no_progress
-    reader = load_scorer(backend, local_model, heads, dtype)
+    documents = answered_documents(options.data, options.split, options.questions, options.seed)
+    model = resolve(options.model)
+    heads = head_set_for(options.heads, model.model_id)
+    heads.check(model.model_id, model_shape(model.config()))
+    settings = RerankerSettings(**options.runtime)
+    scorer = load_scorer(chosen_backend(settings, model, heads), settings, model, heads)
     try:
-        features = sentence_features(reader, heads, documents, shown)
+        progress = progress_bar(show_progress, "Reading")
+        features = sentence_features(scorer, heads, documents, progress)
     finally:
-        reader.close()
-    weights = fit_evidence_weights(features, documents)
+        scorer.close()
     fitted = tuple(
-        head.model_copy(update={"evidence": float(f"{weight:.6g}")})
-        for head, weight in zip(heads.heads, weights, strict=True)
+        head.model_copy(update={"evidence_weight": float(f"{weight:.6g}")})
+        for head, weight in zip(heads.heads, fit_evidence_weights(features, documents), strict=True)
     )
     details = {
         **heads.provenance.details,
-        "evidence": f"{Path(folder).name}, {split}, {len(documents)} documents",
+        "evidence": f"{options.data.name}, {options.split}, {len(documents)} documents",
     }
     provenance = heads.provenance.model_copy(update={"details": details})
     return heads.model_copy(update={"heads": fitted, "provenance": provenance})

@@ -1,29 +1,28 @@
-"""From judged candidates to a head set with weights, a first stage's part and probabilities."""
+"""Fitting: from judged candidates to a head set with weights, a first stage and probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
-from core_rerank_integrations._internal.progress import tracked
+from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import ScoringConfig
+from core_rerank_integrations.method.windows import Layout
 from core_rerank_integrations.research.features import HeadReader
-from core_rerank_integrations.research.fit_scoring import calibrate, choose_first_stage
-from core_rerank_integrations.research.sources import JudgedRun, draw
+from core_rerank_integrations.research.options import FitOptions
+from core_rerank_integrations.research.scoring_fit import calibrate, choose_first_stage
+from core_rerank_integrations.research.sources import Sample, draw_samples
 from core_rerank_integrations.research.weights import (
-    DEFAULT_STRENGTHS,
+    JudgedList,
     Trial,
     choose_weights,
     judged_lists,
-    with_contrast,
+    selected_heads,
 )
-from core_rerank_integrations.scorer import Progress, no_progress
 
 
 class FittedHeads(NamedTuple):
-    """What `fit_heads` chose, and from what.
+    """Result of `fit_heads`.
 
     Attributes:
         head_set: The heads with their weights.
@@ -34,103 +33,68 @@ class FittedHeads(NamedTuple):
     trials: list[Trial]
 
 
-def fit_heads(
-    reader: HeadReader,
-    train: Sequence[JudgedRun],
-    dev: Sequence[JudgedRun],
-    *,
-    window: int = 1,
-    reverse: bool = False,
-    passage_tokens: int | None = None,
-    candidates: int = 20,
-    dev_candidates: int = 20,
-    strengths: Sequence[float] = DEFAULT_STRENGTHS,
-    max_heads: int | None = None,
-    seed: int = 0,
-    name: str = "fitted",
-    on_trial: Callable[[Trial], None] = lambda _: None,
-    show_progress: bool = False,
-) -> FittedHeads:
-    """Fit a sparse weight for every head, and take the fit that ranks best on ``dev``.
+def fit_heads(options: FitOptions, *, show_progress: bool = False) -> FittedHeads:
+    """Fit a sparse weight for every head, and choose the fit that ranks best on ``dev``.
 
-    What the model says about a list is kept by the reader: a second fit takes seconds.
+    What the model computes is stored, so that a second fit takes seconds; see `HeadReader`.
 
     Args:
-        reader: Reads the heads of a model.
-        train: What to fit on.
-        dev: What to choose by, all of them counting alike. A question is fitted on or judged by,
-            never both.
-        window: Documents a prompt. With 1 a score is of question and document alone, and is
-            calibrated as a probability on ``dev``.
-        reverse: Whether a prompt shows its documents last first, the best next to the query.
-        passage_tokens: See `ScoringConfig`; how long the documents were that were fitted on.
-        candidates: Candidates a question to fit on.
-        dev_candidates: The same, to choose by.
-        strengths: Of the penalty; see `choose_weights`.
-        max_heads: Fits with more heads are passed over.
-        seed: Seed of the drawing.
-        name: Of the head set.
-        on_trial: Told of each trial.
-        show_progress: Whether bars on standard error say how far this is.
+        options: The model, the data and the fit.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
         InvalidInputError: A file cannot be read, too few questions are left to draw, there is
             nothing to fit on, or no strength leaves a usable number of heads.
-        StorageError: What was read cannot be written or read back.
+        HeadSetError: The model has no layer ``max_layer``.
+        ModelError: The model cannot be found, downloaded, or read exactly.
+        StorageError: Features cannot be written or read back.
     """
-    # Dev draws first, so that what it judges by stays the same however much is fitted on.
-    drawn = draw([*dev, *train], seed)
-    judging_by, fitting_on = drawn[: len(dev)], drawn[len(dev) :]
-    read = partial(judged_lists, reader, window=window, reverse=reverse)
+    # The dev questions are drawn first, so that they do not depend on the train questions.
+    samples = draw_samples([*options.dev, *options.train], options.seed)
+    dev, train = samples[: len(options.dev)], samples[len(options.dev) :]
+    layout = Layout(options.documents_per_prompt, options.best_last)
 
-    def shown(label: str) -> Progress:
-        return partial(tracked, what=label) if show_progress else no_progress
+    def read(sample: Sample, candidates: int) -> list[JudgedList]:
+        progress = progress_bar(show_progress, sample.source.folder.name)
+        return judged_lists(reader, sample, layout, candidates, progress)
 
-    lists = [
-        item
-        for source in fitting_on
-        for item in read(
-            with_contrast(source, candidates),
-            candidates=candidates,
-            tracked=shown(source.source.folder.name),
-        )
-    ]
-    judges = [
-        (
-            source.collection,
-            read(source, candidates=dev_candidates, tracked=shown(source.source.folder.name)),
-        )
-        for source in judging_by
-    ]
-    best, trials = choose_weights(lists, judges, strengths, max_heads=max_heads, progress=on_trial)
+    with HeadReader(options) as reader:
+        lists = [
+            item
+            for sample in train
+            for item in read(sample.with_contrast(options.candidates), options.candidates)
+        ]
+        dev_sets = [(sample.collection, read(sample, options.dev_candidates)) for sample in dev]
+    progress = progress_bar(show_progress, "Fitting")
+    best, trials = choose_weights(lists, dev_sets, options.l1, options.max_heads, progress)
     calibration = None
-    if window == 1:
+    if options.documents_per_prompt == 1:
         calibration = calibrate(
-            [(best.weights.scores(item), item.grades) for item in group] for _, group in judges
+            [(item.features @ best.weights, item.grades) for item in group] for _, group in dev_sets
         )
     head_set = reader.head_set(
-        name,
-        best.weights.chosen([(head.layer, head.head) for head in reader.heads.heads]),
+        options.name or "fitted",
+        selected_heads(best.weights, reader.heads.heads),
         ScoringConfig(
-            window=window,
-            reverse=reverse,
-            passage_tokens=passage_tokens,
-            # The weights are of sums over all of a document's tokens.
+            documents_per_prompt=options.documents_per_prompt,
+            best_last=options.best_last,
+            passage_tokens=options.passage_tokens,
+            # The weights are fitted for sums over all tokens of a document.
             drop_outliers=False,
             calibration=calibration,
-            **choose_first_stage(best.weights, judges)._asdict(),
+            **choose_first_stage(best.weights, dev_sets)._asdict(),
         ),
         "fit",
         {
             "source": "core-rerank heads fit",
-            "train": [source.label for source in fitting_on],
-            "dev": [source.label for source in judging_by],
+            "train": [sample.label for sample in train],
+            "dev": [sample.label for sample in dev],
             "lists": len(lists),
-            "candidates": candidates,
-            "dev_candidates": dev_candidates,
-            "l1": best.weights.l1,
-            "dev_ndcg10": round(best.score, 4),
-            "seed": seed,
+            "candidates": options.candidates,
+            "dev_candidates": options.dev_candidates,
+            "l1": best.l1,
+            "dev_ndcg10": round(best.ndcg, 4),
+            "seed": options.seed,
         },
     )
     return FittedHeads(head_set, trials)

@@ -1,4 +1,4 @@
-"""How good rankings and probabilities are."""
+"""Measures of rankings and of probabilities."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MAIN_MEASURE = "nDCG@10"
 RELIABILITY_BINS = 10
 
 Measured = dict[str, dict[str, float]]
-"""Per query id, the value of each of `MEASURES`."""
+"""Value of each of `MEASURES` per query id."""
 
 
 def measure(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> Measured:
-    """All `MEASURES` for every judged query; a query that the run lacks counts as 0.
+    """Compute all `MEASURES` of every judged query; a query that the run lacks counts as 0.
 
     Args:
         qrels: Relevance grades.
@@ -41,18 +41,25 @@ def measure(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> Measured:
     return measured
 
 
+def means_of(measured: Measured) -> dict[str, float]:
+    """Compute the means of all `MEASURES` over queries."""
+    return {
+        name: statistics.fmean(values[name] for values in measured.values()) for name in MEASURES
+    }
+
+
 def mean_measures(qrels: Qrels, run: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Means of all `MEASURES` over the judged queries."""
+    """Compute the means of all `MEASURES` over the judged queries; see `measure`."""
     return means_of(measure(qrels, run))
 
 
 class ReliabilityBin(NamedTuple):
-    """Candidates of about the same predicted probability.
+    """Candidates of similar predicted probability.
 
     Attributes:
         predicted: Mean predicted probability.
-        observed: Share of them that is relevant.
-        candidates: How many they are.
+        observed: Share of relevant candidates.
+        candidates: Number of candidates.
     """
 
     predicted: float
@@ -60,33 +67,29 @@ class ReliabilityBin(NamedTuple):
     candidates: int
 
 
-def reliability(
-    probabilities: npt.ArrayLike, relevant: npt.ArrayLike, bins: int = RELIABILITY_BINS
-) -> list[ReliabilityBin]:
-    """Predictions against judgments, in ``bins`` of equal width; empty ones are left out."""
+def reliability(probabilities: npt.ArrayLike, relevant: npt.ArrayLike) -> list[ReliabilityBin]:
+    """Compare predictions with judgments in ten bins of equal width, without empty bins.
+
+    Args:
+        probabilities: Predicted probabilities, shape [candidates].
+        relevant: Judgments, shape [candidates].
+    """
     predicted, judged = np.asarray(probabilities, float), np.asarray(relevant, bool)
-    places = np.minimum((predicted * bins).astype(int), bins - 1)
+    indices = np.minimum((predicted * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     return [
         ReliabilityBin(
-            float(predicted[places == place].mean()),
-            float(judged[places == place].mean()),
-            int((places == place).sum()),
+            float(predicted[indices == index].mean()),
+            float(judged[indices == index].mean()),
+            int((indices == index).sum()),
         )
-        for place in np.unique(places)
+        for index in np.unique(indices)
     ]
 
 
 def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Mean distance of predicted and observed, each bin counting by its candidates.
+    """Compute the mean distance of predicted and observed, weighted by candidates.
 
     Naeini et al., 2015, "Obtaining well calibrated probabilities using Bayesian binning".
     """
     total = sum(part.candidates for part in bins)
     return sum(part.candidates * abs(part.predicted - part.observed) for part in bins) / total
-
-
-def means_of(measured: Measured) -> dict[str, float]:
-    """Means of all `MEASURES` over queries."""
-    return {
-        name: statistics.fmean(values[name] for values in measured.values()) for name in MEASURES
-    }

@@ -1,99 +1,87 @@
-"""Ways to order candidates, compared in one pass of the model."""
+"""Methods that order candidates, compared in one pass of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import cast
 
 import numpy as np
 
-from core_rerank_integrations.backends.loading import load_scorer
+from core_rerank_integrations._internal.progress import Progress, no_progress
+from core_rerank_integrations.backends.loading import chosen_backend
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads.head_set import HeadSet, named_head_set, shipped_head_sets
-from core_rerank_integrations.heads.scoring_config import Ranked
-from core_rerank_integrations.method.scoring import Mass, Scores, best_indices, rank_prior
-from core_rerank_integrations.method.windows import Layout
-from core_rerank_integrations.models.resolve import LocalModel, model_shape
-from core_rerank_integrations.research.collection import Collection, Run
-from core_rerank_integrations.scorer import (
-    Candidates,
-    Progress,
-    collected,
-    layout_of,
-    no_progress,
-)
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.heads.shipped import named_head_set, sets_of
+from core_rerank_integrations.method.list_scores import WindowScores, merge_windows
+from core_rerank_integrations.method.scoring import Mass, Scores, best_indices
+from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.models.local_model import LocalModel, model_shape
+from core_rerank_integrations.research.collection import Collection, Run, ScoredRun
+from core_rerank_integrations.scorer import load_scorer
+from core_rerank_integrations.settings import RerankerSettings
 
 FIRST_STAGE = "first-stage"
-RANKED: dict[str, Ranked] = {FIRST_STAGE: True, "bm25": "bm25", "vectors": "vectors"}
-"""What stands behind the plus of a method's name."""
+SUFFIXES: dict[str, FirstStage] = {FIRST_STAGE: "other", "bm25": "bm25", "dense": "dense"}
+"""First stage by the suffix of a method's name, after the plus."""
 HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of best heads that `head_count_methods` tries."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to order candidates; without heads, the first stage's own."""
+    """A way to order candidates.
+
+    Attributes:
+        name: Name in reports.
+        heads: The heads; ``None`` keeps the order of the first stage.
+        first_stage: What ordered the candidates; ``None`` if the order does not count.
+    """
 
     name: str
     heads: HeadSet | None = None
-    ranked: Ranked = False
-    """Whether the first stage's order counts beside the heads, and what it is; see `Ranked`."""
-
-    def with_documents_per_prompt(self, size: int) -> Method:
-        """The same heads in prompts of ``size`` documents; see `HeadSet.with_documents_per_prompt`."""
-        return (
-            self
-            if self.heads is None
-            else replace(self, heads=self.heads.with_documents_per_prompt(size))
-        )
+    first_stage: FirstStage | None = None
 
 
 def named_method(text: str, model: LocalModel) -> Method:
-    """The method that ``text`` names.
+    """Return the method of a name.
 
     Args:
         text: ``first-stage``; ``icr``, all heads; or a kind of head set that is shipped for the
-            model, the name of one, or a file. ``@8`` behind it takes the best eight of its ranking,
-            ``+first-stage``, ``+bm25`` or ``+vectors`` lets the order count.
-        model: The model whose heads are meant.
+            model, the name of one, or a file. The suffix ``@8`` takes the best eight heads of its
+            ranking; then ``+first-stage``, ``+bm25`` or ``+dense`` lets the order count.
+        model: The model of the heads.
 
     Raises:
         HeadSetError: There is no such head set, or it belongs to another model.
-        InvalidInputError: What stands behind @ is no number.
+        InvalidInputError: The text after @ is not a number.
     """
     if text == FIRST_STAGE:
         return Method(text)
-    _, plus, kind = text.rpartition("+")
-    ranked = RANKED.get(kind, False) if plus else False
-    suffix = f"+{kind}" if ranked else ""
-    name, _, count = text.removesuffix(suffix).partition("@")
+    name, _, suffix = text.rpartition("+")
+    first_stage = SUFFIXES.get(suffix) if name else None
+    name, _, count = (name if first_stage else text).partition("@")
     shape = model_shape(model.config())
-    kinds = {
-        head_set.kind: head_set
-        for head_set in reversed(shipped_head_sets().values())
-        if model.model_id is not None
-        and model.model_id in (head_set.model, *head_set.model_aliases)
-    }
+    kinds = {head_set.kind: head_set for head_set in reversed(sets_of(model.model_id))}
     if name == "icr":
         heads = HeadSet.every(shape)
     elif name in kinds:
         heads = kinds[name]
     else:
         heads = named_head_set(name)
-        name = heads.name  # A file's path would be no name for a run.
+        name = heads.name  # The path of a file cannot be part of a run's file name.
     heads.check(model.model_id, shape)
-    label = f"{name}{f'@{count}' if count else ''}{suffix}"
     if count:
         if not count.isdigit():
             raise InvalidInputError(f"expected a number of heads after @, got {text!r}")
         heads = heads.top(int(count))
-    return Method(label, heads, ranked)
+    label = name + (f"@{count}" if count else "") + (f"+{suffix}" if first_stage else "")
+    return Method(label, heads, first_stage)
 
 
 def head_count_methods(name: str, model: LocalModel) -> list[Method]:
-    """The best 1, 2, 4, ... heads of a head set's ranking, and all of them.
+    """Return methods with the best 1, 2, 4, ... heads of a head set's ranking, and all of them.
 
     Raises:
         InvalidInputError: The head set has no ranking.
@@ -107,121 +95,110 @@ def head_count_methods(name: str, model: LocalModel) -> list[Method]:
 
 
 class JointReranker:
-    """Ranks by several head sets of one model in one pass, for comparisons.
+    """Rank by several head sets of one model in one pass, to compare them.
 
-    Scores are those of a `CoReReranker` with the same head set; only the model runs once for
-    all that want their prompts alike, as far as the highest head of any.
+    The scores are those of a `CoReReranker` with the same head set. The model runs once for all
+    methods with the same prompts, up to the highest head of any.
+
+    Args:
+        model: The model of all head sets.
+        methods: The methods.
+        settings: Backend, dtype and device.
+
+    Raises:
+        InvalidInputError: The head sets were found with different prompt templates.
     """
 
     def __init__(
-        self,
-        model: LocalModel,
-        methods: Sequence[Method],
-        backend: str = "auto",
-        dtype: str = "auto",
-        device: str | None = None,
+        self, model: LocalModel, methods: Sequence[Method], settings: RerankerSettings
     ) -> None:
-        sets = [method.heads for method in methods if method.heads is not None]
-        if len({head_set.template for head_set in sets if head_set.template}) > 1:
+        self._methods = methods
+        self._sets = [method.heads for method in methods if method.heads is not None]
+        templates = {heads.template for heads in self._sets if heads.template}
+        if len(templates) > 1:
             raise InvalidInputError(
                 "the head sets were found with different prompt templates; evaluate them apart"
             )
-        self._methods = methods
-        places = sorted({(head.layer, head.head) for heads in sets for head in heads.heads})
-        self._columns = {place: index for index, place in enumerate(places)}
-        template = next((head_set.template for head_set in sets if head_set.template), None)
-        self._reader = load_scorer(
-            backend, model, HeadSet.from_pairs(places), dtype, device, template
-        )
+        pairs = sorted({(head.layer, head.head) for heads in self._sets for head in heads.heads})
+        self._columns = {pair: column for column, pair in enumerate(pairs)}
+        union = HeadSet.from_pairs(pairs, template=next(iter(templates), None))
+        backend = chosen_backend(settings, model, union)
+        self._scorer = load_scorer(backend, settings, model, union)
+
+    def rank(
+        self,
+        collection: Collection,
+        run: Run,
+        queries: Sequence[str],
+        progress: Progress = no_progress,
+    ) -> dict[str, ScoredRun]:
+        """Rank the candidates of each query by each method.
+
+        Args:
+            collection: Texts of queries and documents.
+            run: The candidates, best first; a query that it lacks has none.
+            queries: Query ids.
+            progress: Wraps the prompts.
+
+        Returns:
+            Documents and scores by method and query, best first.
+        """
+        lists = [collection.candidates(query, run.get(query, ())) for query in queries]
+        rankings: dict[str, ScoredRun] = {method.name: {} for method in self._methods}
+        for query, by_method in zip(queries, self.scores(lists, progress), strict=True):
+            for name, scores in by_method.items():
+                order = best_indices(scores, len(scores))
+                rankings[name][query] = [(run[query][i], float(scores[i])) for i in order]
+        return rankings
 
     def scores(
-        self, lists: Sequence[Candidates], tracked: Progress = no_progress
+        self, lists: Sequence[Candidates], progress: Progress = no_progress
     ) -> list[dict[str, Scores]]:
-        """Of each list by method, one score a document; the first stage's are falling numbers.
+        """Score the documents of each list by each method.
 
         Args:
             lists: Queries and their candidates.
-            tracked: Wraps the prompts as they are read, with their number; a progress bar, say.
+            progress: Wraps the prompts.
+
+        Returns:
+            For each list, the scores by method, shape [documents]. Those of the first stage are
+            descending numbers.
         """
-        scores: list[dict[str, Scores]] = [{} for _ in lists]
-        by_layout: dict[Layout | None, list[Method]] = {}
-        for method in self._methods:
-            layout = None if method.heads is None else layout_of(method.heads)
-            by_layout.setdefault(layout, []).append(method)
-        for layout, methods in by_layout.items():
-            if layout is None:
-                for of_list, (_, documents) in zip(scores, lists, strict=True):
-                    order = -np.arange(len(documents), dtype=np.float64)
-                    of_list.update((method.name, order) for method in methods)
-            else:
-                self._score(lists, layout, methods, scores, tracked)
+        scores = [
+            {method.name: -np.arange(len(item.documents), dtype=float) for method in self._methods}
+            for item in lists
+        ]
+        for layout in dict.fromkeys(heads.scoring.layout() for heads in self._sets):
+            methods = [
+                (method.name, method.heads, method.first_stage)
+                for method in self._methods
+                if method.heads is not None and method.heads.scoring.layout() == layout
+            ]
+            planned = self._scorer.plan(lists, layout)
+            windows = [window for list_windows in planned for window in list_windows]
+            weights = np.stack([self._weights(heads) for _, heads, _ in methods])
+            scored: list[list[WindowScores]] = [[] for _ in windows]
+            for index, attention in progress(self._scorer.stream(windows, weights), len(windows)):
+                scored[index] = [
+                    WindowScores(attention.select(row).scores(heads.scoring.drop_outliers))
+                    for row, (_, heads, _) in enumerate(methods)
+                ]
+            remaining = iter(scored)
+            for by_method, list_windows in zip(scores, planned, strict=True):
+                own = list(islice(remaining, len(list_windows)))
+                for row, (name, heads, first_stage) in enumerate(methods):
+                    count = len(by_method[name])
+                    merged = merge_windows(list_windows, [window[row] for window in own], count)
+                    by_method[name] = merged.scores + heads.scoring.prior(count, first_stage)
         return scores
 
     def close(self) -> None:
         """Free the model."""
-        self._reader.close()
-
-    def _score(
-        self,
-        lists: Sequence[Candidates],
-        layout: Layout,
-        methods: Sequence[Method],
-        scores: Sequence[dict[str, Scores]],
-        tracked: Progress,
-    ) -> None:
-        """Add what ``methods``, which want their prompts alike, make of each list."""
-        planned = self._reader.plan(lists, layout)
-        prompts = [window for windows in planned for window in windows]
-        sets = {method.name: cast(HeadSet, method.heads) for method in methods}
-        weights = {name: self._weights(heads) for name, heads in sets.items()}
-        of_prompts: dict[str, dict[int, Scores]] = {name: {} for name in sets}
-        for place, reading in tracked(self._reader.stream(prompts, by_head=True), len(prompts)):
-            for name, heads in sets.items():
-                weighed = reading.weighed(weights[name])
-                of_prompts[name][place] = weighed.scores(heads.scoring.drop_outliers)
-        places = iter(range(len(prompts)))
-        for of_list, (_, documents), windows in zip(scores, lists, planned, strict=True):
-            own = list(islice(places, len(windows)))
-            for method in methods:
-                values = [of_prompts[method.name][place] for place in own]
-                weight = sets[method.name].scoring.rank_weight_for(method.ranked)
-                prior = rank_prior(len(documents), weight)
-                of_list[method.name] = collected(windows, values, len(documents)).scores + prior
+        self._scorer.close()
 
     def _weights(self, heads: HeadSet) -> Mass:
+        """Return the weights of a head set, shape [all heads]; 0 for heads that it lacks."""
         weights = np.zeros(len(self._columns), dtype=np.float32)
         for head in heads.heads:
             weights[self._columns[head.layer, head.head]] = head.weight
         return weights
-
-
-def rank_all(
-    collection: Collection,
-    run: Run,
-    scores: Callable[[Sequence[Candidates]], Sequence[Mapping[str, Sequence[float] | Scores]]],
-    queries: Sequence[str],
-) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    """Rankings by method and query id.
-
-    Args:
-        collection: Texts.
-        run: The candidates, best first; a query that it lacks has none.
-        scores: Of each list by method, one score per document.
-        queries: Query ids.
-    """
-    lists = [
-        Candidates(
-            collection.queries[query],
-            tuple(collection.passages[document].content for document in run.get(query, [])),
-        )
-        for query in queries
-    ]
-    rankings: dict[str, dict[str, list[tuple[str, float]]]] = {}
-    for query, of_list in zip(queries, scores(lists), strict=True):
-        candidates = run.get(query, [])
-        for name, values in of_list.items():
-            order = best_indices(np.asarray(values), len(candidates))
-            rankings.setdefault(name, {})[query] = [
-                (candidates[place], float(values[place])) for place in order
-            ]
-    return rankings

@@ -1,4 +1,4 @@
-"""Pictures of heads and of what they bring."""
+"""Pictures of heads and of evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def plot_head_map(head_set: HeadSet, path: Path) -> None:
-    """The score of every ranked head, layer by head, the chosen ones framed."""
+    """Draw the score of every ranked head, layer by head; selected heads are framed."""
     ranked = head_set.provenance.ranked_heads
     layers = head_set.num_layers or 1 + max(layer for layer, _, _ in ranked)
     heads = head_set.num_heads or 1 + max(head for _, head, _ in ranked)
@@ -45,12 +45,12 @@ def plot_head_map(head_set: HeadSet, path: Path) -> None:
 
 
 def plot_head_counts(curve: Mapping[int, float], others: Mapping[str, float], path: Path) -> None:
-    """nDCG@10 over the number of heads, beside methods that have no such number.
+    """Draw nDCG@10 over the number of heads.
 
     Args:
         curve: Value by number of heads.
-        others: Value by name, drawn as lines across.
-        path: Where to.
+        others: Value of other methods by name, drawn as horizontal lines.
+        path: The file.
     """
     figure, axes = _figure()
     counts = sorted(curve)
@@ -65,7 +65,7 @@ def plot_head_counts(curve: Mapping[int, float], others: Mapping[str, float], pa
 
 
 def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
-    """nDCG@10 over the time of a rerank, of the methods that were timed; dashed: first stage."""
+    """Draw nDCG@10 over the time of a rerank; the first stage is a dashed line."""
     figure, axes = _figure()
     slowest = max(statistics.median(result.seconds or [0.0]) for result in results)
     for result in results:
@@ -86,15 +86,16 @@ def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
             textcoords="offset points",
             ha="right" if right else "left",
         )
-    axes.set(xlabel="ms a rerank, median", ylabel=f"mean {MAIN_MEASURE}", xlim=(0, None))
+    axes.set(xlabel="ms per rerank, median", ylabel=f"mean {MAIN_MEASURE}", xlim=(0, None))
     axes.margins(0.1)
     figure.savefig(path)
 
 
 def plot_gains(result: MethodResult, first_stage: MethodResult, path: Path) -> None:
-    """Gain and loss of nDCG@10 per query against the first stage, sorted."""
+    """Draw gain and loss of nDCG@10 per query against the first stage, sorted."""
     differences = sorted(
-        ours - theirs for ours, theirs in zip(result.values(), first_stage.values(), strict=True)
+        value - baseline
+        for value, baseline in zip(result.values(), first_stage.values(), strict=True)
     )
     figure, axes = _figure()
     colours = ["C3" if difference < 0 else "C2" for difference in differences]
@@ -110,7 +111,7 @@ def plot_gains(result: MethodResult, first_stage: MethodResult, path: Path) -> N
 
 
 def plot_reliability(result: MethodResult, path: Path) -> None:
-    """How often candidates are relevant over how likely they were said to be; dashed: as said."""
+    """Draw the share of relevant candidates over their probability; ideal values are dashed."""
     figure, axes = _figure(width=4.8, height=4.4)
     axes.plot((0, 1), (0, 1), color="grey", linestyle="--")
     axes.plot(
@@ -124,8 +125,8 @@ def plot_reliability(result: MethodResult, path: Path) -> None:
         )
     error = expected_calibration_error(result.reliability)
     axes.set(
-        xlabel="probability, mean of a bin",
-        ylabel="share that is relevant",
+        xlabel="probability, mean of the bin",
+        ylabel="share of relevant candidates",
         title=f"{result.method.name}: expected calibration error {error:.3f}",
         xlim=(0, 1),
         ylim=(0, 1),

@@ -1,4 +1,4 @@
-"""What an evaluation found, written down: tables, runs, every query's values, and pictures."""
+"""Reports of an evaluation: tables, runs, the values of every query, and pictures."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def save_report(folder: Path, evaluation: Evaluation, plots: bool = False) -> No
     """Write ``report.json``, ``report.md`` and a TREC run per method into ``folder``.
 
     Args:
-        folder: Where to; made if it is not there.
-        evaluation: What to report.
-        plots: Whether to draw pictures too.
+        folder: The folder; it is created if needed.
+        evaluation: Result of `evaluate`.
+        plots: Whether to draw pictures.
 
     Raises:
         StorageError: A file cannot be written.
@@ -61,11 +61,11 @@ def save_report(folder: Path, evaluation: Evaluation, plots: bool = False) -> No
 
 
 def markdown(evaluation: Evaluation, pictures: Sequence[str] = ()) -> str:
-    """The report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        evaluation: What to report.
-        pictures: Files beside it to show.
+        evaluation: Result of `evaluate`.
+        pictures: Names of pictures in the same folder.
     """
     results = evaluation.results
     lines = ["# Evaluation", ""]
@@ -105,11 +105,11 @@ def _described(method: Method) -> dict[str, JsonValue] | None:
     described: dict[str, JsonValue] = method.heads.model_dump(
         mode="json", exclude_defaults=True, exclude={"provenance": {"ranked_heads"}}
     )
-    return {**described, "ranked": method.ranked}
+    return {**described, "first_stage": method.first_stage}
 
 
 def _draw(folder: Path, evaluation: Evaluation) -> list[str]:
-    """The names of the pictures."""
+    """Draw the pictures; return their names."""
     pictures = []
     named = [result for result in evaluation.results if "@" not in result.method.name]
     for result in named:

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.research.collection import Collection, load_run, save_run
 from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.research.collection import (
+    Collection,
+    has_contrast,
+    load_run,
+    save_run,
+)
 
 
 def test_demo_collection_is_complete() -> None:
@@ -33,7 +38,9 @@ def test_unjudged_queries_are_left_out(folder: Path) -> None:
     ("file", "content", "message"),
     [
         ("corpus.jsonl", '{"_id": "d"}', "line 1: needs '_id' and 'text'"),
+        ("corpus.jsonl", "[]", "line 1: needs '_id' and 'text'"),
         ("queries.jsonl", "nonsense", "cannot read"),
+        ("queries.jsonl", '{"_id": "q", "answers": []}', "line 1: needs '_id' and 'text'"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\te\t1\n", "document 'e', which is miss"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\np\td\t1\n", "query 'p', which is missing"),
         ("qrels/test.tsv", "q d 1\n", "tab-separated"),
@@ -50,6 +57,23 @@ def test_a_partial_corpus_keeps_all_judgments(folder: Path) -> None:
     with pytest.raises(InvalidInputError, match="'e', which is missing"):
         Collection.load(folder)
     assert Collection.load(folder, partial=True).qrels == {"q": {"d": 1, "e": 2}}
+
+
+def test_answers_are_found_in_any_case(folder: Path) -> None:
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "t", "answers": ["BELL"]}\n')
+    collection = Collection.load(folder)
+    assert collection.answers == {"q": ["BELL"]}
+    assert collection.has_answer("q", "Alexander Bell")
+    assert not collection.has_answer("q", "Edison")
+    assert not collection.has_answer("other", "BELL")
+
+
+def test_contrast_needs_both_relevant_and_irrelevant_documents() -> None:
+    assert has_contrast([0, 2, 1])
+    assert has_contrast([-1, 1])
+    assert not has_contrast([1, 2])
+    assert not has_contrast([0, 0])
+    assert not has_contrast([])
 
 
 def test_runs_are_ordered_by_score_then_rank(folder: Path, tmp_path: Path) -> None:

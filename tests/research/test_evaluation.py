@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from math import exp, log2
 from pathlib import Path
 
 import pytest
 
 from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.research.collection import Collection, Passage
 from core_rerank_integrations.research.evaluation import Evaluation, compare
 from core_rerank_integrations.research.measures import (
     expected_calibration_error,
@@ -17,21 +19,23 @@ from core_rerank_integrations.research.measures import (
     measure,
     reliability,
 )
-from core_rerank_integrations.research.methods import JointReranker, Method, rank_all
+from core_rerank_integrations.research.methods import JointReranker, Method
 from core_rerank_integrations.research.report import save_report
-from core_rerank_integrations.models.resolve import LocalModel
-from core_rerank_integrations.scorer import Candidates
-from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.settings import RerankerSettings
 
 LOW = HeadSet.from_pairs(
     [(2, 1), (5, 0)],
     name="low",
     template="chatml",
-    scoring={"window": 2, "rank_weight": 0.1},
+    scoring={"documents_per_prompt": 2, "rank_weight": 0.1},
 )
 HIGH = HeadSet.from_pairs(
-    [(7, 3)], name="high", template="chatml", scoring={"window": 3, "drop_outliers": False}
+    [(7, 3)],
+    name="high",
+    template="chatml",
+    scoring={"documents_per_prompt": 3, "drop_outliers": False},
 )
+FLOAT32 = RerankerSettings(dtype="float32")
 
 
 def test_measures_against_their_definitions() -> None:
@@ -54,22 +58,32 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
     methods = [
         Method("first-stage"),
         Method("low", LOW),
-        Method("low+first-stage", LOW, ranked=True),
+        Method("low+first-stage", LOW, "other"),
         Method("high", HIGH),
-        Method("reversed", LOW.with_scoring(reverse=True)),
-        Method("alone", LOW.with_scoring(window=1), ranked=True),
+        Method("reversed", LOW.with_scoring(best_last=True)),
+        Method("alone", LOW.with_scoring(documents_per_prompt=1), "other"),
     ]
-    joint = JointReranker(smollm2, methods, dtype="float32")
+    joint = JointReranker(smollm2, methods, FLOAT32)
     lists = [Candidates(query, tuple(documents)), Candidates("Who bakes?", tuple(documents[1:]))]
     scores, others = joint.scores(lists)
+    collection = Collection(
+        {text: Passage(text, "", text) for text in documents}, {"q": query, "none": "?"}, {}
+    )
+    rankings = joint.rank(collection, {"q": documents}, ["q", "none"])
     joint.close()
+    for method in methods:
+        ranking = rankings[method.name]["q"]
+        expected = dict(zip(documents, scores[method.name], strict=True))
+        assert dict(ranking) == pytest.approx(expected, abs=1e-6)
+        assert ranking == sorted(ranking, key=lambda item: -item[1])
+        assert rankings[method.name]["none"] == [], "a query without candidates"
     assert scores["first-stage"].tolist() == [0, -1, -2, -3]
     assert others["first-stage"].tolist() == [0, -1, -2]
     for method in methods[1:]:
         with CoReReranker(smollm2.path, heads=method.heads, dtype="float32") as reranker:
-            for (asked, texts), found in zip(lists, (scores, others), strict=True):
-                expected = reranker.score(asked, texts, ranked=method.ranked)
-                assert found[method.name] == pytest.approx(expected, abs=1e-6)
+            for (question, texts, _), by_method in zip(lists, (scores, others), strict=True):
+                expected = reranker.score(question, texts, first_stage=method.first_stage)
+                assert by_method[method.name] == pytest.approx(expected, abs=1e-6)
     distinct = {tuple(scores[method.name].round(4)) for method in methods}
     assert len(distinct) == len(methods), "each is a method of its own"
 
@@ -77,7 +91,7 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
 def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:
     other = LOW.model_copy(update={"template": "plain"})
     with pytest.raises(InvalidInputError, match="different prompt templates"):
-        JointReranker(smollm2, [Method("a", LOW), Method("b", other)])
+        JointReranker(smollm2, [Method("a", LOW), Method("b", other)], FLOAT32)
 
 
 def test_comparison_and_report(tmp_path: Path) -> None:
@@ -92,16 +106,20 @@ def test_comparison_and_report(tmp_path: Path) -> None:
         for document in collection.qrels[query]
     }
 
-    def scores(lists: Sequence[Candidates]) -> list[dict[str, list[float]]]:
-        scored = []
-        for _, texts in lists:
-            order = [-float(place) for place in range(len(texts))]
-            perfect = [float(text in relevant) for text in texts]
-            scored.append({"first-stage": order, "oracle": perfect, "same": order})
-        return scored
-
+    order = {
+        query: [(name, -float(rank)) for rank, name in enumerate(names)]
+        for query, names in run.items()
+    }
+    perfect = {
+        query: sorted(
+            ((name, float(collection.passages[name].content in relevant)) for name in names),
+            key=lambda item: -item[1],
+        )
+        for query, names in run.items()
+    }
     methods = [Method("first-stage"), Method("oracle", LOW), Method("same", HIGH)]
-    results = compare(collection.qrels, methods, rank_all(collection, run, scores, queries))
+    rankings = {"first-stage": order, "oracle": perfect, "same": order}
+    results = compare(collection.qrels, methods, rankings)
     first, oracle, same = results
     assert oracle.means["nDCG@10"] > first.means["nDCG@10"]
     assert first.p_value is None
@@ -123,7 +141,7 @@ def test_comparison_and_report(tmp_path: Path) -> None:
 
 
 def test_calibration_error_against_its_definition() -> None:
-    bins = reliability([0.05, 0.05, 0.15, 0.95, 1.0], [0, 1, 0, 1, 1], bins=10)
+    bins = reliability([0.05, 0.05, 0.15, 0.95, 1.0], [0, 1, 0, 1, 1])
     assert [tuple(part) for part in bins] == [
         (0.05, 0.5, 2),
         (0.15, 0.0, 1),
@@ -134,8 +152,10 @@ def test_calibration_error_against_its_definition() -> None:
 
 
 def test_calibrated_methods_are_judged_by_their_probabilities() -> None:
-    calibrated = LOW.with_scoring(window=1, calibration={"slope": 1.0, "intercept": 0.0})
-    methods = [Method("alone", calibrated), Method("ranked", calibrated, ranked=True)]
+    calibrated = LOW.with_scoring(
+        documents_per_prompt=1, calibration={"slope": 1.0, "intercept": 0.0}
+    )
+    methods = [Method("alone", calibrated), Method("ranked", calibrated, "other")]
     rankings = {"q": [("a", 2.0), ("b", -2.0)]}
     alone, ranked = compare({"q": {"a": 1}}, methods, dict.fromkeys(("alone", "ranked"), rankings))
     sure = 1 / (1 + exp(-2))

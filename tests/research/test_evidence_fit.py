@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.cli import failed, run
 from support.head_sets import HEADS
-from test_cli import failed, run
 
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.research.fit_evidence import (
+from core_rerank_integrations.research.evidence_fit import (
     AnsweredDocument,
     answered_documents,
     fit_evidence_weights,
-    sentence_hits,
 )
 
 TEXTS = {
@@ -30,7 +29,7 @@ ANSWERS = {"bell": ["1876"], "lens": ["PARIS"], "bare": ["Rome"], "short": ["Bel
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A collection with answers, two of whose documents can be used."""
+    """Write a collection with answers, two of whose documents can be used."""
     (tmp_path / "qrels").mkdir()
     for name, rows in (
         ("corpus", [{"_id": name, "text": text} for name, text in TEXTS.items()]),
@@ -50,10 +49,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_documents_that_answer_in_some_of_their_sentences(folder: Path) -> None:
-    found = {item.document: item for item in answered_documents(folder, "train")}
-    assert set(found) == {TEXTS["bell"], TEXTS["lens"]}
-    assert found[TEXTS["bell"]].answers.tolist() == [False, True, False]
-    assert found[TEXTS["lens"]].answers.tolist() == [False, True, False, False]
+    by_text = {item.document: item for item in answered_documents(folder, "train")}
+    assert set(by_text) == {TEXTS["bell"], TEXTS["lens"]}
+    assert by_text[TEXTS["bell"]].answers.tolist() == [False, True, False]
+    assert by_text[TEXTS["lens"]].answers.tolist() == [False, True, False, False]
     assert len(answered_documents(folder, "train", questions=4)) == 2
     (folder / "queries.jsonl").write_text(
         "".join(json.dumps({"_id": name, "text": "?"}) + "\n" for name in TEXTS)
@@ -63,42 +62,40 @@ def test_documents_that_answer_in_some_of_their_sentences(folder: Path) -> None:
 
 
 def documents(count: int, seed: int) -> tuple[list[np.ndarray], list[AnsweredDocument]]:
-    """The second head knows the sentence with the answer, the third avoids it."""
+    """Return documents whose sentence with the answer is high in head 1 and low in head 2."""
     draw = np.random.default_rng(seed)
-    features, found = [], []
+    features, answered = [], []
     for _ in range(count):
         answers = np.arange(5) == draw.integers(5)
-        of_document = draw.normal(0, 0.01, (5, 4))
-        of_document[:, 1] += 0.02 * answers
-        of_document[:, 2] -= 0.02 * answers
-        features.append(of_document)
-        found.append(AnsweredDocument("?", "", [(0, 0)] * 5, answers))
-    return features, found
+        mass = draw.normal(0, 0.01, (5, 4))
+        mass[:, 1] += 0.02 * answers
+        mass[:, 2] -= 0.02 * answers
+        features.append(mass)
+        answered.append(AnsweredDocument("?", "", [(0, 0)] * 5, answers))
+    return features, answered
 
 
 def test_weights_find_what_knows_the_answer() -> None:
     weights = fit_evidence_weights(*documents(200, seed=0))
     assert weights[1] > 3 * abs(weights[0])
     assert weights[2] < -3 * abs(weights[3])
-    features, found = documents(100, seed=1)
-    scores = [of_document @ weights for of_document in features]
-    assert sentence_hits(scores, found) > 0.8
-    assert sentence_hits(scores, found, best=5) == 1
-    assert sentence_hits([-of_document for of_document in scores], found) < 0.1
-    with pytest.raises(InvalidInputError, match="must not be negative, got -1"):
-        fit_evidence_weights(features, found, strength=-1)
+    features, answered = documents(100, seed=1)
+    scores = [mass @ weights for mass in features]
+    pairs = list(zip(scores, answered, strict=True))
+    assert np.mean([item.answers[values.argmax()] for values, item in pairs]) > 0.8
+    assert np.mean([item.answers[values.argmin()] for values, item in pairs]) < 0.1
 
 
 def test_a_head_set_gets_weights_and_ranks_as_before(folder: Path) -> None:
     HEADS.save(folder / "four.json")
     command = (
         "heads", "evidence", "--heads", str(folder / "four.json"), "--model", "smollm2-135m",
-        "--data", str(folder), "--output", str(folder / "told.json"),
+        "--data", str(folder), "--output", str(folder / "evidence.json"),
     )  # fmt: skip
     assert "Wrote" in run(*command)
-    told = HeadSet.load(folder / "told.json")
-    assert told.scoring == HEADS.scoring
-    assert told.weights.tolist() == HEADS.weights.tolist()
-    assert all(head.evidence is not None for head in told.heads)
-    assert "train, 2 documents" in str(told.provenance.details["evidence"])
+    fitted = HeadSet.load(folder / "evidence.json")
+    assert fitted.scoring == HEADS.scoring
+    assert fitted.weights.tolist() == HEADS.weights.tolist()
+    assert all(head.evidence_weight is not None for head in fitted.heads)
+    assert "train, 2 documents" in str(fitted.provenance.details["evidence"])
     assert "cannot read" in failed(*command, "--split", "dev")
