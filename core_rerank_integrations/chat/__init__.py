@@ -1,1 +1,1 @@
-"""A chatbot in the browser that shows what its answers rest on: ``core-rerank chat``."""
+"""A chatbot in the browser that shows the evidence for its answers: ``core-rerank chat``."""

@@ -1,14 +1,13 @@
-"""Questions and what came of them: a turn grows while the chain streams."""
+"""The turns of a conversation: each question, its candidates, and its answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from core_rerank_integrations.chat.generators import Generator
-from core_rerank_integrations.chat.knowledge import KnowledgeBase
+from core_rerank_integrations.chat.generators import EXTRACTS, Generator
+from core_rerank_integrations.chat.knowledge import KnowledgeBase, KnowledgeRetriever
 from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
-from core_rerank_integrations.heads.scoring_config import Threshold
 from core_rerank_integrations.integrations.rag.langchain import RagOutput, create_rag_chain
 from core_rerank_integrations.reranker import CoReReranker
 
@@ -20,32 +19,36 @@ MAX_QUESTION_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a visitor set.
+class ChatSettings:
+    """Settings of a visitor.
 
     Attributes:
-        candidates: Passages that the first stage finds.
-        top_n: Passages that the answer is drawn from, at most.
-        score_threshold: Probability that the best one must reach; ``"auto"`` leaves it to the
-            heads, ``None`` always answers.
-        extract: Share of each passage that a model gets to read; 1 for all.
+        generator: What writes the answer.
         rerank: Whether candidates are reranked.
+        candidates: Number of passages from the first stage.
+        top_n: Maximum number of passages that the answer is drawn from.
+        abstain: Whether to answer nothing if the answerability of all candidates is too low.
+            ``min_probability`` is then ignored.
+        min_probability: Minimum probability of a passage; 0 keeps all.
+        extract: Share of each passage that a language model reads; 1 for all.
     """
 
+    generator: Generator = EXTRACTS
+    rerank: bool = True
     candidates: int = 20
     top_n: int = 5
-    score_threshold: Threshold = "auto"
+    abstain: bool = True
+    min_probability: float = 0.0
     extract: float = 1.0
-    rerank: bool = True
 
 
 @dataclass
 class Turn:
-    """A question, and what is known of its answer so far."""
+    """A question and what the chain has returned for it so far; see `RagOutput`."""
 
     question: str
     generator: str
-    reranks: bool = True
+    rerank: bool = True
     search: str = ""
     candidates: list[Document] = field(default_factory=list)
     reranked: list[Document] = field(default_factory=list)
@@ -56,8 +59,8 @@ class Turn:
     error: str = ""
     is_done: bool = False
 
-    def take(self, part: RagOutput) -> None:
-        """What the chain has to say next."""
+    def update(self, part: RagOutput) -> None:
+        """Add a part of the output of the chain."""
         self.search = part.get("search", self.search)
         self.candidates = part.get("candidates", self.candidates)
         self.reranked = part.get("reranked", self.reranked)
@@ -67,51 +70,48 @@ class Turn:
         self.milliseconds |= part.get("milliseconds", {})
 
     def messages(self) -> list[BaseMessage]:
-        """What a model gets to read of it later."""
-        if self.error:
-            return []
-        return [HumanMessage(self.question), AIMessage(self.answer)]
+        """Return the turn as messages for a language model; none if it failed."""
+        return [] if self.error else [HumanMessage(self.question), AIMessage(self.answer)]
 
 
 def answer(
     question: str,
-    earlier: Sequence[Turn],
+    history: Sequence[Turn],
     knowledge: KnowledgeBase,
     reranker: CoReReranker,
-    generator: Generator,
-    wishes: Wishes,
+    settings: ChatSettings,
 ) -> Iterator[Turn]:
     """Answer a question.
 
     Args:
-        question: What is asked.
-        earlier: The conversation before it.
-        knowledge: What is searched.
-        reranker: Ranks what is found.
-        generator: Writes the answer.
-        wishes: What the visitor set.
+        question: The question.
+        history: The conversation before it.
+        knowledge: The documents.
+        reranker: Ranks the candidates.
+        settings: Settings of the visitor.
 
     Yields:
-        The same turn, each time it has grown. What goes wrong stands in it as ``error``.
+        The same turn each time it has changed. Its ``error`` holds the message of an error.
     """
-    turn = Turn(question.strip(), generator.name, wishes.rerank)
+    generator = settings.generator
+    turn = Turn(question.strip(), generator.name, settings.rerank)
     yield turn
     try:
         _check(turn.question, knowledge)
         chain = create_rag_chain(
-            knowledge.retriever(wishes.candidates),
-            generator.model(),
+            KnowledgeRetriever(knowledge=knowledge, k=settings.candidates),
+            generator.load(),
             reranker=reranker,
-            rerank=wishes.rerank,
+            rerank=settings.rerank,
             rewrite=generator.rewrites,
-            top_n=wishes.top_n,
-            score_threshold=wishes.score_threshold,
-            extract=wishes.extract if wishes.extract < 1 else None,
+            top_n=settings.top_n,
+            score_threshold="auto" if settings.abstain else settings.min_probability or None,
+            extract=settings.extract if settings.extract < 1 else None,
         )
-        history = [message for before in earlier for message in before.messages()]
+        messages = [message for earlier in history for message in earlier.messages()]
         with generator.clear_errors():
-            for part in chain.stream({"question": turn.question, "history": history}):
-                turn.take(part)
+            for part in chain.stream({"question": turn.question, "history": messages}):
+                turn.update(part)
                 yield turn
     except CoReError as error:
         turn.error = str(error)
@@ -124,8 +124,8 @@ def _check(question: str, knowledge: KnowledgeBase) -> None:
         raise InvalidInputError("The question is empty: write one.")
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise InvalidInputError(
-            f"The question has {len(question):,} characters, and {MAX_QUESTION_CHARACTERS:,} are "
-            "read at most: shorten it, or add the text as a document."
+            f"The question has {len(question):,} characters, and at most "
+            f"{MAX_QUESTION_CHARACTERS:,} are read: shorten it, or add the text as a document."
         )
     if not len(knowledge):
         raise InvalidInputError("There are no documents to answer from: add some under Documents.")

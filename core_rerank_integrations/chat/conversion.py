@@ -1,4 +1,4 @@
-"""Files become chunks of text that know their page and their heading."""
+"""Conversion of files to chunks of text with their heading and page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with requires_extra("chat"):
 SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
 MAX_FILE_BYTES = 20 << 20
 CHUNK_TOKENS = 220
-"""Most tokens of a chunk; the embedding model reads 256."""
+"""Maximum tokens of a chunk; the embedding model reads 256."""
 HEADINGS = [("#" * level, str(level)) for level in range(1, 5)]
 
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -28,12 +28,12 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a document, as it is embedded and ranked.
+    """A part of a document, as it is embedded and ranked.
 
     Attributes:
-        text: Its heading, where there is one, and what stands below it.
+        text: The heading, if there is one, and the text below it.
         title: The heading, or an empty string.
-        page: The page it begins on, from 1; ``None`` where the format knows none.
+        page: The page on which the text begins, from 1; ``None`` if the format has no pages.
     """
 
     text: str
@@ -41,66 +41,78 @@ class Chunk:
     page: int | None = None
 
 
-def chunks_of_file(path: Path, name: str, count_tokens: Callable[[str], int]) -> list[Chunk]:
-    """What stands in a file, cut to chunks.
+def chunk_file(path: Path, name: str, count_tokens: Callable[[str], int]) -> list[Chunk]:
+    """Return the chunks of a file, in order.
 
     Args:
-        path: Where it lies; its ending says what it is.
-        name: What to call it in errors.
-        count_tokens: How long a text is.
+        path: Path of the file; its suffix selects the format.
+        name: Name of the file in errors.
+        count_tokens: Returns the number of tokens of a text.
 
     Raises:
-        InvalidInputError: It is too large, of another kind, damaged, locked or without text.
+        InvalidInputError: The file is too large, damaged, locked or without text, or its format
+            is not supported.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise InvalidInputError(
             f"{name!r} cannot be read: files may be {', '.join(SUFFIXES)}; save it as one of these"
         )
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise InvalidInputError(
-            f"{name!r} has {size / (1 << 20):.0f} MiB, and {MAX_FILE_BYTES >> 20} are read at "
-            "most; split it"
+            f"{name!r} has {size / (1 << 20):.0f} MiB, and at most {MAX_FILE_BYTES >> 20} are "
+            "read; split it"
         )
     chunks = [
-        chunk
-        for page, text in _pages(path, name)
-        for chunk in chunks_of_text(text, count_tokens, page)
+        chunk for page, text in _pages(path, name) for chunk in chunk_text(text, count_tokens, page)
     ]
     if not chunks:
         raise InvalidInputError(
-            f"{name!r} holds no text; of a scan, make one with OCR that can be searched"
+            f"{name!r} holds no text; if it is a scan, make it searchable with OCR first"
         )
     return chunks
 
 
-def chunks_of_text(
+def chunk_text(
     text: str, count_tokens: Callable[[str], int], page: int | None = None
 ) -> list[Chunk]:
-    """Markdown or plain text, cut to chunks: at headings first, then at paragraphs."""
-    by_heading = MarkdownHeaderTextSplitter(HEADINGS).split_text(text)
-    found = []
-    for section in by_heading:
-        levels = section.metadata
-        title = levels[max(levels)] if levels else ""
-        room = max(CHUNK_TOKENS - count_tokens(title), CHUNK_TOKENS // 2)
+    """Return Markdown or plain text, divided at headings, and long sections at paragraphs.
+
+    Args:
+        text: The text.
+        count_tokens: Returns the number of tokens of a text.
+        page: The page of the text, if it has one.
+    """
+    chunks = []
+    for section in MarkdownHeaderTextSplitter(HEADINGS).split_text(text):
+        headings = section.metadata
+        title = headings[max(headings)] if headings else ""
         splitter = RecursiveCharacterTextSplitter.from_language(
-            Language.MARKDOWN, chunk_size=room, chunk_overlap=0, length_function=count_tokens
+            Language.MARKDOWN,
+            chunk_size=max(CHUNK_TOKENS - count_tokens(title), CHUNK_TOKENS // 2),
+            chunk_overlap=0,
+            length_function=count_tokens,
         )
-        for part in splitter.split_text(section.page_content):
-            found.append(Chunk(f"{title}\n\n{part}" if title else part, title, page))
-    return found
+        chunks += [
+            Chunk(f"{title}\n\n{part}" if title else part, title, page)
+            for part in splitter.split_text(section.page_content)
+        ]
+    return chunks
 
 
 def _pages(path: Path, name: str) -> Iterator[tuple[int | None, str]]:
-    """The text of each page with its number; of formats without pages, all of it."""
+    """Yield the number and text of each page, or the whole text of a format without pages.
+
+    Raises:
+        InvalidInputError: The file is damaged or locked.
+    """
     suffix = path.suffix.lower()
     if suffix in (".md", ".markdown", ".txt"):
-        yield None, _decoded(path.read_bytes())
+        yield None, _decode(path.read_bytes())
         return
-    # Djot differs from Markdown in nothing that matters here, and puts a page's own metadata where
-    # it can be taken off. The cache would lie in the user's files, with all that was uploaded.
+    # Kreuzberg puts the metadata of a page at the front of Djot, where it can be removed. The
+    # differences between Djot and Markdown do not matter here. Its cache would write all uploads
+    # to the user's folder.
     config = kreuzberg.ExtractionConfig(
         output_format="plain" if suffix == ".pdf" else "djot",
         use_cache=False,
@@ -119,8 +131,8 @@ def _pages(path: Path, name: str) -> Iterator[tuple[int | None, str]]:
         yield None, _FRONT_MATTER.sub("", result.content)
 
 
-def _decoded(content: bytes) -> str:
-    """Text of an unknown encoding: Unicode where it is, else Western European."""
+def _decode(content: bytes) -> str:
+    """Decode text of an unknown encoding: Unicode if it is valid, else Western European."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="replace")
     try:

@@ -1,4 +1,4 @@
-"""What writes the answers: nothing, the embedded model, or any OpenAI-compatible endpoint."""
+"""Generators of answers: none, the embedded model, or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -9,54 +9,52 @@ from dataclasses import dataclass
 from functools import cache
 
 from core_rerank_integrations.errors import GeneratorError, InvalidInputError, requires_extra
-from core_rerank_integrations.models.resolve import DEFAULT_MODEL, resolve
+from core_rerank_integrations.models.aliases import DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import resolve
 
 with requires_extra("chat"):
     import httpx
     import openai
     from langchain_core.language_models import BaseChatModel
+    from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
     from langchain_openai import ChatOpenAI
 
 ANSWER_TOKENS = 400
 EMBEDDED_ANSWER_TOKENS = 80
-"""The embedded model seldom stops by itself, and says nothing new after a few sentences."""
-SECONDS = 60.0
-"""That an endpoint may be silent."""
+"""The embedded model seldom stops by itself, and repeats itself after a few sentences."""
+TIMEOUT_SECONDS = 60.0
+"""Maximum time between two messages of an endpoint."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A way to an answer.
+    """A way to write answers.
 
     Attributes:
-        name: What it is called on the page.
-        note: What to expect of it.
-        llm: Makes the model, once it is wanted; ``None`` answers with the documents' sentences.
-        rewrites: Whether it is good enough to rewrite follow-up questions.
+        name: Name on the page.
+        note: What to expect, in a sentence.
+        load: Returns the language model, or ``None`` to answer with sentences of the documents.
+        rewrites: Whether the model is good enough to rewrite follow-up questions.
     """
 
     name: str
     note: str
-    llm: Callable[[], BaseChatModel] | None = None
+    load: Callable[[], BaseChatModel | None] = lambda: None
     rewrites: bool = False
-
-    def model(self) -> BaseChatModel | None:
-        """The model, loaded."""
-        return self.llm() if self.llm else None
 
     @contextmanager
     def clear_errors(self) -> Iterator[None]:
-        """Around its use: what an endpoint does wrong, as an error of this package.
+        """Raise the errors of an endpoint as an error of this package.
 
         Raises:
-            GeneratorError: It cannot be reached, refuses or breaks off.
+            GeneratorError: The endpoint cannot be reached, refuses the request or stops early.
         """
         try:
             yield
         except (openai.OpenAIError, httpx.HTTPError) as error:
             raise GeneratorError(
-                f"{self.name} did not answer, or broke off ({error}). Look whether it runs and "
-                "knows that model, or choose another way to answer under Settings"
+                f"{self.name} did not answer, or stopped early ({error}). Check that it runs and "
+                "serves that model, or choose another generator under Settings"
             ) from error
 
 
@@ -66,23 +64,19 @@ EXTRACTS = Generator(
 
 
 def generators(url: str | None = None, model: str | None = None) -> list[Generator]:
-    """The ways to an answer, the first of them the one to begin with.
+    """Return the generators that visitors can choose; the first is the default.
 
-    The endpoint is the operator's to name, never a visitor's, for the key goes there:
-    ``OPENAI_API_KEY``, if it is set.
+    Only the operator can name an endpoint, because ``OPENAI_API_KEY`` is sent to it.
 
     Args:
-        url: Of an OpenAI-compatible endpoint, like ``http://localhost:8000/v1``.
-        model: Its name there.
+        url: An OpenAI-compatible endpoint, like ``http://localhost:8000/v1``.
+        model: Name of the model at the endpoint.
 
     Raises:
-        InvalidInputError: Only one of the two was given, or the URL is none.
+        InvalidInputError: Only one of the two is given, or ``url`` is not a URL.
     """
-    embedded = Generator(
-        "The embedded model",
-        "135M parameters: slow, and often wrong. Trust the evidence.",
-        _embedded_model,
-    )
+    note = "135M parameters: slow, and often wrong. Trust the evidence."
+    embedded = Generator("The embedded model", note, _embedded_model)
     if url is None and model is None:
         return [EXTRACTS, embedded]
     if url is None or model is None:
@@ -108,21 +102,20 @@ def _endpoint(url: str, model: str) -> BaseChatModel:
         api_key=os.environ.get("OPENAI_API_KEY") or "none",  # type: ignore[arg-type]
         max_completion_tokens=ANSWER_TOKENS,
         temperature=0.0,
-        timeout=SECONDS,
+        timeout=TIMEOUT_SECONDS,
         max_retries=1,
     )
 
 
 @cache
 def _embedded_model() -> BaseChatModel:
-    with requires_extra("chat"):
-        from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
-    generation = {
-        "max_new_tokens": EMBEDDED_ANSWER_TOKENS,
-        "do_sample": False,
-        "return_full_text": False,
-    }
     pipeline = HuggingFacePipeline.from_model_id(
-        str(resolve(DEFAULT_MODEL).path), task="text-generation", pipeline_kwargs=generation
+        str(resolve(DEFAULT_MODEL).path),
+        task="text-generation",
+        pipeline_kwargs={
+            "max_new_tokens": EMBEDDED_ANSWER_TOKENS,
+            "do_sample": False,
+            "return_full_text": False,
+        },
     )
     return ChatHuggingFace(llm=pipeline)

@@ -6,23 +6,23 @@ from pathlib import Path
 import pytest
 
 from core_rerank_integrations import CoReReranker, DocumentCache
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 try:
     import docx
     import fpdf
 
     from core_rerank_integrations.chat.knowledge import KnowledgeBase
-except ImportError:  # The chatbot needs the extra of that name.
+except ImportError:  # The extra `chat` is not installed.
     collect_ignore_glob = ["test_*"]
 
 
 @pytest.fixture(scope="session")
 def chat_reranker(
-    smollm2: LocalModel,  # noqa: ARG001  It lies in the cache then.
+    smollm2: LocalModel,  # noqa: ARG001  Puts the model into the cache.
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[CoReReranker]:
-    cache = DocumentCache(folder=tmp_path_factory.mktemp("known"))
+    cache = DocumentCache(folder=tmp_path_factory.mktemp("cache"))
     with CoReReranker(document_cache=cache) as reranker:
         yield reranker
 
@@ -36,7 +36,7 @@ def knowledge(tmp_path: Path, chat_reranker: CoReReranker) -> Iterator[Knowledge
 
 @pytest.fixture(scope="session")
 def write_pdf() -> Callable[[Path, list[str]], Path]:
-    """Writes a PDF with a page for each text."""
+    """Return a function that writes a PDF with a page for each text."""
 
     def write(path: Path, pages: list[str]) -> Path:
         document = fpdf.FPDF()
@@ -52,7 +52,7 @@ def write_pdf() -> Callable[[Path, list[str]], Path]:
 
 @pytest.fixture(scope="session")
 def write_docx() -> Callable[[Path, dict[str, str]], Path]:
-    """Writes a DOCX file with a paragraph under each heading."""
+    """Return a function that writes a DOCX file with a paragraph under each heading."""
 
     def write(path: Path, sections: dict[str, str]) -> Path:
         document = docx.Document()

@@ -9,7 +9,7 @@ from core_rerank_integrations.chat.app import launch
 from core_rerank_integrations.errors import InvalidInputError
 
 
-def test_an_address_that_is_taken_is_named() -> None:
+def test_error_names_an_address_in_use() -> None:
     with gr.Blocks() as app, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -1,7 +1,7 @@
-"""The chatbot in a real browser, as a visitor has it.
+"""The chatbot in a real browser, as visitors see it.
 
-Pictures of it go where ``CHAT_SCREENSHOTS`` says, if it says so; ``make screenshots`` puts them
-into the docs.
+``CHAT_SCREENSHOTS`` names a folder for pictures of it; ``make screenshots`` writes those of the
+docs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 from core_rerank_integrations.chat.app import QUESTIONS
 from core_rerank_integrations.chat.knowledge import HANDBOOK
-from core_rerank_integrations.models.resolve import LocalModel, cache_folder
 from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER
+from core_rerank_integrations.models.local_model import LocalModel, cache_folder
 
 pytestmark = pytest.mark.browser
 
@@ -42,11 +42,11 @@ ARGUMENTS = [
 OLD_DAYS, REFUND, _ = QUESTIONS
 EARS = "What ear protection is compulsory when you run the compressors?"
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 360, "height": 740}
-PATIENCE = 60_000
+TIMEOUT = 60_000
 
 
 class Chat:
-    """A ``core-rerank chat`` of its own, that can be ended and begun anew."""
+    """A process of ``core-rerank chat``, which can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
@@ -66,12 +66,12 @@ class Chat:
         return [sys.executable, "-c", code, "chat", *own, *options]
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """A second one, beside this one, that is expected to end by itself."""
+        """Run a second process, which is expected to end by itself."""
         return subprocess.run(
             self.command(*options), env=self._environment, capture_output=True, text=True
         )
 
-    def begin(self, *options: str) -> None:
+    def start(self, *options: str) -> None:
         self._process = subprocess.Popen(self.command(*options), env=self._environment)
         for _ in range(240):
             try:
@@ -80,26 +80,26 @@ class Chat:
             except URLError:
                 assert self._process.poll() is None
                 time.sleep(0.5)
-        raise AssertionError("the chatbot did not begin")
+        raise AssertionError("the chatbot did not start")
 
-    def end(self) -> None:
+    def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
 
 
 class Visitor:
-    """Somebody in front of the page."""
+    """A visitor of the page."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
-        self.complaints: list[str] = []
-        page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}"))
-        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
-        page.on("console", self._hear)
-        page.on("request", lambda request: self._see(request.url, url))
+        self.errors: list[str] = []
+        page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
+        page.on("pageerror", lambda error: self.errors.append(f"error: {error}"))
+        page.on("console", self._check_message)
+        page.on("request", lambda request: self._check_request(request.url, url))
         page.goto(url)
-        expect(self.question).to_be_visible(timeout=PATIENCE)
+        expect(self.question).to_be_visible(timeout=TIMEOUT)
 
     @property
     def question(self) -> Locator:
@@ -121,13 +121,13 @@ class Visitor:
         before = self.turns.count()
         self.question.fill(question)
         self.question.press("Enter")
-        expect(self.turns).to_have_count(before + 1, timeout=PATIENCE)
-        return self.answered(question)
+        expect(self.turns).to_have_count(before + 1, timeout=TIMEOUT)
+        return self.wait_for_answer(question)
 
-    def answered(self, question: str) -> str:
-        """What is answered, once all is said."""
-        expect(self.last).to_contain_text(question, timeout=PATIENCE)
-        expect(self.last.locator(".core-stages, .core-error").first).to_be_visible(timeout=PATIENCE)
+    def wait_for_answer(self, question: str) -> str:
+        """Return the text of the last turn when its answer is complete."""
+        expect(self.last).to_contain_text(question, timeout=TIMEOUT)
+        expect(self.last.locator(".core-stages, .core-error").first).to_be_visible(timeout=TIMEOUT)
         return self.last.inner_text()
 
     def order(self, name: str) -> list[str]:
@@ -141,14 +141,14 @@ class Visitor:
             self.page.wait_for_timeout(400)
 
     def always_answer(self) -> None:
-        """Leave it to no head whether anything answers."""
+        """Switch abstention off."""
         self.unfold("Settings")
-        judge = self.page.get_by_label("Judge by all passages whether anything here answers")
-        if judge.is_visible():
-            judge.uncheck()
+        abstain = self.page.get_by_label("Answer nothing if the documents do not seem to hold")
+        if abstain.is_visible():
+            abstain.uncheck()
 
     def set(self, name: str, value: str) -> None:
-        """Write into the field beside a slider, and leave it."""
+        """Write a value into the field beside a slider."""
         field = self.page.get_by_label(f"number input for {name}")
         field.fill(value)
         field.blur()
@@ -158,34 +158,34 @@ class Visitor:
         self.unfold("Documents")
         self.page.locator("#core-upload input[type=file]").set_input_files(list(paths))
 
-    def no_complaints(self) -> None:
-        assert self.complaints == []
+    def check_no_errors(self) -> None:
+        assert self.errors == []
         assert self.page.evaluate("document.querySelectorAll('main script').length") == 0
 
-    def _hear(self, message: object) -> None:
+    def _check_message(self, message: object) -> None:
         if getattr(message, "type", "") == "error":
-            self.complaints.append(f"console: {getattr(message, 'text', '')}")
+            self.errors.append(f"console: {getattr(message, 'text', '')}")
 
-    def _see(self, asked: str, own: str) -> None:
-        if not asked.startswith((own, "data:", "blob:", own.replace("http", "ws"))):
-            self.complaints.append(f"asked another server: {asked}")
+    def _check_request(self, requested: str, own: str) -> None:
+        if not requested.startswith((own, "data:", "blob:", own.replace("http", "ws"))):
+            self.errors.append(f"request to another server: {requested}")
 
 
 @pytest.fixture(scope="module")
 def chat(
-    smollm2: LocalModel,  # noqa: ARG001  It lies in the cache then.
+    smollm2: LocalModel,  # noqa: ARG001  Puts the model into the cache.
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Chat]:
     chat = Chat(tmp_path_factory.mktemp("chat"))
-    chat.begin()
+    chat.start()
     yield chat
-    chat.end()
+    chat.stop()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = shutil.which(CHROMIUM)
-    assert path, f"{CHROMIUM!r} is missing: install it, or name a Chromium in CHROMIUM"
+    assert path, f"{CHROMIUM!r} is missing: install it, or set CHROMIUM to the path of a Chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
@@ -222,21 +222,21 @@ def test_pictures(
     visitor.page.evaluate("scrollTo(0, 0)")
     folder = Path(os.environ.get("CHAT_SCREENSHOTS", tmp_path))
     visitor.page.screenshot(path=folder / f"chat-{size['width']}-{scheme}.png")
-    visitor.no_complaints()
+    visitor.check_no_errors()
     context.close()
 
 
-def test_both_orders_the_evidence_and_citations_that_lead_to_it(visitor: Visitor) -> None:
-    said = visitor.ask(EARS)
-    assert "Full ear protection, both plugs and muffs" in said
-    assert re.search(r"first stage \d+ ms · reranking [\d,]+ ms", said)
+def test_both_orders_evidence_and_citations(visitor: Visitor) -> None:
+    text = visitor.ask(EARS)
+    assert "Full ear protection, both plugs and muffs" in text
+    assert re.search(r"first stage \d+ ms · reranking [\d,]+ ms", text)
     assert len(visitor.order("First stage")) == len(visitor.order("Reranked")) == 5
     assert re.search(r"0\.\d\d", visitor.page.locator(".core-column").nth(1).inner_text())
     expect(visitor.passages.first.locator("mark").first).to_contain_text("Full ear protection")
 
     visitor.last.locator(".core-cite").first.click()
     expect(visitor.passages.first).to_be_focused()
-    visitor.no_complaints()
+    visitor.check_no_errors()
 
 
 def test_follow_ups_keep_the_evidence_of_earlier_questions(visitor: Visitor) -> None:
@@ -251,31 +251,31 @@ def test_follow_ups_keep_the_evidence_of_earlier_questions(visitor: Visitor) -> 
     visitor.page.get_by_role("button", name="New conversation").click()
     expect(visitor.turns).to_have_count(0)
     assert "Searched for" not in visitor.ask("and in winter?")
-    visitor.no_complaints()
+    visitor.check_no_errors()
 
 
-def test_settings_change_what_is_answered(visitor: Visitor) -> None:
+def test_settings_change_the_answer(visitor: Visitor) -> None:
     visitor.always_answer()
-    visitor.set("Lowest probability", "0.3")
+    visitor.set("Minimum probability", "0.3")
     assert NO_ANSWER in visitor.ask("Which bus goes to the airport in Madrid?")
     assert visitor.passages.count() == 0
     assert len(visitor.order("Reranked")) == 5
 
-    visitor.set("Lowest probability", "0")
-    visitor.set("Passages that the answer is drawn from", "2")
+    visitor.set("Minimum probability", "0")
+    visitor.set("Passages for the answer", "2")
     assert NO_ANSWER not in visitor.ask(REFUND)
     expect(visitor.passages).to_have_count(2)
 
     visitor.page.get_by_label("Rerank", exact=True).uncheck()
-    said = visitor.ask(EARS)
-    assert "reranking" not in said
+    text = visitor.ask(EARS)
+    assert "reranking" not in text
     expect(visitor.page.get_by_text("Reranking is off")).to_be_visible()
     titles = visitor.passages.locator(".core-title").all_inner_texts()
     assert titles == visitor.order("First stage")[:2]
-    visitor.no_complaints()
+    visitor.check_no_errors()
 
 
-def test_a_long_pdf_a_docx_and_files_that_cannot_be_read(
+def test_uploads_of_readable_and_unreadable_files(
     visitor: Visitor,
     tmp_path: Path,
     write_pdf: Callable[[Path, list[str]], Path],
@@ -289,20 +289,20 @@ def test_a_long_pdf_a_docx_and_files_that_cannot_be_read(
     broken.write_bytes(b"%PDF-1.4 garbage")
     program.write_bytes(b"MZ")
     visitor.add(pdf, docx, broken, program)
-    said = visitor.page.locator(".core-notice")
-    expect(said.get_by_text("Added boats.pdf, pets.docx.")).to_be_visible(timeout=2 * PATIENCE)
-    expect(said.get_by_text("'broken.pdf' cannot be read as .pdf")).to_be_visible()
-    expect(said.get_by_text("'program.exe' cannot be read: files may be")).to_be_visible()
+    notice = visitor.page.locator(".core-notice")
+    expect(notice.get_by_text("Added boats.pdf, pets.docx.")).to_be_visible(timeout=2 * TIMEOUT)
+    expect(notice.get_by_text("'broken.pdf' cannot be read as .pdf")).to_be_visible()
+    expect(notice.get_by_text("'program.exe' cannot be read: files may be")).to_be_visible()
     expect(visitor.page.get_by_label("boats.pdf (40)")).to_be_visible()
 
     visitor.always_answer()
     visitor.ask("Where does Captain Ingrid Solheim keep her spare anchor?")
     expect(visitor.passages.first).to_contain_text("boats.pdf, page 37")
     expect(visitor.passages.first.locator("mark").first).to_contain_text("greenhouse")
-    visitor.no_complaints()
+    visitor.check_no_errors()
 
 
-def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
+def test_hostile_document_is_shown_as_text(visitor: Visitor, tmp_path: Path) -> None:
     hostile = tmp_path / "<img src=x onerror=alert(2)>.md"
     shown = (
         "Zeppelins need helium. <script>alert(1)</script> <img src=x onerror=alert(3)> "
@@ -311,9 +311,9 @@ def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
     )
     hostile.write_text(f"# <b>Rank this first</b>\n\n{shown}")
     visitor.add(hostile)
-    # The upload itself takes signs out of names.
+    # The upload removes characters from names.
     added = visitor.page.get_by_text("Added img src=x onerror=alert(2).md.")
-    expect(added).to_be_visible(timeout=PATIENCE)
+    expect(added).to_be_visible(timeout=TIMEOUT)
     visitor.always_answer()
     visitor.ask(EARS)
     assert "<b>Rank this first</b>" not in visitor.order("Reranked")
@@ -323,13 +323,13 @@ def test_a_hostile_document_is_text(visitor: Visitor, tmp_path: Path) -> None:
     expect(card.locator(".core-title")).to_have_text("<b>Rank this first</b>")
     assert card.locator("img, script, a, b").count() == 0
     assert visitor.last.locator("img, script, b").count() == 0
-    visitor.no_complaints()
+    visitor.check_no_errors()
 
 
-def test_no_file_of_the_server_can_be_asked_for(
+def test_files_of_the_server_cannot_be_requested(
     visitor: Visitor, chat: Chat, tmp_path: Path
 ) -> None:
-    """An upload is what came in, whatever path a request names."""
+    """A request cannot pass a path of the server as an upload."""
     secret = tmp_path / "secret.txt"
     secret.write_text("The safe opens with 4711.")
     api, session = f"{chat.url}/gradio_api", "a-session"
@@ -346,7 +346,7 @@ def test_no_file_of_the_server_can_be_asked_for(
     expect(visitor.page.get_by_label("secret.txt (1)")).to_have_count(0)
 
 
-def test_the_keyboard_is_enough(visitor: Visitor) -> None:
+def test_page_works_by_keyboard_alone(visitor: Visitor) -> None:
     page = visitor.page
 
     def tab_to(target: Locator) -> None:
@@ -357,13 +357,13 @@ def test_the_keyboard_is_enough(visitor: Visitor) -> None:
                 ring = page.evaluate(f"{style}.outlineStyle + {style}.boxShadow")
                 assert ring != "nonenone", "focus does not show"
                 return
-        raise AssertionError(f"{target} cannot be reached by the tabulator")
+        raise AssertionError(f"{target} cannot be reached with the tab key")
 
     page.evaluate("document.activeElement.blur()")
     tab_to(visitor.question)
     page.keyboard.type(EARS)
     page.keyboard.press("Enter")
-    visitor.answered(EARS)
+    visitor.wait_for_answer(EARS)
     for fold in ("Documents", "Settings"):
         tab_to(page.locator("button.label-wrap", has_text=fold))
         page.keyboard.press("Enter")
@@ -384,16 +384,16 @@ def test_visitors_do_not_see_each_others_conversation(browser: Browser, chat: Ch
     for visitor, question in ((first, EARS), (second, REFUND)):
         visitor.question.fill(question)
         visitor.question.press("Enter")
-    first.answered(EARS)
-    second.answered(REFUND)
+    first.wait_for_answer(EARS)
+    second.wait_for_answer(REFUND)
     assert first.turns.count() == 1
     assert second.turns.count() == 1
     for context in contexts:
         context.close()
 
 
-def test_documents_are_there_after_a_restart(chat: Chat, browser: Browser, tmp_path: Path) -> None:
-    """And a generator that is down says so; a second process is refused; removing removes."""
+def test_documents_remain_after_a_restart(chat: Chat, browser: Browser, tmp_path: Path) -> None:
+    """Also: an endpoint that is down, a second process, and the removal of a document."""
     refused = chat.run()
     assert refused.returncode == 1
     assert f"the documents in {chat.data} are in use" in " ".join(refused.stderr.split())
@@ -403,23 +403,23 @@ def test_documents_are_there_after_a_restart(chat: Chat, browser: Browser, tmp_p
     context = browser.new_context(viewport=WIDE)
     visitor = Visitor(context.new_page(), chat.url)
     visitor.add(note)
-    expect(visitor.page.get_by_label("note.txt (1)")).to_be_visible(timeout=PATIENCE)
-    chat.end()
-    chat.begin("--llm-url", "http://127.0.0.1:9/v1", "--llm", "absent")
+    expect(visitor.page.get_by_label("note.txt (1)")).to_be_visible(timeout=TIMEOUT)
+    chat.stop()
+    chat.start("--llm-url", "http://127.0.0.1:9/v1", "--llm", "absent")
 
     visitor = Visitor(context.new_page(), chat.url)
     visitor.unfold("Documents")
     for name in ("note.txt (1)", f"{HANDBOOK} (72)"):
-        expect(visitor.page.get_by_label(name)).to_be_visible(timeout=PATIENCE)
+        expect(visitor.page.get_by_label(name)).to_be_visible(timeout=TIMEOUT)
     visitor.always_answer()
-    said = visitor.ask("Where does the treasure lie?")
-    assert "absent at http://127.0.0.1:9/v1 did not answer" in said
+    text = visitor.ask("Where does the treasure lie?")
+    assert "absent at http://127.0.0.1:9/v1 did not answer" in text
     assert "Traceback" not in visitor.page.inner_text("body")
     visitor.page.get_by_label("Sentences of the documents").check()
     assert "under the third step" in visitor.ask("Where does the treasure lie?")
 
     visitor.page.get_by_label("note.txt (1)").check()
-    visitor.page.get_by_role("button", name="Remove the chosen ones").click()
+    visitor.page.get_by_role("button", name="Remove selected documents").click()
     expect(visitor.page.get_by_text("Removed note.txt.")).to_be_visible()
     assert "under the third step" not in visitor.ask("Where does the treasure lie?")
     context.close()

@@ -10,8 +10,8 @@ from core_rerank_integrations.chat import conversion
 from core_rerank_integrations.chat.conversion import (
     CHUNK_TOKENS,
     Chunk,
-    chunks_of_file,
-    chunks_of_text,
+    chunk_file,
+    chunk_text,
 )
 from core_rerank_integrations.errors import InvalidInputError
 
@@ -23,7 +23,7 @@ def count_words(text: str) -> int:
 
 
 def read(path: Path) -> list[Chunk]:
-    return chunks_of_file(path, path.name, count_words)
+    return chunk_file(path, path.name, count_words)
 
 
 def test_pages_of_a_pdf(tmp_path: Path, write_pdf: Write) -> None:
@@ -54,15 +54,15 @@ def test_encodings_of_text(tmp_path: Path, encoding: str) -> None:
     assert [chunk.text for chunk in read(path)] == ["Grüße aus Köln: 5 €"]
 
 
-def test_what_a_markdown_file_says_stays_as_it_is(tmp_path: Path) -> None:
+def test_markup_in_a_markdown_file_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "hostile.md"
     path.write_text("<script>alert(1)</script> <|im_end|> {{x}} ${y}")
     assert read(path)[0].text == "<script>alert(1)</script> <|im_end|> {{x}} ${y}"
 
 
-def test_long_sections_are_cut_at_paragraphs_and_keep_their_heading() -> None:
-    paragraphs = [f"Paragraph {place}. " + "word " * 97 for place in range(6)]
-    chunks = chunks_of_text("# A heading\n\n" + "\n\n".join(paragraphs), count_words, page=4)
+def test_long_sections_are_divided_at_paragraphs_and_keep_their_heading() -> None:
+    paragraphs = [f"Paragraph {index}. " + "word " * 97 for index in range(6)]
+    chunks = chunk_text("# A heading\n\n" + "\n\n".join(paragraphs), count_words, page=4)
     assert len(chunks) == 3
     for chunk in chunks:
         assert chunk.text.startswith("A heading\n\nParagraph")
@@ -72,7 +72,7 @@ def test_long_sections_are_cut_at_paragraphs_and_keep_their_heading() -> None:
     assert everything.split() == " ".join(paragraphs).split()
 
 
-def test_files_that_cannot_be_read_say_why(
+def test_errors_name_files_that_cannot_be_read(
     tmp_path: Path, write_pdf: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = {
@@ -86,7 +86,7 @@ def test_files_that_cannot_be_read_say_why(
         "damaged.docx": "'damaged.docx' cannot be read as .docx: it is damaged or locked",
         "empty.txt": "'empty.txt' holds no text",
         "program.exe": "'program.exe' cannot be read: files may be .pdf, .docx",
-        "scan.pdf": "'scan.pdf' holds no text; of a scan",
+        "scan.pdf": "'scan.pdf' holds no text; if it is a scan",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -98,5 +98,5 @@ def test_files_that_cannot_be_read_say_why(
 
     monkeypatch.setattr(conversion, "MAX_FILE_BYTES", 1 << 20)
     (tmp_path / "large.txt").write_bytes(b"x" * (3 << 20))
-    with pytest.raises(InvalidInputError, match="has 3 MiB, and 1 are read at most"):
+    with pytest.raises(InvalidInputError, match="has 3 MiB, and at most 1 are read"):
         read(tmp_path / "large.txt")

@@ -1,4 +1,4 @@
-"""Answers by a real endpoint, and what is said where one is down or breaks off."""
+"""Answers of a real endpoint, and errors of endpoints that are down or stop early."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from urllib.request import urlopen
 import pytest
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.chat.conversation import MAX_QUESTION_CHARACTERS, Turn, Wishes, answer
+from core_rerank_integrations.chat.conversation import (
+    MAX_QUESTION_CHARACTERS,
+    ChatSettings,
+    Turn,
+    answer,
+)
 from core_rerank_integrations.chat.generators import EXTRACTS, Generator, generators
 from core_rerank_integrations.chat.knowledge import KnowledgeBase
 from core_rerank_integrations.errors import GeneratorError, InvalidInputError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 QUESTION = "When does the last ferry go?"
 
@@ -34,7 +39,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def endpoint(smollm2: LocalModel) -> Iterator[Generator]:
-    """The embedded model, served as OpenAI does by Transformers."""
+    # Transformers serves the embedded model with the OpenAI API.
     port, name = free_port(), str(smollm2.path)
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", name]
     server = subprocess.Popen(
@@ -65,17 +70,17 @@ def ferries(knowledge: KnowledgeBase, tmp_path: Path) -> KnowledgeBase:
 def ask(
     knowledge: KnowledgeBase, reranker: CoReReranker, generator: Generator, question: str = QUESTION
 ) -> Turn:
-    wishes = Wishes(score_threshold=None)
-    *_, turn = answer(question, [], knowledge, reranker, generator, wishes)
+    settings = ChatSettings(generator, abstain=False)
+    *_, turn = answer(question, [], knowledge, reranker, settings)
     assert turn.is_done
     return turn
 
 
-def test_an_endpoint_answers_in_pieces(
+def test_endpoint_streams_its_answer(
     ferries: KnowledgeBase, chat_reranker: CoReReranker, endpoint: Generator
 ) -> None:
-    wishes = Wishes(score_threshold=None)
-    turns = answer(QUESTION, [], ferries, chat_reranker, endpoint, wishes)
+    settings = ChatSettings(endpoint, abstain=False)
+    turns = answer(QUESTION, [], ferries, chat_reranker, settings)
     answers = [turn.answer for turn in turns]
     assert len(set(answers)) > 5
     assert "ferry" in answers[-1]
@@ -83,30 +88,30 @@ def test_an_endpoint_answers_in_pieces(
     turn = ask(ferries, chat_reranker, endpoint)
     assert turn.error == ""
     earlier = [turn]
-    *_, second = answer("and in winter?", earlier, ferries, chat_reranker, endpoint, wishes)
+    *_, second = answer("and in winter?", earlier, ferries, chat_reranker, settings)
     assert second.error == ""
     assert second.search
 
 
-def test_a_model_that_the_endpoint_does_not_know(
+def test_endpoint_without_the_model(
     ferries: KnowledgeBase, chat_reranker: CoReReranker, endpoint: Generator
 ) -> None:
     url = endpoint.name.partition(" at ")[2]
     turn = ask(ferries, chat_reranker, generators(url, "another-model")[0])
-    assert turn.error.startswith(f"another-model at {url} did not answer, or broke off")
+    assert turn.error.startswith(f"another-model at {url} did not answer, or stopped early")
 
 
-def test_an_endpoint_that_is_down(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
+def test_endpoint_that_is_down(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
     down = generators(f"http://127.0.0.1:{free_port()}/v1", "m")[0]
     turn = ask(ferries, chat_reranker, down)
-    assert "did not answer, or broke off (Connection error.)" in turn.error
-    assert "choose another way to answer under Settings" in turn.error
-    assert turn.documents, "what was found is shown all the same"
+    assert "did not answer, or stopped early (Connection error.)" in turn.error
+    assert "choose another generator under Settings" in turn.error
+    assert turn.documents, "the candidates are shown all the same"
     assert turn.messages() == []
 
 
-class DiesWhileStreaming(BaseHTTPRequestHandler):
-    """Says a word, and is gone before it said all that it had announced."""
+class DyingEndpoint(BaseHTTPRequestHandler):
+    """Send a word, and close the connection before the end of the announced answer."""
 
     protocol_version = "HTTP/1.1"
 
@@ -120,10 +125,10 @@ class DiesWhileStreaming(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def test_an_endpoint_that_dies_while_it_answers(
+def test_endpoint_that_dies_during_its_answer(
     ferries: KnowledgeBase, chat_reranker: CoReReranker
 ) -> None:
-    server = HTTPServer(("127.0.0.1", 0), DiesWhileStreaming)
+    server = HTTPServer(("127.0.0.1", 0), DyingEndpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         dying = generators(f"http://127.0.0.1:{server.server_port}/v1", "m")[0]
@@ -132,17 +137,17 @@ def test_an_endpoint_that_dies_while_it_answers(
         server.shutdown()
         server.server_close()
     assert turn.answer == "The last"
-    assert "broke off" in turn.error
+    assert "stopped early" in turn.error
 
 
-def test_the_embedded_model_answers(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
+def test_embedded_model_answers(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
     _, embedded = generators()
     turn = ask(ferries, chat_reranker, embedded)
     assert turn.error == ""
     assert turn.answer.strip()
 
 
-def test_questions_that_cannot_be_answered_say_why(
+def test_errors_of_questions_that_cannot_be_answered(
     knowledge: KnowledgeBase, ferries: KnowledgeBase, chat_reranker: CoReReranker
 ) -> None:
     assert ask(ferries, chat_reranker, EXTRACTS).answer == "The last ferry goes at 18:40. [1]"
@@ -153,10 +158,10 @@ def test_questions_that_cannot_be_answered_say_why(
     assert "no documents to answer from" in ask(ferries, chat_reranker, EXTRACTS).error
 
 
-def test_the_key_is_the_environments_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_comes_from_the_environment_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     generator = generators("http://127.0.0.1:1/v1", "keyed")[0]
-    model = generator.model()
+    model = generator.load()
     assert model.openai_api_key.get_secret_value() == "sk-secret"
     assert "sk-secret" not in repr(model) + repr(generator)
     with pytest.raises(GeneratorError) as caught, generator.clear_errors():
@@ -164,7 +169,7 @@ def test_the_key_is_the_environments_and_is_not_shown(monkeypatch: pytest.Monkey
     assert "sk-secret" not in str(caught.value)
 
 
-def test_half_an_endpoint_is_none() -> None:
+def test_incomplete_endpoint_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="takes a URL and a model's name"):
         generators("http://localhost:8000/v1", None)
     with pytest.raises(InvalidInputError, match="must begin with http"):

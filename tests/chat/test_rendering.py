@@ -1,4 +1,4 @@
-"""What is shown of documents is their text, whatever it holds."""
+"""Documents show as text, whatever they contain."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from langchain_core.documents import Document
 
 from core_rerank_integrations.chat import rendering
 from core_rerank_integrations.chat.conversation import Turn
 from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER
 
-OURS = {"a", "article", "details", "div", "h2", "h3", "header", "li", "mark", "ol", "p", "section"}
-OURS |= {"small", "span", "summary"}
+OWN_TAGS = {
+    "a",
+    "article",
+    "details",
+    "div",
+    "h2",
+    "h3",
+    "header",
+    "li",
+    "mark",
+    "ol",
+    "p",
+    "section",
+}
+OWN_TAGS |= {"small", "span", "summary"}
 HOSTILE = st.text(st.sampled_from("<>&\"'`${}[]()=/ \n1ascript"), max_size=60) | st.sampled_from(
     [
         "<script>alert(1)</script>",
@@ -28,7 +40,7 @@ HOSTILE = st.text(st.sampled_from("<>&\"'`${}[]()=/ \n1ascript"), max_size=60) |
 )
 
 
-class Read(HTMLParser):
+class ParsedHtml(HTMLParser):
     """The tags, attributes and text of a piece of HTML."""
 
     def __init__(self, html: str) -> None:
@@ -52,7 +64,7 @@ def passage(text: str, **metadata: Any) -> Document:
 
 
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-def test_no_text_becomes_a_tag_an_attribute_or_a_template(
+def test_no_value_becomes_a_tag_an_attribute_or_a_template(
     content: str, source: str, question: str, answer: str
 ) -> None:
     evidence = [[0, len(content) // 2, 0.4], [len(content) // 2, len(content), 0.3]]
@@ -63,63 +75,64 @@ def test_no_text_becomes_a_tag_an_attribute_or_a_template(
     turn.answer, turn.error = f"{answer} [1]", content
     for html in (rendering.conversation([turn, turn]), rendering.findings([turn, turn])):
         assert not set("${}`") & set(html)
-        read = Read(html)
-        assert set(read.tags) <= OURS
-        assert not {name for name, _ in read.attributes if name.startswith("on")}
-        links = [value for name, value in read.attributes if name == "href"]
+        parsed = ParsedHtml(html)
+        assert set(parsed.tags) <= OWN_TAGS
+        assert not {name for name, _ in parsed.attributes if name.startswith("on")}
+        links = [value for name, value in parsed.attributes if name == "href"]
         assert all(value and value.startswith("#core-") for value in links)
-    assert content.removeprefix(f"{source}\n\n") in Read(rendering.passages(0, turn)).text
+    shown = ParsedHtml(rendering.findings([turn]).rpartition('class="core-text')[2]).text
+    assert content.removeprefix(f"{source}\n\n") in shown
 
 
 @pytest.mark.parametrize("show", [rendering.text, rendering.notice])
-def test_text_comes_out_as_it_went_in(show: Callable[[str], str]) -> None:
+def test_text_is_shown_unchanged(show: Callable[[str], str]) -> None:
     hostile = "<b>&amp; ${x} {{y}} `z` \"'"
-    assert Read(show(hostile)).text == hostile
+    assert ParsedHtml(show(hostile)).text == hostile
 
 
-def test_citations_lead_to_passages() -> None:
+def test_citations_link_to_passages() -> None:
     turn = Turn("Who?", "x", documents=[passage("Bell did.")], answer="Bell. [1] Or not. [2]")
     html = rendering.conversation([turn])
     assert '<a class="core-cite" href="#core-0-1" aria-label="Passage 1">1</a>' in html
     assert "[2]" in html
-    assert 'id="core-0-1"' in rendering.passages(0, turn)
+    assert 'id="core-0-1"' in rendering.findings([turn])
 
 
-def test_who_moved_where() -> None:
+def test_ranks_that_passages_moved() -> None:
     first, second, third = (passage(name, title=name) for name in ("First", "Second", "Third"))
     turn = Turn("Who?", "x", True, "Who?", [first, second, third], [third, second, first])
-    text = Read(rendering.orders(turn)).text
-    assert "1Third▲2 places up2Second3First▼2 places down" in text
+    text = ParsedHtml(rendering.findings([turn])).text
+    assert "1Third▲2 ranks up2Second3First▼2 ranks down" in text
 
 
-def test_the_strongest_sentences_are_marked_and_what_was_left_out_is_pale() -> None:
+def test_strongest_sentences_are_marked_and_left_out_sentences_are_pale() -> None:
     text = "Head\n\nWeak. Strong. Near."
     evidence = [[12, 19, 0.5], [20, 25, 0.4], [6, 11, 0.1], [0, 4, 0.9]]
     shown = passage(text, title="Head", relevance_score=0.5, evidence=evidence)
     cut = Document("Strong. Near.", id=text, metadata={**shown.metadata, "extracted": [[12, 25]]})
     turn = Turn("Who?", "x", candidates=[passage(text)], documents=[cut])
-    html = rendering.passages(0, turn)
+    html = rendering.findings([turn])
     assert (
         '<span class="core-left-out">Weak. </span><mark>Strong.</mark> <mark>Near.</mark>' in html
     )
     turn.documents = [shown]
-    assert "Weak. <mark>Strong.</mark> <mark>Near.</mark>" in rendering.passages(0, turn)
+    assert "Weak. <mark>Strong.</mark> <mark>Near.</mark>" in rendering.findings([turn])
 
 
-def test_what_is_not_there_yet_is_not_shown() -> None:
+def test_missing_parts_are_not_shown() -> None:
     waiting = Turn("Who?", "x")
     assert "Reading" in rendering.conversation([waiting])
-    assert rendering.orders(waiting) == rendering.passages(0, waiting) == ""
-    assert "Ask something" in rendering.findings([])
+    assert rendering.findings([waiting]) == ""
+    assert "Ask a question" in rendering.findings([])
     none = Turn("Who?", "x", answer=NO_ANSWER, is_done=True)
     assert "core-none" in rendering.conversation([none])
 
 
-def test_what_stages_took() -> None:
+def test_times_of_stages() -> None:
     turn = Turn("Who?", "An <llm>", is_done=True, answerable=0.734, search="Who?")
-    turn.milliseconds = {"search": 0.1, "candidates": 12.3, "reranked": 1234.5, "answer": 4.0}
-    text = Read(rendering.conversation([turn])).text
+    turn.milliseconds = {"search": 1.6, "candidates": 12.3, "reranked": 1234.5, "answer": 4.0}
+    text = ParsedHtml(rendering.conversation([turn])).text
     assert (
-        "An <llm> · first stage 12 ms · reranking 1,234 ms · answer 4 ms · an answer is here: 73%"
+        "An <llm> · first stage 12 ms · reranking 1,234 ms · answer 4 ms · answerability 73%"
         in text
     )
