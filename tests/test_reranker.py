@@ -118,7 +118,7 @@ def recording(reranker: CoReReranker) -> RecordingBackend:
 def with_backend(
     smollm2: LocalModel, backend: AttentionBackend, heads: Heads = HEADS, **settings: Any
 ) -> CoReReranker:
-    """A reranker with its own settings, on a model that is loaded already."""
+    """Return a reranker with its own settings, on a model that is loaded already."""
     scorer = AttentionScorer(load_encoder(smollm2, HEADS.template), backend)
     return CoReReranker.from_scorer(scorer, smollm2.path, heads, **settings)
 

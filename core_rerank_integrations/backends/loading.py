@@ -45,6 +45,9 @@ def load_backend(
         model: The model.
         heads: The heads to read.
         engine: For ``vllm-shared``, a running engine of the caller.
+
+    Raises:
+        InvalidInputError: The device does not belong to the backend.
     """
     dtype = settings.dtype
     if backend == "openvino":

@@ -31,7 +31,7 @@ def encoder(tokenizer: Tokenizer) -> PromptEncoder:
 def encoded(
     encoder: PromptEncoder, query: str, documents: list[str]
 ) -> tuple[SharedPrefix, np.ndarray]:
-    """The prefix, and all token ids of the prompt."""
+    """Return the prefix, and all token ids of the prompt."""
     question = encoder.question(query)
     (prefix,) = encoder.prefixes([documents])
     prefix = question.prefix_of(prefix)

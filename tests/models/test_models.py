@@ -79,7 +79,7 @@ def test_a_damaged_gguf_file_is_an_error_that_names_it(cache: Path, tmp_path: Pa
 
 
 def write_tiny_gguf(path: Path, adds_bos: bool) -> None:
-    """A random Llama of one layer, whose vocabulary is the bytes and one merge of two."""
+    """Write a random Llama of one layer, whose vocabulary is the bytes and one merge of two."""
     width, tokens = 64, [*bytes_to_unicode().values(), "<bos>", "<eos>", "gu"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -157,6 +157,7 @@ def _make(folder: Path) -> None:
     build_once(folder, _slowly)
 
 
+@pytest.mark.model
 def test_several_processes_make_a_folder_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_make, args=(tmp_path / "made",)) for _ in range(3)]

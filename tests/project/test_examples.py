@@ -1,4 +1,4 @@
-"""Every example runs as a user runs it, with the embedded models; `make test-examples`."""
+"""Run every example as a user does, with the embedded models; `make test-examples`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("bm25s", reason="examples need the extra of that name")
+pytest.importorskip("bm25s", reason="the examples need the extra 'examples'")
 
 pytestmark = [pytest.mark.examples, pytest.mark.timeout(900)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = EXAMPLES.parent / "docs/examples.md"
-RUN_BELOW = {
+TESTED = {
     "extraction.py",
     "hybrid_retrieval.py",
     "langchain_retriever.py",
@@ -26,7 +26,7 @@ RUN_BELOW = {
     "search_agent.py",
     "telephone_or_light_bulb.py",
 }
-ASKING_A_MODEL = [
+WITH_ENDPOINT = [
     "extraction.py",
     "llama_index_query_engine.py",
     "rag_chatbot.py",
@@ -34,11 +34,11 @@ ASKING_A_MODEL = [
 ]
 
 
-def run(name: str, *arguments: str, typed: str = "", fails: bool = False) -> str:
-    """What it prints; on standard error where it is to fail."""
+def run(name: str, *arguments: str, stdin: str = "", fails: bool = False) -> str:
+    """Return what an example prints; on standard error if it should fail."""
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
-        input=typed,
+        input=stdin,
         capture_output=True,
         text=True,
     )
@@ -48,8 +48,15 @@ def run(name: str, *arguments: str, typed: str = "", fails: bool = False) -> str
 
 def test_examples_stay_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert lengths.keys() == RUN_BELOW
+    assert lengths.keys() == TESTED
     assert max(lengths.values()) < 100, lengths
+
+
+def test_examples_and_notebooks_import_only_public_modules() -> None:
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("notebooks/*.ipynb")]:
+        imported = re.findall(r"core_rerank_integrations[\w.]+", path.read_text(encoding="utf-8"))
+        private = [name for name in imported if re.search(r"\.(_internal|cli|research\.\w)", name)]
+        assert not private, path
 
 
 def test_the_docs_name_every_example_and_notebook() -> None:
@@ -83,14 +90,14 @@ def test_hybrid_retrieval_measures_before_and_after() -> None:
     output = run("hybrid_retrieval.py", "--question", "May I bring my dog?")
     assert output.splitlines()[3].split("  ")[-1] == "Bringing a dog"
     measured = dict(
-        re.findall(r"^(BM25|vectors|both, fused) +([\d.]+ +[\d.]+)$", output, re.MULTILINE)
+        re.findall(r"^(BM25|dense|both, fused) +([\d.]+ +[\d.]+)$", output, re.MULTILINE)
     )
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| \**([\d.]+)", PAGE.read_text(), re.MULTILINE)
     documented = {name.removesuffix(" by their ranks"): figures for name, *figures in rows}
-    assert measured.keys() == documented.keys() == {"BM25", "vectors", "both, fused"}
+    assert measured.keys() == documented.keys() == {"BM25", "dense", "both, fused"}
     for name, values in measured.items():
         before, after = map(float, values.split())
-        # Processors differ in the precision that they compute in.
+        # Processors compute in different precisions.
         assert (before, after) == pytest.approx(tuple(map(float, documented[name])), abs=0.02)
         assert before < after
 
@@ -101,14 +108,14 @@ def test_extraction_saves_tokens() -> None:
     assert "tokens  Your payment when we cannot bring you over\n" in whole
     assert "it is returned to the card you paid with inside five working days." in extracts
     assert output.count("Answer: ") == 2
-    kept, all_tokens = map(int, re.findall(r"^(\d+) tokens in place of (\d+)$", output, re.M)[0])
+    kept, all_tokens = map(int, re.findall(r"^(\d+) tokens instead of (\d+)$", output, re.M)[0])
     assert 0 < kept < 0.4 * all_tokens
 
 
-def test_extraction_refuses_a_share_that_is_none() -> None:
+def test_extraction_refuses_an_invalid_share() -> None:
     error = run("extraction.py", "--share", "3", fails=True)
     assert error.splitlines()[-1] == (
-        "extraction.py: error: --share is above 0 and at most 1, got 3"
+        "extraction.py: error: --share must be above 0 and at most 1, got 3"
     )
 
 
@@ -127,16 +134,16 @@ def test_one_vllm_engine_reranks_and_answers() -> None:
 
 def test_search_agent_writes_a_query_and_answers() -> None:
     output = run("search_agent.py", "--question", "May I bring my dog?")
-    asked, _, call, _, *sources, answer = output.splitlines()
-    assert asked == "human: May I bring my dog?"
+    question, _, call, _, *sources, answer = output.splitlines()
+    assert question == "human: May I bring my dog?"
     assert re.fullmatch(r"    search\(\{'query': '.*dog.*'\}\)", call)
     assert re.fullmatch(r"    0\.\d{3}  Bringing a dog", sources[0])
     assert len(sources) == 3
     assert len(answer.removeprefix("ai: ").split()) > 3
 
 
-def test_chatbot_takes_several_turns_and_names_sources() -> None:
-    output = run("rag_chatbot.py", typed="When is the last ferry in winter?\nand in summer?\n")
+def test_chatbot_answers_follow_ups_and_names_sources() -> None:
+    output = run("rag_chatbot.py", stdin="When is the last ferry in winter?\nand in summer?\n")
     first, second = output.split("bot> ")[1:]
     assert "Winter sailings" in first
     assert "searched for: When is the last ferry in winter? and in summer?" in second
@@ -146,14 +153,14 @@ def test_chatbot_takes_several_turns_and_names_sources() -> None:
         assert re.search(r"\. \[[123]\]$", turn, re.MULTILINE), "an answer cites"
 
 
-@pytest.mark.parametrize("name", ASKING_A_MODEL)
+@pytest.mark.parametrize("name", WITH_ENDPOINT)
 def test_an_endpoint_that_does_not_answer_is_named(name: str) -> None:
-    with socket.socket() as free:  # Nobody listens there once this is closed.
+    with socket.socket() as free:  # Nothing listens on the port after this.
         free.bind(("localhost", 0))
         url = f"http://localhost:{free.getsockname()[1]}/v1"
     if name == "rag_chatbot.py":
-        said = run(name, "--llm-url", url, typed="When is the last ferry in winter?\n")
+        output = run(name, "--llm-url", url, stdin="When is the last ferry in winter?\n")
     else:
-        said = run(name, "--llm-url", url, fails=True)
-        assert "Traceback" not in said
-    assert f"{url} did not answer: Connection error." in said
+        output = run(name, "--llm-url", url, fails=True)
+        assert "Traceback" not in output
+    assert f"{url} did not answer: Connection error." in output

@@ -1,16 +1,22 @@
-"""What an import costs, and what a missing extra says."""
+"""What an import costs, what a missing extra reports, and what the project says about itself."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
+
+from core_rerank_integrations import __version__
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ["torch", "transformers", "openvino", "vllm", "langchain_core", "llama_index"]
+FRAMEWORKS = ["torch", "transformers", "openvino", "vllm", "langchain_core", "llama_index"]
+USED_LATE = ["huggingface_hub", "rich", "sentencex", "tqdm", "typer", "yaml"]
 
 
 def run(code: str) -> str:
@@ -22,7 +28,7 @@ def run(code: str) -> str:
 def test_importing_the_package_imports_no_framework() -> None:
     code = (
         "import sys, core_rerank_integrations as c; c.CoReReranker; c.HeadSet; c.RerankResult\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
+        f"print([name for name in {FRAMEWORKS + USED_LATE} if name in sys.modules])"
     )
     assert run(code).strip() == "[]"
 
@@ -36,6 +42,7 @@ def test_importing_the_package_imports_no_framework() -> None:
         ("gradio", "import core_rerank_integrations.chat.app", "chat"),
         ("kreuzberg", "import core_rerank_integrations.chat.app", "chat"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
+        ("yaml", "core_rerank_integrations.HeadSet.load('heads.yaml')", "cli"),
         (
             "transformers",
             "core_rerank_integrations.CoReReranker('.', heads=[(0, 0)])",
@@ -45,6 +52,7 @@ def test_importing_the_package_imports_no_framework() -> None:
 )
 def test_a_missing_extra_is_named(missing: str, use: str, extra: str, tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "heads.yaml").touch()
     code = (
         f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{missing!r}] = None\n"
         "import core_rerank_integrations\n"
@@ -57,9 +65,9 @@ def test_a_missing_extra_is_named(missing: str, use: str, extra: str, tmp_path) 
 def test_what_takes_long_is_shown_unless_the_program_logs(own_logging: str, shown: bool) -> None:
     code = (
         "import contextlib, io, logging\n"
-        "from core_rerank_integrations._internal.progress import show_log\n"
+        "from core_rerank_integrations._internal.progress import log_to_stderr\n"
         f"{own_logging}\n"
-        "show_log(), show_log()\n"
+        "log_to_stderr(), log_to_stderr()\n"
         "with contextlib.redirect_stderr(io.StringIO()) as error:\n"
         "    logging.getLogger('core_rerank_integrations.models.resolve').info('Converting')\n"
         "print(error.getvalue().splitlines())"
@@ -75,9 +83,34 @@ def test_the_drawing_of_the_layers_is_what_lint_checks() -> None:
     assert drawn.splitlines() == checked
 
 
+def test_the_public_api_is_complete() -> None:
+    import core_rerank_integrations
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (plugin,) = project["entry-points"]["vllm.general_plugins"].values()
+    page = (ROOT / "docs/public-api.md").read_text()
+    named = set(re.findall(r"`([\w.:-]+)`", page))
+    assert {*core_rerank_integrations.__all__, plugin} <= named
+    assert project["optional-dependencies"].keys() - named == {"docs", "test", "dev"}
+
+
+def test_the_two_strings_of_vllm_engines_exist() -> None:
+    from core_rerank_integrations.backends.vllm import worker
+
+    assert "CoReWorkerExtension" in dir(worker)
+    (plugin,) = entry_points(group="vllm.general_plugins", name="core_rerank")
+    assert plugin.value == "core_rerank_integrations.backends.vllm.plugin:register"
+    assert callable(plugin.load())
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     import core_rerank_integrations
 
-    with pytest.raises(AttributeError, match="has no attribute 'Reranker'"):
+    with pytest.raises(AttributeError, match="attribute Reranker"):
         core_rerank_integrations.Reranker  # noqa: B018
     assert set(core_rerank_integrations.__all__) <= set(dir(core_rerank_integrations))

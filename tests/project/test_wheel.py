@@ -1,4 +1,4 @@
-"""The built wheels, alone in clean environments: the main one, and the thin ones beside it."""
+"""The built wheels in clean environments: the main one alone, and the thin ones with it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ MAIN = "core_rerank_integrations"
 Environment = Callable[..., Callable[[str], str]]
 
 
+def first_example(readme: Path) -> str:
+    """Return the first Python block of a README."""
+    return re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)[0]
+
+
 @dataclass(frozen=True)
 class ThinPackage:
-    """One framework's names of the main package."""
+    """The names of one framework in the main package."""
 
     project: str
     module: str
@@ -41,10 +46,8 @@ class ThinPackage:
         return self.project.replace("-", "_")
 
     def example(self) -> str:
-        """The README's first, which ranks two documents and prints the better one."""
-        readme = (self.folder / "README.md").read_text(encoding="utf-8")
-        (code, *_) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-        return code
+        """Return the first block of the README, which prints the better of two documents."""
+        return first_example(self.folder / "README.md")
 
 
 LANGCHAIN = ThinPackage(
@@ -61,7 +64,7 @@ THIN = pytest.mark.parametrize("thin", [LANGCHAIN, LLAMA_INDEX], ids=lambda thin
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All three, by the names that their files begin with."""
+    """Build all three wheels; they are returned by the names with which their files begin."""
     folder = tmp_path_factory.mktemp("dist")
     for source in (ROOT, LANGCHAIN.folder, LLAMA_INDEX.folder):
         command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
@@ -71,7 +74,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Environment:
-    """Makes a clean environment with what is required, and returns what runs code in it."""
+    """Return a function that makes a clean environment, and returns a function that runs code."""
 
     def make(*requirements: str) -> Callable[[str], str]:
         subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -81,7 +84,7 @@ def environment(tmp_path: Path) -> Environment:
         subprocess.run([*install, *requirements], check=True)
 
         def run(code: str) -> str:
-            # -E: what PYTHONPATH adds is not clean.
+            # -E ignores PYTHONPATH.
             command = [python, "-E", "-c", code]
             return subprocess.run(
                 command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -99,16 +102,46 @@ def lacks(*modules: str) -> str:
     )
 
 
+def files_of(folder: str) -> set[str]:
+    """Return all files in a folder of the repository, without compiled ones."""
+    paths = (ROOT / folder).rglob("*")
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in paths
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
 def test_contents_of_the_main_wheel(wheels: dict[str, Path]) -> None:
-    names = zipfile.ZipFile(wheels[MAIN]).namelist()
-    for name in ("py.typed", "model_configs/core-phi-4.json", "examples/data/corpus.jsonl"):
-        assert f"{MAIN}/{name}" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {MAIN}
+    """Stubs (``.pyi``) are needed at run time, because lazy imports read them."""
+    names = {name for name in zipfile.ZipFile(wheels[MAIN]).namelist() if ".dist-info/" not in name}
+    resources = files_of("model_configs") | files_of("examples/data")
+    assert names == files_of(MAIN) | {f"{MAIN}/{name}" for name in resources}
+    assert {
+        f"{MAIN}/{name}"
+        for name in (
+            "__init__.pyi",
+            "py.typed",
+            "chat/style.css",
+            "chat/page.html",
+            "chat/citations.js",
+        )
+    } <= names
+
+
+def test_metadata_of_the_main_wheel(wheels: dict[str, Path]) -> None:
+    archive = zipfile.ZipFile(wheels[MAIN])
+    about = f"{MAIN}-{__version__}.dist-info"
+    metadata = message_from_bytes(archive.read(f"{about}/METADATA"))
+    core = {item for item in metadata.get_all("Requires-Dist", []) if "extra ==" not in item}
+    assert not [item for item in core if re.match("typer|rich|pyyaml|torch|transformers", item)]
+    assert len(metadata.get_all("Project-URL", [])) == 5
+    assert "core_rerank = " in archive.read(f"{about}/entry_points.txt").decode()
 
 
 @THIN
 def test_contents_of_a_thin_wheel(thin: ThinPackage, wheels: dict[str, Path]) -> None:
-    """No ``__init__.py`` above its own module: it would hide all else in the namespace."""
+    """An ``__init__.py`` above its own module would hide the rest of the namespace."""
     archive = zipfile.ZipFile(wheels[thin.wheel_name])
     about = f"{thin.wheel_name}-{__version__}.dist-info"
     module = thin.module.replace(".", "/")
@@ -132,7 +165,7 @@ def test_one_framework(
     run(lacks(thin.other_framework))
 
 
-@pytest.mark.usefixtures("smollm2")  # Without PyTorch its GGUF file could not be converted.
+@pytest.mark.usefixtures("smollm2")  # Without PyTorch its GGUF file cannot be converted.
 @THIN
 def test_a_thin_wheel_without_pytorch(
     thin: ThinPackage, wheels: dict[str, Path], environment: Environment, tmp_path: Path
@@ -140,6 +173,7 @@ def test_a_thin_wheel_without_pytorch(
     run = environment(*(str(wheels[name]) for name in (thin.wheel_name, MAIN)))
     assert run(thin.example()).startswith("Bell")
     run(lacks("torch", thin.other_framework))
+    assert "Canberra" in run(first_example(ROOT / "README.md"))
     if thin is LLAMA_INDEX:
         neighbour = tmp_path / "llama_index" / "postprocessor" / "neighbour"
         neighbour.mkdir(parents=True)

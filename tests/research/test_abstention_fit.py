@@ -119,6 +119,7 @@ def test_what_answers_unjudged_is_left_out(calibrated: CoReReranker, tmp_path: P
     assert len(judged_log_odds(sample, calibrated, 20)[0].others) == 3
 
 
+@pytest.mark.model
 def test_the_command_fits_it(tmp_path: Path) -> None:
     collection = Collection.load(HANDBOOK)
     ranking = {

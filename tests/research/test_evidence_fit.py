@@ -86,6 +86,7 @@ def test_weights_find_what_knows_the_answer() -> None:
     assert np.mean([item.answers[values.argmin()] for values, item in pairs]) < 0.1
 
 
+@pytest.mark.model
 def test_a_head_set_gets_weights_and_ranks_as_before(folder: Path) -> None:
     HEADS.save(folder / "four.json")
     command = (

@@ -115,12 +115,12 @@ def tiny(folder: Path, family: str) -> LocalModel:
 def prefix(
     ids: np.ndarray[Any, Any], instruction: int, baseline: np.ndarray[Any, Any], documents: int = 1
 ) -> SharedPrefix:
-    """A prefix of tokens without a text."""
+    """Return a prefix of tokens without a text."""
     return SharedPrefix(ids, instruction, (Span(0, 1),) * documents, (), baseline)
 
 
 def groups() -> list[PromptGroup]:
-    """Two questions about one prefix, one about a short prefix, one about a long one.
+    """Return two questions about one prefix, one about a short prefix, one about a long one.
 
     The second prefix has no instruction.
     """
@@ -144,7 +144,7 @@ def groups() -> list[PromptGroup]:
 def expected(
     model: LocalModel, prefix: SharedPrefix, question: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """The weighted attention mass of one question, by the whole model's eager attention."""
+    """Compute the weighted attention mass of one question, by the whole model's eager attention."""
     eager = AutoModelForCausalLM.from_pretrained(
         model.path, attn_implementation="eager", dtype=torch.float32
     ).eval()
@@ -160,7 +160,7 @@ def expected(
 
 
 def expected_masses(model: LocalModel, groups: Sequence[PromptGroup]) -> list[np.ndarray[Any, Any]]:
-    """The weighted mass of each group's baseline and questions, in order."""
+    """Compute the weighted mass of each group's baseline and questions, in order."""
     return [
         expected(model, group.prefix, question)
         for group in groups
@@ -169,7 +169,7 @@ def expected_masses(model: LocalModel, groups: Sequence[PromptGroup]) -> list[np
 
 
 def masses(backend: AttentionBackend, groups: Sequence[PromptGroup]) -> list[np.ndarray[Any, Any]]:
-    """What a backend computes of the same, in the same order."""
+    """Compute the same with a backend, in the same order."""
     return [
         mass[0]
         for result in backend.attention_mass(groups, HEADS.weights[None])

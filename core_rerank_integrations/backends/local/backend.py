@@ -107,11 +107,16 @@ class LocalBackend(ABC):
             with self._lock:
                 batch = self._next_batch(waiting, [()] * len(prefixes))
                 self._run([run for _, run in batch], keep=True)
-                if self._cache.writes:
-                    for _, run in batch:
-                        assert run.cached is not None
+                for _, run in batch:
+                    assert run.cached is not None
+                    if self._cache.writes:
                         written += self._cache.write(run.prefix.key, run.cached)
-                    dropped += self._cache.trim()
+                    else:
+                        # A baseline from the cached states cancels more of their rounding, so
+                        # the first question computes it again. Files need one at once.
+                        run.cached.baseline_mass = None
+                        self._cache.put(run.prefix.key, run.cached)
+                dropped += self._cache.trim() if self._cache.writes else 0
         if dropped:
             warn_caller(
                 f"{dropped} cached documents were dropped, the least recently used first: the "
@@ -158,7 +163,7 @@ class LocalBackend(ABC):
         """
         return sorted(
             enumerate(prefixes),
-            key=lambda item: (item[1].key in self._cache, len(item[1].ids), item[1].key),
+            key=lambda item: (item[1].key in self._cache, len(item[1].ids), item[1].ids.tobytes()),
         )
 
     def _next_batch(
@@ -180,7 +185,7 @@ class LocalBackend(ABC):
             cached = self._cache.get(prefix.key)
             run = PrefixRun(prefix, list(questions[index]), cached)
             if cached is None or cached.baseline_mass is None:
-                run.questions.insert(0, prefix.baseline)
+                run.questions.append(prefix.baseline)
             loaded += cached.nbytes() if cached else 0
             has_room = loaded <= max(self._cache.memory_bytes, MAX_LOADED_BYTES)
             if batch and not (has_room and self._fits([run for _, run in batch] + [run])):
@@ -199,7 +204,7 @@ class LocalBackend(ABC):
         for run, baseline in zip(runs, cached_baselines, strict=True):
             masses = next(computed) if run.questions else []
             if baseline is None:
-                baseline, *masses = masses
+                *masses, baseline = masses
                 baseline = baseline[:, : run.prefix.context_length + 1].copy()
             if keep and run.cached is not None:
                 run.cached.baseline_mass = baseline

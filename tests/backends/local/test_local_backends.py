@@ -42,7 +42,7 @@ def load(request: pytest.FixtureRequest) -> Load:
 
 
 def tokens_run(backend: LocalBackend, groups: Sequence[PromptGroup]) -> int:
-    """Number of tokens that the model runs for these groups."""
+    """Return the number of tokens that the model runs for these groups."""
     before = backend.stats.tokens_run
     backend.attention_mass(groups)
     return backend.stats.tokens_run - before
