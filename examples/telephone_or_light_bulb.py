@@ -1,4 +1,4 @@
-"""Seven passages, one question: what the contrastive heads attend to, in ten lines."""
+"""Seven passages and one question, reranked in ten lines."""
 
 import sys
 
@@ -18,7 +18,7 @@ PASSAGES = [
     "The first telephone exchange opened in New Haven in 1878 and had twenty-one subscribers.",
 ]
 
-with CoReReranker(*sys.argv[1:2]) as reranker:  # By default the small model; or name another.
+with CoReReranker(*sys.argv[1:2]) as reranker:  # The default model, or the one that is named.
     for result in reranker.rerank(
         "Which came first, the telephone or the light bulb?", PASSAGES, top_n=3
     ):

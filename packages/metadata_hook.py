@@ -1,4 +1,4 @@
-"""What both thin packages need: the main one, of their own version or later."""
+"""Dependency of both thin packages: the main package, at their own version or later."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class MainPackageHook(MetadataHookInterface):
-    """Fills in ``dependencies``, so that the version stands in one place only."""
+    """Fill in ``dependencies``, so that the version is written in one place."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Require the main package with this package's ``extras``."""
+        """Require the main package with the ``extras`` of this package."""
         extras = ",".join(self.config["extras"])
         metadata["dependencies"] = [f"core-rerank-integrations[{extras}]>={metadata['version']}"]

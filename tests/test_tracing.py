@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from core_rerank_integrations import CoReReranker, tracing
+from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.errors import InvalidInputError
 
 pytest.importorskip("openinference.instrumentation")
@@ -17,30 +18,43 @@ pytest.importorskip("openinference.instrumentation")
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
-    InMemorySpanExporter,
-)
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 QUERY = "Who patented the telephone?"
 DOCUMENTS = ["Bread is baked from flour.", "Bell patented the telephone in 1876."]
+IN_ANOTHER_PROGRAM = """\
+from core_rerank_integrations import RerankResult
+from core_rerank_integrations.tracing import rerank_span
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+trace.set_tracer_provider(TracerProvider())
+with rerank_span("model", "a query", ["a document"], None) as finish:
+    finish([RerankResult(0, 1.0, "a document")])
+    print(dict(trace.get_current_span().attributes))
+"""
 
 
-@pytest.fixture
-def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+@pytest.fixture(scope="module")
+def module_exporter() -> Iterator[InMemorySpanExporter]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
-    tracing._tracer.cache_clear()
+    trace.set_tracer_provider(provider)
     yield exporter
-    tracing._tracer.cache_clear()
+    provider.shutdown()
+
+
+@pytest.fixture
+def exporter(module_exporter: InMemorySpanExporter) -> InMemorySpanExporter:
+    module_exporter.clear()
+    return module_exporter
 
 
 def spans(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
-def test_a_rerank_is_a_span_in_the_words_of_openinference(
+def test_a_rerank_is_a_span_with_the_attributes_of_openinference(
     reranker: CoReReranker, exporter: InMemorySpanExporter
 ) -> None:
     (best,) = reranker.rerank(QUERY, DOCUMENTS, top_n=1)
@@ -58,7 +72,7 @@ def test_a_rerank_is_a_span_in_the_words_of_openinference(
     assert "reranker.output_documents.1.document.id" not in attributes
 
 
-def test_it_hangs_below_what_called_it(
+def test_the_span_of_the_caller_is_its_parent(
     reranker: CoReReranker, exporter: InMemorySpanExporter
 ) -> None:
     with trace.get_tracer("caller").start_as_current_span("question"):
@@ -67,23 +81,32 @@ def test_it_hangs_below_what_called_it(
     assert found["rerank"].parent.span_id == found["question"].context.span_id
 
 
-def test_texts_can_be_hidden(
-    reranker: CoReReranker, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("hidden", "is_shown"), [("false", True), ("true", False)])
+def test_openinference_can_hide_texts(hidden: str, is_shown: bool) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            **os.environ,
+            "OPENINFERENCE_HIDE_INPUTS": hidden,
+            "OPENINFERENCE_HIDE_OUTPUTS": hidden,
+        },
+    )
+    assert "RERANKER" in result.stdout
+    assert ("a query" in result.stdout) == ("a document" in result.stdout) == is_shown
+
+
+def test_invalid_input_gives_no_span(
+    reranker: CoReReranker, exporter: InMemorySpanExporter
 ) -> None:
-    monkeypatch.setenv("OPENINFERENCE_HIDE_INPUTS", "true")
-    monkeypatch.setenv("OPENINFERENCE_HIDE_OUTPUTS", "true")
-    reranker.rerank(QUERY, DOCUMENTS)
-    shown = str(dict(spans(exporter)["rerank"].attributes))
-    assert "telephone" not in shown
-
-
-def test_bad_input_is_no_rerank(reranker: CoReReranker, exporter: InMemorySpanExporter) -> None:
     with pytest.raises(InvalidInputError):
         reranker.rerank("", DOCUMENTS)
     assert spans(exporter) == {}
 
 
-def test_nothing_is_traced_where_it_is_not_installed() -> None:
+def test_nothing_is_traced_without_openinference() -> None:
     code = (
         "import sys; sys.modules['openinference.instrumentation'] = None\n"
         "from core_rerank_integrations.tracing import rerank_span\n"

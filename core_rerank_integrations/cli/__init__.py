@@ -1,54 +1,29 @@
-"""The command line: ``core-rerank``."""
+"""The command line, ``core-rerank``.
+
+commands.py    all commands
+common.py      options from pydantic models, and errors without tracebacks
+rerank.py      rerank a file of documents
+cache.py       read documents before a question is asked
+chat.py        a chatbot in the browser
+models.py      list and download models
+heads.py       list, find and fit head sets
+evaluate.py    measure rankings on judged questions
+demo.py        two frameworks before and after reranking
+documents.py   files of documents
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
 
-import typer
-from rich.console import Console
-
-from core_rerank_integrations import __version__
-from core_rerank_integrations.cli import heads, models
-from core_rerank_integrations.cli.chat import chat
-from core_rerank_integrations.cli.common import ModelOption, clear_errors
-from core_rerank_integrations.cli.evaluate import evaluate_command
-from core_rerank_integrations.cli.remember import remember
-from core_rerank_integrations.cli.rerank import rerank
-from core_rerank_integrations.models.resolve import DEFAULT_MODEL
-
-app = typer.Typer(
-    help="Rerank documents by a language model's contrastive retrieval heads.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-app.command()(rerank)
-app.command()(remember)
-app.command()(chat)
-app.add_typer(models.app, name="models")
-app.add_typer(heads.app, name="heads")
-app.command("evaluate")(evaluate_command)
+from core_rerank_integrations.errors import MissingExtraError, requires_extra
 
 
-@app.command()
-def demo(
-    model: ModelOption = DEFAULT_MODEL,
-    candidates: Annotated[
-        int, typer.Option(min=5, max=72, help="Passages reranked a question.")
-    ] = 20,
-    questions: Annotated[int | None, typer.Option(min=1, help="Questions; default all.")] = None,
-) -> None:
-    """LangChain and LlamaIndex, before and after reranking, on a small handbook."""
-    with clear_errors():
-        from core_rerank_integrations.cli.demo import run_demo
-
-        run_demo(Console(), model, candidates, questions)
-
-
-@app.callback(invoke_without_command=True)
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    """Answer ``--version``."""
-    if version:
-        print(__version__)
-        raise typer.Exit
+def app() -> None:
+    """Run ``core-rerank``; exit with 1 and an error message if the extra ``cli`` is missing."""
+    try:
+        with requires_extra("cli"):
+            from core_rerank_integrations.cli.commands import app as commands
+    except MissingExtraError as error:
+        sys.exit(f"error: {error}")
+    commands()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,19 +15,25 @@ from core_rerank_integrations.errors import InvalidInputError
 DocumentsFile = Annotated[
     Path,
     typer.Option(
-        help="File of documents, or - for standard input: a JSON array, JSONL, or one "
-        "document a line. An object's text is its 'text' (with 'title' before it); its 'id' "
-        "or '_id' goes into TREC output.",
+        help="File of documents, or - for standard input: a JSON array, JSONL, or one document "
+        "per line. JSON documents are strings or objects with 'text' and, optionally, 'title' and "
+        "'id' or '_id'.",
         allow_dash=True,
     ),
 ]
 
 
 def read_documents(path: Path) -> tuple[list[str], list[str]]:
-    """Ids and texts.
+    """Read the ids and the texts of documents.
+
+    Args:
+        path: The file; ``-`` for standard input.
+
+    Returns:
+        The ids (by default numbers from 1), and the texts with their titles in front.
 
     Raises:
-        InvalidInputError: It cannot be read, holds nothing, or something else than documents.
+        InvalidInputError: The file cannot be read, holds no documents, or holds something else.
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
@@ -48,19 +55,15 @@ def read_documents(path: Path) -> tuple[list[str], list[str]]:
     return ids, texts
 
 
-def _parse_documents(text: str) -> list[object]:
-    """A JSON array, JSONL (every line an object or a string in quotes), or plain lines."""
-    if text.lstrip().startswith("["):
-        try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError:
-            pass
-        else:
-            if isinstance(parsed, list):
-                return parsed
+def _parse_documents(text: str) -> list[Any]:
+    """Parse a JSON array, JSONL (each line an object or a string in quotes), or plain lines."""
+    with suppress(json.JSONDecodeError):
+        array = json.loads(text)
+        if isinstance(array, list):
+            return array
     lines = [line for line in text.splitlines() if line.strip()]
-    try:
+    with suppress(json.JSONDecodeError):
         records = [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        return list(lines)
-    return records if all(isinstance(record, str | dict) for record in records) else list(lines)
+        if all(isinstance(record, str | dict) for record in records):
+            return records
+    return lines

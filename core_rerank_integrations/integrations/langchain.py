@@ -1,16 +1,16 @@
-"""LangChain: a document compressor, a retriever and a search tool that rerank, an indexer."""
+"""LangChain: a document compressor, a retriever and a search tool that rerank; an indexer."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
-from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.results import RerankResults
 
 with requires_extra("langchain"):
     from langchain_core.callbacks import (
@@ -24,54 +24,60 @@ with requires_extra("langchain"):
     from langchain_core.runnables import RunnableConfig, RunnableLambda
     from langchain_core.tools import BaseTool, create_retriever_tool
 
+Output = TypeVar("Output")
 
-class _DocumentRanker(RerankerFields):
-    """What ranks documents, in a run of its own."""
 
-    def _run(self, name: str) -> RunnableLambda[dict[str, Any], list[Document]]:
-        # A compressor is no Runnable: wrapped in one, it gets the run that traces show.
-        return RunnableLambda(self._ranked, self._aranked, name=name)
+class DocumentRanker(RerankerFields):
+    """Base of the classes that rank documents."""
 
-    def _ranked(self, inputs: dict[str, Any]) -> list[Document]:
-        return self._scored(inputs["documents"], self._rerank(**_request(inputs)))
+    def _run(
+        self, name: str, output: Callable[[Sequence[Document], RerankResults], Output]
+    ) -> RunnableLambda[dict[str, Any], Output]:
+        """Return a rerank as a Runnable, which is a run of its own in traces.
 
-    async def _aranked(self, inputs: dict[str, Any]) -> list[Document]:
-        return self._scored(inputs["documents"], await self._arerank(**_request(inputs)))
+        Args:
+            name: Name of the run.
+            output: Makes the output of the run from the documents and their results.
+        """
 
-    def _scored(
-        self, documents: Sequence[Document], results: Sequence[RerankResult]
-    ) -> list[Document]:
+        def rank(inputs: dict[str, Any]) -> Output:
+            return output(inputs["documents"], self._rerank(**_arguments(inputs)))
+
+        async def arank(inputs: dict[str, Any]) -> Output:
+            return output(inputs["documents"], await self._arerank(**_arguments(inputs)))
+
+        return RunnableLambda(rank, arank, name=name)
+
+    def _copies(self, documents: Sequence[Document], results: RerankResults) -> list[Document]:
         copies = []
         for result in results:
             document = documents[result.index]
-            metadata = dict(document.metadata)
-            if result.reranked:
-                metadata["relevance_score"] = self._score_of(result)
-            else:
-                metadata |= {"relevance_score": None, "reranked": False}
-            if result.passage is not None:
-                metadata["best_passage"] = list(result.passage)
-            metadata |= self._evidence_of(result)
-            changes: dict[str, Any] = {"metadata": metadata}
+            metadata = {**document.metadata, "relevance_score": self._score(result)}
+            metadata |= self._metadata(result)
+            text = document.page_content
             if self.extract is not None and result.reranked:
-                extract = result.extract(self.extract, self.extract_by)
-                metadata["extracted"] = [list(span) for span in extract.spans]
-                changes["page_content"] = extract.text
-            copies.append(document.model_copy(update=changes))
+                text, spans = result.extract(self.extract, self.extract_by)
+                metadata["extracted"] = [list(span) for span in spans]
+            update = {"page_content": text, "metadata": metadata}
+            copies.append(document.model_copy(update=update))
         return copies
 
 
-class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
-    """Reorders retrieved documents by CoRe scores, and keeps the best.
+class CoReDocumentCompressor(DocumentRanker, BaseDocumentCompressor):
+    """Rerank retrieved documents.
 
-    Returns copies, with ``metadata["relevance_score"]``: the probability that the document is
-    relevant, or its score where the heads are not calibrated. Of a document that was too long to
-    be read at once, ``metadata["best_passage"]`` holds the start and stop of the characters that
-    it was ranked by. With ``extract=0.3`` documents come back cut to their strongest sentences, the
-    characters that were kept in ``metadata["extracted"]``. Ids, types and all other metadata stay,
-    and the documents passed in are not touched. Results are sorted by score, which a retriever's
-    order may have a part in; the probability is of question and document alone. Every call shows up
-    in traces as a run of its own when callbacks are handed over, as retrievers do.
+    Returns copies with all ids, types and metadata. These keys of ``metadata`` are set:
+
+    - ``relevance_score``: the probability that the document is relevant, from query and document
+      alone; the score if the heads are not calibrated; ``None`` if it was not read in time.
+    - ``reranked``: ``False`` if the document was not read within ``max_seconds``.
+    - ``best_passage``: start and stop of the characters that the score comes from, if the
+      document was read as several passages.
+    - ``evidence``: start, stop and score of each sentence, best first, with ``evidence=True``.
+    - ``extracted``: start and stop of the parts of the document that are kept, with ``extract``.
+
+    Documents are sorted by score, to which the order of a first stage may add. A call is a run in
+    traces if callbacks are passed, as retrievers do.
 
     Examples:
         >>> from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -84,34 +90,34 @@ class CoReDocumentCompressor(_DocumentRanker, BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """Rank ``documents`` by ``query``; see `CoReReranker.rerank` for the errors."""
-        return self._run(type(self).__name__).invoke(
-            {"query": query, "documents": documents}, config={"callbacks": callbacks}
-        )
+        """Rank ``documents`` for ``query``; see `CoReReranker.rerank` for the errors."""
+        inputs = {"query": query, "documents": documents}
+        run = self._run(type(self).__name__, self._copies)
+        return run.invoke(inputs, config={"callbacks": callbacks})
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """`compress_documents` without blocking the event loop."""
-        return await self._run(type(self).__name__).ainvoke(
-            {"query": query, "documents": documents}, config={"callbacks": callbacks}
-        )
+        """Rank documents without blocking the event loop; see `compress_documents`."""
+        inputs = {"query": query, "documents": documents}
+        run = self._run(type(self).__name__, self._copies)
+        return await run.ainvoke(inputs, config={"callbacks": callbacks})
 
 
-class CoReRetriever(_DocumentRanker, BaseRetriever):
-    """A retriever that reranks what another one finds; for the rest see `CoReDocumentCompressor`.
+class CoReRetriever(DocumentRanker, BaseRetriever):
+    """Rerank what another retriever finds; for the results see `CoReDocumentCompressor`.
 
-    ``invoke(query, k=3)`` takes three documents whatever ``top_n`` says; other keyword arguments
-    go to the retriever behind.
+    ``invoke(query, k=3)`` returns three documents instead of ``top_n``. Other keyword arguments are
+    passed to the inner retriever.
 
     Examples:
         >>> retriever = CoReRetriever(
-        ...     retriever=store.as_retriever(search_kwargs={"k": 20}), ranked="vectors", top_n=5
+        ...     retriever=store.as_retriever(search_kwargs={"k": 20}), first_stage="dense", top_n=5
         ... )
         >>> retriever.invoke("who invented the telephone?")
     """
 
-    retriever: BaseRetriever = Field(description="Finds the candidates, more than are wanted.")
+    retriever: BaseRetriever = Field(description="Finds the candidates, more than are needed.")
 
     def _get_relevant_documents(
         self,
@@ -123,8 +129,8 @@ class CoReRetriever(_DocumentRanker, BaseRetriever):
     ) -> list[Document]:
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
         documents = self.retriever.invoke(query, config, **kwargs)
-        request = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
-        return self._run("CoReReranker").invoke(request, config)
+        inputs = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
+        return self._run("CoReReranker", self._copies).invoke(inputs, config)
 
     async def _aget_relevant_documents(
         self,
@@ -136,8 +142,8 @@ class CoReRetriever(_DocumentRanker, BaseRetriever):
     ) -> list[Document]:
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
         documents = await self.retriever.ainvoke(query, config, **kwargs)
-        request = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
-        return await self._run("CoReReranker").ainvoke(request, config)
+        inputs = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
+        return await self._run("CoReReranker", self._copies).ainvoke(inputs, config)
 
 
 def create_reranked_search_tool(
@@ -149,26 +155,25 @@ def create_reranked_search_tool(
     document_prompt: BasePromptTemplate[str] | None = None,
     **settings: Any,
 ) -> BaseTool:
-    """A search tool for agents: what a retriever finds, reranked.
+    """Create a search tool for agents that reranks what a retriever finds.
 
     Examples:
         >>> search = create_reranked_search_tool(store.as_retriever(search_kwargs={"k": 20}))
         >>> agent = create_agent(model, [search])
 
     Args:
-        retriever: Finds the candidates, more than are wanted.
-        name: By which the model calls the tool.
-        description: From which the model knows when to.
-        top_n: Passages that the model gets to read.
-        document_prompt: How a passage is written; ``None`` for its text alone.
-        **settings: Those of `CoReRetriever`; ``reranker``, say, or ``score_threshold``.
+        retriever: Finds the candidates; it should find more than ``top_n``.
+        name: Name by which the model calls the tool.
+        description: Description that tells the model when to call it.
+        top_n: Maximum number of passages that the model reads.
+        document_prompt: Template of a passage; ``None`` for its text alone.
+        **settings: Fields of `CoReRetriever`, for example ``reranker`` or ``score_threshold``.
 
     Returns:
-        A tool of one argument, ``query``; its artifact are the documents.
+        A tool with one argument, ``query``. Its artifact is the list of documents.
     """
-    reranking = CoReRetriever(retriever=retriever, top_n=top_n, **settings)
     return create_retriever_tool(
-        reranking,
+        CoReRetriever(retriever=retriever, top_n=top_n, **settings),
         name,
         description,
         document_prompt=document_prompt,
@@ -177,10 +182,10 @@ def create_reranked_search_tool(
 
 
 class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
-    """Reads documents when a store is built, so that reranking them costs the question alone.
+    """Cache documents when a store is built, so that a rerank computes only the question.
 
-    Documents pass through unchanged; see `CoReReranker.cache_documents` for what is kept and the errors.
-    The compressor must have the same model and heads, best by sharing one ``reranker``.
+    Returns the documents unchanged; see `CoReReranker.cache_documents` for what is stored and for
+    the errors. The compressor needs the same model and heads: share one ``reranker``.
 
     Examples:
         >>> store.add_documents(CoReDocumentIndexer().transform_documents(chunks))
@@ -191,21 +196,22 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
         documents: Sequence[Document],
         **kwargs: Any,  # noqa: ARG002  Part of the interface.
     ) -> Sequence[Document]:
-        """Read ``documents``, and hand them on."""
-        self._ready_reranker().cache_documents(_texts(documents))
+        """Cache ``documents`` and return them."""
+        self._loaded_reranker().cache_documents(_texts(documents))
         return documents
 
     async def atransform_documents(
         self, documents: Sequence[Document], **kwargs: Any
     ) -> Sequence[Document]:
-        """`transform_documents` without blocking the event loop."""
+        """Cache documents without blocking the event loop; see `transform_documents`."""
         return await asyncio.to_thread(self.transform_documents, documents, **kwargs)
 
 
-def _request(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a run is given, as `RerankerFields` takes it."""
-    others = {name: value for name, value in inputs.items() if name != "documents"}
-    return {**others, "texts": _texts(inputs["documents"])}
+def _arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the input of a run as arguments of a rerank."""
+    arguments = {**inputs, "texts": _texts(inputs["documents"])}
+    del arguments["documents"]
+    return arguments
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:

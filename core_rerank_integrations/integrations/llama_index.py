@@ -1,4 +1,4 @@
-"""LlamaIndex: a node postprocessor, and an ingestion step that reads nodes ahead."""
+"""LlamaIndex: a node postprocessor that reranks, and an ingestion step that caches nodes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
-from core_rerank_integrations.method.extraction import Extract, evidence_within, extract
-from core_rerank_integrations.results import RerankResult
+from core_rerank_integrations.method.extraction import evidence_within, extract
+from core_rerank_integrations.results import RerankResults
 
 with requires_extra("llama-index"):
     import llama_index.core.instrumentation as instrumentation
@@ -30,22 +30,22 @@ with requires_extra("llama-index"):
 
 _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defined]
 
-RETRIEVAL_SCORE_KEY = "retrieval_score"
-BEST_PASSAGE_KEY = "best_passage"
-EXTRACTED_KEY = "extracted"
-RERANKED_KEY = "reranked"
-
 
 class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
-    """Reorders retrieved nodes by CoRe scores, and keeps the best.
+    """Rerank retrieved nodes by the text that they are embedded with.
 
-    Nodes are ranked by the text they are embedded with. Returns copies; the nodes passed in are
-    not touched. Their score is the probability that they are relevant, from question and node
-    alone, or where the heads are not calibrated the score that they are sorted by. Of a text that
-    was too long to be read at once, ``metadata["best_passage"]`` holds the start and stop of the
-    characters that it was ranked by, hidden from embeddings and models. With ``extract=0.3`` texts
-    come back cut to their strongest sentences, the characters that were kept in
-    ``metadata["extracted"]``, hidden likewise.
+    Returns copies. ``score`` of a node is the probability that it is relevant, from query and node
+    alone; the score that nodes are sorted by if the heads are not calibrated; ``None`` if the node
+    was not read in time. Retrieval scores are passed on as ``first_stage_scores`` if the nodes are
+    sorted by them. These keys of ``metadata`` are set, and hidden from embeddings and models:
+
+    - ``reranked``: ``False`` if the node was not read within ``max_seconds``.
+    - ``best_passage``: start and stop of the characters of the embedded text that the score comes
+      from, if the node was read as several passages.
+    - ``evidence``: start, stop and score of each sentence of the embedded text, best first, with
+      ``evidence=True``.
+    - ``extracted``: start and stop of the parts of the node's own text that are kept, with
+      ``extract``; the metadata before it is not cut.
 
     Examples:
         >>> index.as_query_engine(
@@ -57,13 +57,13 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
 
     keep_retrieval_score: bool = Field(
         default=False,
-        description=f"Keep the first stage's score as metadata[{RETRIEVAL_SCORE_KEY!r}], "
-        "hidden from embeddings, models and later rerankers.",
+        description="Keep the retriever's score as metadata['retrieval_score'], hidden from "
+        "embeddings, models and later rerankers.",
     )
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serializes this class."""
+        """Return the name under which LlamaIndex serializes this class."""
         return "CoReNodePostprocessor"
 
     def _postprocess_nodes(
@@ -71,9 +71,9 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            given = self._first_stage_scores(nodes)
-            results = self._rerank(query, self._texts(nodes), first_stage_scores=given)
-            ranked_nodes += self._scored(nodes, results)
+            scores = self._first_stage_scores(nodes)
+            results = self._rerank(query, self._texts(nodes), first_stage_scores=scores)
+            ranked_nodes += self._copies(nodes, results)
         return ranked_nodes
 
     async def _apostprocess_nodes(
@@ -81,29 +81,37 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _query(query_bundle)
         with self._events(nodes, query) as ranked_nodes:
-            given = self._first_stage_scores(nodes)
-            results = await self._arerank(query, self._texts(nodes), first_stage_scores=given)
-            ranked_nodes += self._scored(nodes, results)
+            scores = self._first_stage_scores(nodes)
+            results = await self._arerank(query, self._texts(nodes), first_stage_scores=scores)
+            ranked_nodes += self._copies(nodes, results)
         return ranked_nodes
 
     def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
-        texts = [_text(node.node) for node in nodes]
-        if self.extract is not None:
-            for node, text in zip(nodes, texts, strict=True):
-                _own_text(node.node, text)  # What cannot be cut is refused before it is read.
+        texts = [embedded_text(node.node) for node in nodes]
+        for node, text in zip(nodes, texts, strict=True):
+            if self.extract is not None and own_text_start(node.node, text) is None:
+                raise InvalidInputError(
+                    f"node {node.node_id!r} cannot be cut to its sentences: its text_template "
+                    "changes its text; leave extract out"
+                )
         return texts
 
     def _first_stage_scores(self, nodes: Sequence[NodeWithScore]) -> list[float] | None:
-        """The retriever's, where its order counts and they are what it is ordered by."""
+        """Return the retriever's scores if all nodes have one and are sorted by it."""
         scores = [
             float(node.score) for node in nodes if node.score is not None and isfinite(node.score)
         ]
-        falling = all(left >= right for left, right in pairwise(scores))
-        return scores if self.ranked and falling and len(scores) == len(nodes) else None
+        is_sorted = all(left >= right for left, right in pairwise(scores))
+        is_usable = self.first_stage is not None and is_sorted and len(scores) == len(nodes)
+        return scores if is_usable else None
 
     @contextmanager
     def _events(self, nodes: list[NodeWithScore], query: str) -> Iterator[list[NodeWithScore]]:
-        """Start and end events, old style and new, around the list to be filled."""
+        """Send the events of a rerank, of LlamaIndex's old and new kind.
+
+        Yields:
+            An empty list, to be filled with the ranked nodes.
+        """
         ranked_nodes: list[NodeWithScore] = []
         top_n = min(self.top_n or len(nodes), len(nodes))
         model = str(self.model)
@@ -121,40 +129,33 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         finally:
             _dispatcher.event(ReRankEndEvent(nodes=ranked_nodes))
 
-    def _scored(
-        self, nodes: Sequence[NodeWithScore], results: Sequence[RerankResult]
+    def _copies(
+        self, nodes: Sequence[NodeWithScore], results: RerankResults
     ) -> list[NodeWithScore]:
-        scored = []
+        copies = []
         for result in results:
             retrieved = nodes[result.index]
-            added: dict[str, Any] = {}
+            metadata = self._metadata(result)
             if self.keep_retrieval_score:
-                added[RETRIEVAL_SCORE_KEY] = retrieved.score
-            if result.passage is not None:
-                added[BEST_PASSAGE_KEY] = list(result.passage)
-            added |= self._evidence_of(result)
-            if not result.reranked:
-                added[RERANKED_KEY] = False
-            kept: Extract | None = None
+                metadata["retrieval_score"] = retrieved.score
+            node = _copy(retrieved.node, metadata)
             if self.extract is not None and result.reranked:
-                text, start = _own_text(retrieved.node, result.document)
-                evidence = evidence_within(result.evidence, start, start + len(text))
-                kept = extract(text, evidence, self.extract, self.extract_by)
-                added[EXTRACTED_KEY] = [list(span) for span in kept.spans]
-            node = _copy(retrieved.node, added)
-            if kept is not None:
-                node.set_content(kept.text)
-            score = self._score_of(result) if result.reranked else None
-            scored.append(NodeWithScore(node=node, score=score))
-        return scored
+                own = node.get_content(metadata_mode=MetadataMode.NONE)
+                start = own_text_start(node, result.document) or 0
+                evidence = evidence_within(result.evidence, start, start + len(own))
+                text, spans = extract(own, evidence, self.extract, self.extract_by)
+                node = _copy(node, {"extracted": [list(span) for span in spans]})
+                node.set_content(text)
+            copies.append(NodeWithScore(node=node, score=self._score(result)))
+        return copies
 
 
 class CoReNodeIndexer(ModelFields, TransformComponent):
-    """Reads nodes when an index is built, so that reranking them costs the question alone.
+    """Cache nodes when an index is built, so that a rerank computes only the question.
 
-    The last step before the embeddings: what is read is the text that the postprocessor will
-    see, metadata included. Nodes pass through unchanged; see `CoReReranker.cache_documents` for what is
-    kept and the errors. The postprocessor must have the same model and heads.
+    It belongs last before the embeddings, because it reads the text that is embedded. Returns the
+    nodes unchanged; see `CoReReranker.cache_documents` for what is stored and for the errors. The
+    postprocessor needs the same model and heads.
 
     Examples:
         >>> IngestionPipeline(transformations=[SentenceSplitter(), CoReNodeIndexer(), embedding])
@@ -164,7 +165,7 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serializes this class."""
+        """Return the name under which LlamaIndex serializes this class."""
         return "CoReNodeIndexer"
 
     def __call__(
@@ -172,9 +173,26 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
         nodes: Sequence[BaseNode],
         **kwargs: Any,  # noqa: ARG002  Part of the interface.
     ) -> Sequence[BaseNode]:
-        """Read ``nodes``, and hand them on."""
-        self._ready_reranker().cache_documents([_text(node) for node in nodes])
+        """Cache ``nodes`` and return them."""
+        self._loaded_reranker().cache_documents([embedded_text(node) for node in nodes])
         return nodes
+
+
+def own_text_start(node: BaseNode, embedded: str) -> int | None:
+    """Find a node's own text in the text that it is embedded with, after its metadata.
+
+    Returns:
+        Index of its first character, negative if whitespace before it was stripped; ``None`` if
+        the node's ``text_template`` changes the text.
+    """
+    text = node.get_content(metadata_mode=MetadataMode.NONE)
+    start = embedded.rfind(text.strip())
+    return None if start < 0 else start - (len(text) - len(text.lstrip()))
+
+
+def embedded_text(node: BaseNode) -> str:
+    """Return the text that a node is embedded with and ranked by, metadata included."""
+    return node.get_content(metadata_mode=MetadataMode.EMBED)
 
 
 def _query(query_bundle: QueryBundle | None) -> str:
@@ -185,34 +203,10 @@ def _query(query_bundle: QueryBundle | None) -> str:
     return query_bundle.query_str
 
 
-def _text(node: BaseNode) -> str:
-    return node.get_content(metadata_mode=MetadataMode.EMBED)
-
-
-def _own_text(node: BaseNode, ranked_text: str) -> tuple[str, int]:
-    """A node's own text, and where it begins in what it is ranked by, its metadata before it.
-
-    Raises:
-        InvalidInputError: It does not stand there as it is.
-    """
-    own_text = node.get_content(metadata_mode=MetadataMode.NONE)
-    start = ranked_text.rfind(own_text.strip())
-    if start < 0:
-        raise InvalidInputError(
-            f"node {node.node_id!r} cannot be cut to its sentences: its text_template changes its "
-            "text; leave extract out"
-        )
-    # The whole may have been stripped.
-    return own_text, start - (len(own_text) - len(own_text.lstrip()))
-
-
-def _copy(node: BaseNode, added: dict[str, Any]) -> BaseNode:
-    """With ``added`` metadata, hidden from embeddings and models."""
-    hidden = {
-        name: [*keys, *(key for key in added if key not in keys)]
-        for name, keys in (
-            ("excluded_embed_metadata_keys", node.excluded_embed_metadata_keys),
-            ("excluded_llm_metadata_keys", node.excluded_llm_metadata_keys),
-        )
+def _copy(node: BaseNode, metadata: dict[str, Any]) -> BaseNode:
+    """Copy a node with more metadata, which is hidden from embeddings and models."""
+    excluded = {
+        name: list(dict.fromkeys([*getattr(node, name), *metadata]))
+        for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
     }
-    return node.model_copy(update={"metadata": {**node.metadata, **added}, **hidden})
+    return node.model_copy(update={"metadata": {**node.metadata, **metadata}, **excluded})

@@ -74,7 +74,7 @@ class SampleOptions(ModelOptions):
 
 
 class ReaderOptions(ModelOptions):
-    """Options of a `HeadReader`."""
+    """Options of the heads that are read."""
 
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; by default the model's."
@@ -109,7 +109,7 @@ class HeadSetOptions(ReaderOptions, SampleOptions):
         description="Whether prompts of several documents show them in reverse order, so that "
         "the first stage's best are nearest to the query.",
     )
-    name: str | None = Field(default=None, description="Name of the head set.")
+    name: str | None = Field(default=None, description="Name of the head set; by default that of the file.")
 
 
 class FindOptions(HeadSetOptions):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import failed, run
+from support.cli import failed, run
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.research.collection import Collection, save_run
-from core_rerank_integrations.scorer import AttentionScorer, WindowAttention
 from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.method.list_scores import WindowAttention
+from core_rerank_integrations.research.collection import Collection, save_run
+from core_rerank_integrations.scorer import AttentionScorer
 
 HANDBOOK = resource_folder("examples/data")
 MODEL = ("--model", "smollm2-135m")
@@ -20,41 +21,41 @@ MODEL = ("--model", "smollm2-135m")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the handbook: for each question its relevant passages among the first ten."""
+    """Write a run that has the relevant passages of each question among the first ten."""
     collection = Collection.load(HANDBOOK)
     passages = list(collection.passages)
     ranking = {}
     for number, (query, grades) in enumerate(collection.qrels.items()):
         documents = [name for name in passages[number : number + 10] if name not in grades]
         documents[number % 3 : number % 3] = grades
-        ranking[query] = [(name, -float(place)) for place, name in enumerate(documents)]
+        ranking[query] = [(name, -float(rank)) for rank, name in enumerate(documents)]
     folder = tmp_path_factory.mktemp("run")
     save_run(folder / "run.trec", ranking, "made-up")
     return folder
 
 
+def judged(folder: Path, questions: str = "") -> str:
+    return f"{HANDBOOK}:test:{folder / 'run.trec'}{questions}"
+
+
 def find(folder: Path, name: str, *options: str) -> tuple[str, ...]:
     return (
-        "heads", "find", *MODEL, "--data", str(HANDBOOK), "--split", "test", "--run",
-        str(folder / "run.trec"), "--output", str(folder / f"{name}.json"), "--questions", "3",
+        "heads", "find", *MODEL, "--data", judged(folder),
+        "--output", str(folder / f"{name}.json"), "--questions", "3",
         "--negatives", "3", "--cache", str(folder / "cache"), "--max-layer", "18", *options,
     )  # fmt: skip
 
 
+@pytest.mark.model
 def test_found_heads_have_evidence_and_can_be_used(folder: Path) -> None:
     plot = folder / "map.png"
-    options = ("--heads", "4", "--window", "5", "--reverse", "--plot", str(plot))
-    output = run(*find(folder, "found", *options))
+    layout = ("--documents-per-prompt", "5", "--best-last")
+    output = run(*find(folder, "found", "--num-heads", "4", "--plot", str(plot), *layout))
     assert "Wrote" in output
     found = HeadSet.load(folder / "found.json")
     assert found.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (found.name, found.provenance.method, found.template, found.scoring.window) == (
-        "found",
-        "core",
-        "chatml",
-        5,
-    )
-    assert found.scoring.reverse
+    assert (found.name, found.provenance.method, found.template) == ("found", "core", "chatml")
+    assert (found.scoring.documents_per_prompt, found.scoring.best_last) == (5, True)
     assert len(found.heads) == 4
     assert len(found.provenance.ranked_heads) == 19 * 9
     assert [head.score for head in found.heads] == [
@@ -71,6 +72,7 @@ def test_found_heads_have_evidence_and_can_be_used(folder: Path) -> None:
     assert "bread is baked" in best
 
 
+@pytest.mark.model
 def test_a_second_run_writes_the_same_heads_without_the_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,8 +86,9 @@ def test_a_second_run_writes_the_same_heads_without_the_model(
     assert HeadSet.load(folder / "qr.json").provenance.method == "qr"
 
 
+@pytest.mark.model
 def test_heads_of_several_collections(folder: Path) -> None:
-    run(*find(folder, "twice", "--data", str(HANDBOOK), "--run", str(folder / "run.trec")))
+    run(*find(folder, "twice", "--data", judged(folder)))
     run(*find(folder, "once"))
     twice, once = (HeadSet.load(folder / f"{name}.json") for name in ("twice", "once"))
     assert (twice.provenance.details["questions"], twice.provenance.details["prompts"]) == (6, 12)
@@ -99,12 +102,11 @@ def test_heads_of_several_collections(folder: Path) -> None:
     ("options", "message"),
     [
         (("--negatives", "40"), "lower --questions or --negatives"),
-        (("--method", "icr"), "method must be core or qr, got 'icr'"),
         (("--prune", "0.5"), "give a highest layer or a share to prune, not both"),
-        (("--split", "train"), "cannot read"),
+        (("--data", f"{HANDBOOK}:train:run"), "cannot read"),
         (("--max-layer", "30"), "between 0 and 29"),
-        (("--temperature", "0"), "temperatures must be above 0"),
-        (("--data", "elsewhere"), "every --data needs a --run of its own: got 2 and 1"),
+        (("--temperature", "0"), "temperature: Input should be greater than 0"),
+        (("--data", "elsewhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'elsewhere'"),
     ],
 )
 def test_bad_input_to_find(folder: Path, options: tuple[str, ...], message: str) -> None:
@@ -112,6 +114,7 @@ def test_bad_input_to_find(folder: Path, options: tuple[str, ...], message: str)
     assert not (folder / "bad.json").exists()
 
 
+@pytest.mark.model
 def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = AttentionScorer.read
     done: list[int] = []
@@ -133,7 +136,7 @@ def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def fit(folder: Path, name: str, *options: str) -> tuple[str, ...]:
-    source = f"{HANDBOOK}:test:{folder / 'run.trec'}:6"  # Other six for each.
+    source = judged(folder, ":6")  # Six other questions for each.
     return (
         "heads", "fit", *MODEL, "--train", source, "--dev", source,
         "--candidates", "5", "--dev-candidates", "5", "--max-layer", "18",
@@ -141,12 +144,13 @@ def fit(folder: Path, name: str, *options: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.model
 def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     output = run(*fit(folder, "fit-small", "--l1", "0.05", "--l1", "0.2"))
     assert "nDCG@10 on dev" in output
     fitted = HeadSet.load(folder / "fit-small.json")
     assert fitted.provenance.method == "fit"
-    assert fitted.scoring.window == 1
+    assert fitted.scoring.documents_per_prompt == 1
     assert fitted.scoring.calibration is not None
     assert not fitted.scoring.drop_outliers
     assert any(head.weight != 1 for head in fitted.heads)
@@ -154,16 +158,17 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     assert fitted.scoring.score_weight is not None
     assert fitted.scoring.rank_weights == {}
 
-    assert not fitted.scoring.reverse
-    run(*fit(folder, "reversed", "--l1", "0.05", "--reverse", "--window", "2"))
+    assert not fitted.scoring.best_last
+    run(*fit(folder, "reversed", "--l1", "0.05", "--best-last", "--documents-per-prompt", "2"))
     reversed_fit = HeadSet.load(folder / "reversed.json")
-    assert (reversed_fit.scoring.reverse, reversed_fit.scoring.window) == (True, 2)
-    assert reversed_fit.scoring.calibration is None
+    scoring = reversed_fit.scoring
+    assert (scoring.best_last, scoring.documents_per_prompt) == (True, 2)
+    assert scoring.calibration is None
     assert reversed_fit.heads != fitted.heads
-    run(*find(folder, "core-small", "--heads", "4"))
+    run(*find(folder, "core-small", "--num-heads", "4"))
     report = folder / "report"
     output = run(
-        "evaluate", *MODEL, "--beir", str(HANDBOOK), "--run", str(folder / "run.trec"),
+        "evaluate", *MODEL, "--data", str(HANDBOOK), "--run", str(folder / "run.trec"),
         "--methods", f"first-stage, {folder / 'core-small.json'},"
         f"{folder / 'fit-small.json'}, {folder / 'fit-small.json'}+first-stage",
         "--curve", str(folder / "core-small.json"), "--queries", "4", "--candidates", "5",
@@ -192,20 +197,24 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
     [
         (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'nowhere'"),
         (("--train", "no:test:run"), "cannot read"),
-        (("--l1", "-1"), "l1 must not be negative"),
-        (("--backend", "vlmm"), "backend must be one of auto, openvino, transformers"),
-        (("--prune", "1.5", "--max-heads", "1"), "not both"),
+        (("--l1", "-1"), "l1: Input should be greater than or equal to 0"),
+        (("--prune", "0.5", "--max-heads", "1"), "not both"),
     ],
 )
 def test_bad_input_to_fit(folder: Path, options: tuple[str, ...], message: str) -> None:
     assert message in failed(*fit(folder, "bad", *options))
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--backend", "vlmm"), ("--method", "icr")])
+def test_unknown_choices_are_usage_errors(folder: Path, flag: str, value: str) -> None:
+    message = failed(*find(folder, "bad", flag, value), exit_code=2)
+    assert f"Invalid value for '{flag}'" in message
+    assert f"'{value}' is not one of" in message
+
+
 def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None:
-    every = f"{HANDBOOK}:test:{folder / 'run.trec'}:25"
-    assert "25 questions were asked for, and 18 of 30 are left" in failed(
-        *fit(folder, "bad", "--train", every)
-    )
+    arguments = fit(folder, "bad", "--train", judged(folder, ":25"))
+    assert "25 questions were asked for, and 18 of 30 are left" in failed(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +232,7 @@ def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None
 )
 def test_bad_input_to_evaluate(folder: Path, options: tuple[str, ...], message: str) -> None:
     arguments = {
-        "--beir": str(HANDBOOK), "--run": str(folder / "run.trec"), "--output": str(folder / "bad"),
+        "--data": str(HANDBOOK), "--run": str(folder / "run.trec"), "--output": str(folder / "bad"),
         **dict(zip(options[::2], options[1::2], strict=True)),
     }  # fmt: skip
     assert message in failed(

@@ -7,7 +7,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from support.head_sets import CALIBRATED, HEADS
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.callbacks import BaseCallbackHandler
@@ -15,6 +14,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
+from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import (
     CoReDocumentCompressor,
@@ -25,7 +25,7 @@ from core_rerank_integrations import (
     create_reranked_search_tool,
 )
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 QUERY = "Who patented the telephone?"
 DOCUMENTS = [
@@ -37,7 +37,7 @@ DOCUMENTS = [
 
 
 class FixedRetriever(BaseRetriever):
-    """What a vector store would have returned."""
+    """Stands for a vector store."""
 
     documents: list[Document] = DOCUMENTS
 
@@ -63,15 +63,15 @@ def test_order_scores_ids_and_metadata(compressor: CoReDocumentCompressor) -> No
     assert compressed[0].page_content == DOCUMENTS[1].page_content
 
 
-def test_a_retrievers_order_counts_unless_told_otherwise(smollm2: LocalModel) -> None:
+def test_the_order_of_a_first_stage_counts_by_default(smollm2: LocalModel) -> None:
     heavy = HEADS.with_scoring(rank_weight=100.0)
     texts = [document.page_content for document in DOCUMENTS]
     with CoReReranker(smollm2.path, heads=heavy) as shared:
         for own in ({"model": smollm2.path, "heads": heavy}, {"reranker": shared}):
             kept = CoReDocumentCompressor(**own).compress_documents(DOCUMENTS, QUERY)
             assert [document.page_content for document in kept] == texts
-            indifferent = CoReDocumentCompressor(**own, ranked=False)
-            assert indifferent.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
+            unordered = CoReDocumentCompressor(**own, first_stage=None)
+            assert unordered.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
 
 
 FILLER = "The harbour was quiet and nobody came. "
@@ -79,7 +79,7 @@ LONG = Document(f"{FILLER * 8}{DOCUMENTS[1].page_content} {FILLER * 8}", id="lon
 
 
 def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
-    compressor = CoReDocumentCompressor(reranker=calibrated, ranked=False)
+    compressor = CoReDocumentCompressor(reranker=calibrated, first_stage=None)
     kept = compressor.compress_documents([*DOCUMENTS, LONG], QUERY)
     scores = {document.id: document.metadata["relevance_score"] for document in kept}
     assert all(0 < score < 1 for score in scores.values())
@@ -97,10 +97,13 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
     assert "bell" in [document.id for document in half.compress_documents(DOCUMENTS, QUERY)]
 
 
-def test_threshold(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
+def test_thresholds(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
     best = compressor.compress_documents(DOCUMENTS, QUERY)[0].metadata["relevance_score"]
-    strict = CoReDocumentCompressor(reranker=reranker, score_threshold=best - 1e-6)
+    strict = CoReDocumentCompressor(reranker=reranker, min_score=best - 1e-6)
     assert [document.id for document in strict.compress_documents(DOCUMENTS, QUERY)] == ["bell"]
+    uncalibrated = CoReDocumentCompressor(reranker=reranker, score_threshold=0.5)
+    with pytest.raises(InvalidInputError, match="not calibrated; use min_score"):
+        uncalibrated.compress_documents(DOCUMENTS, QUERY)
 
 
 def test_async_gives_the_same(compressor: CoReDocumentCompressor) -> None:
@@ -127,22 +130,20 @@ def test_in_a_retriever_and_a_pipeline(compressor: CoReDocumentCompressor) -> No
         assert retriever.invoke(QUERY)[0].id == "bell"
 
 
-def test_read_ahead_documents_pass_through_and_are_known(
-    smollm2: LocalModel, tmp_path: Path
-) -> None:
+def test_indexed_documents_pass_through_and_are_cached(smollm2: LocalModel, tmp_path: Path) -> None:
     cache = DocumentCache(folder=tmp_path)
     indexer = CoReDocumentIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
     assert list(indexer.transform_documents(DOCUMENTS)) == DOCUMENTS
     assert list(asyncio.run(indexer.atransform_documents(DOCUMENTS))) == DOCUMENTS
     with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
         texts = [document.page_content for document in DOCUMENTS]
-        assert ranking.cache_documents(texts) == 0, "they lie there already"
+        assert ranking.cache_documents(texts) == 0, "they are on disk already"
         shared = CoReDocumentIndexer(reranker=ranking)
         assert list(shared.transform_documents(DOCUMENTS)) == DOCUMENTS
         assert shared.heads == CALIBRATED
 
 
-def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+def test_documents_not_read_in_time_are_marked(calibrated: CoReReranker) -> None:
     hurried = CoReDocumentCompressor(reranker=calibrated, max_seconds=1e-9)
     first, *rest = hurried.compress_documents(DOCUMENTS, QUERY)
     assert first.id == "bread"
@@ -194,18 +195,26 @@ def test_a_run_of_its_own_in_traces(compressor: CoReDocumentCompressor) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"top_n": 0}, {"top_n": -1}, {"window": 0}, {"score_threshold": float("nan")}, {"topn": 3}],
+    [
+        {"top_n": 0},
+        {"top_n": -1},
+        {"documents_per_prompt": 0},
+        {"min_score": float("nan")},
+        {"topn": 3},
+    ],
 )
-def test_meaningless_fields_are_refused(fields: dict[str, Any]) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         CoReDocumentCompressor(**fields)
 
 
-def test_nothing_is_loaded_before_it_is_needed() -> None:
-    assert CoReDocumentCompressor(model="/nowhere/at/all")._built is None
+def test_no_model_is_loaded_before_it_is_needed() -> None:
+    compressor = CoReDocumentCompressor(model="/nowhere/at/all")
+    with pytest.raises(InvalidInputError, match="/nowhere/at/all"):
+        compressor.compress_documents(DOCUMENTS, QUERY)
 
 
-def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
+def test_a_shared_reranker_gives_the_fields_its_settings(reranker: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=reranker)
     assert compressor.model == reranker.settings.model
     assert compressor.heads == reranker.settings.heads
@@ -213,21 +222,28 @@ def test_a_given_reranker_describes_the_fields(reranker: CoReReranker) -> None:
         CoReDocumentCompressor(reranker=reranker, dtype="bfloat16")
 
 
-def test_a_given_reranker_may_run_on_a_reader_of_its_own(reranker: CoReReranker) -> None:
-    own = CoReReranker(reranker.model, heads=reranker.heads, reader=reranker.reader)
+def test_a_shared_reranker_may_use_a_loaded_scorer(reranker: CoReReranker) -> None:
+    own = CoReReranker.from_scorer(reranker.scorer, reranker.model, reranker.heads)
     compressor = CoReDocumentCompressor(reranker=own)
     assert compressor.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
 
 
-def test_pickle(compressor: CoReDocumentCompressor) -> None:
+def no_model(*_: Any, **__: Any) -> None:
+    pytest.fail("a model is loaded")
+
+
+def test_a_pickle_holds_the_settings_and_no_model(
+    compressor: CoReDocumentCompressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lazy = CoReDocumentCompressor(**compressor.model_dump())
     assert lazy.compress_documents(DOCUMENTS, QUERY)[0].id == "bell"
-    restored = pickle.loads(pickle.dumps(lazy))
-    assert restored._built is None
+    with monkeypatch.context() as patch:
+        patch.setattr(CoReReranker, "__init__", no_model)
+        restored = pickle.loads(pickle.dumps(lazy))
     assert restored.model_dump() == lazy.model_dump() == compressor.model_dump()
 
 
-def test_a_retriever_of_its_own(reranker: CoReReranker) -> None:
+def test_a_retriever_that_reranks(reranker: CoReReranker) -> None:
     retriever = CoReRetriever(retriever=FixedRetriever(), reranker=reranker, top_n=2)
     assert retriever.invoke(QUERY)[0].id == "bell"
     assert len(retriever.invoke(QUERY)) == 2

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.head_sets import CALIBRATED, HEADS
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.ingestion import IngestionPipeline
@@ -21,6 +20,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from pydantic import ValidationError
+from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import (
     CoReNodeIndexer,
@@ -29,7 +29,7 @@ from core_rerank_integrations import (
     DocumentCache,
 )
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 QUERY = "Who patented the telephone?"
 
@@ -123,7 +123,7 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
     filler = "The harbour was quiet and nobody came. "
     text = f"{filler * 8}Bell patented the telephone in 1876. {filler * 8}"
     long = NodeWithScore(node=TextNode(text=text, id_="long"))
-    postprocessor = CoReNodePostprocessor(reranker=calibrated, ranked=False)
+    postprocessor = CoReNodePostprocessor(reranker=calibrated, first_stage=None)
     ranked = {
         n.node.node_id: n
         for n in postprocessor.postprocess_nodes([*nodes(), long], query_str=QUERY)
@@ -134,7 +134,7 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
     for mode in (MetadataMode.EMBED, MetadataMode.LLM):
         assert "best_passage" not in ranked["long"].node.get_content(metadata_mode=mode)
     assert "best_passage" not in ranked["n1"].node.metadata
-    raw = CoReNodePostprocessor(reranker=calibrated, raw_scores=True, ranked=False)
+    raw = CoReNodePostprocessor(reranker=calibrated, raw_scores=True, first_stage=None)
     (alone,) = raw.postprocess_nodes(nodes()[1:2], query_str=QUERY)
     by_hand = calibrated.rerank(QUERY, [nodes()[1].node.get_content(MetadataMode.EMBED)])[0]
     assert alone.score == pytest.approx(by_hand.score, abs=1e-5)
@@ -145,21 +145,21 @@ def test_a_retrievers_scores_count_where_the_order_does(
     smollm2: LocalModel, reranker: CoReReranker
 ) -> None:
     trusting = HEADS.with_scoring(rank_weight=0.0, score_weight=100.0)
-    shared = CoReReranker(smollm2.path, heads=trusting, reader=reranker.reader)
+    shared = CoReReranker.from_scorer(reranker.scorer, smollm2.path, trusting)
     postprocessor = CoReNodePostprocessor(reranker=shared)
     given = ["n0", "n1", "n2", "n3"]
     assert ids(postprocessor.postprocess_nodes(nodes(), query_str=QUERY)) == given
     asynchronous = asyncio.run(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY))
     assert ids(asynchronous) == given
-    # Where they are not what the list is ordered by, or not all there, they mean nothing here.
-    rising = [NodeWithScore(node=n.node, score=place) for place, n in enumerate(nodes())]
-    some = [NodeWithScore(node=n.node, score=None if not place else n.score)
-            for place, n in enumerate(nodes())]  # fmt: skip
-    unranked = CoReNodePostprocessor(reranker=shared, ranked=False)
+    # Scores count only if the list is sorted by them and every node has one.
+    rising = [NodeWithScore(node=n.node, score=index) for index, n in enumerate(nodes())]
+    some = [NodeWithScore(node=n.node, score=n.score if index else None)
+            for index, n in enumerate(nodes())]  # fmt: skip
+    unordered = CoReNodePostprocessor(reranker=shared, first_stage=None)
     for ranked in (
         postprocessor.postprocess_nodes(rising, query_str=QUERY),
         postprocessor.postprocess_nodes(some, query_str=QUERY),
-        unranked.postprocess_nodes(nodes(), query_str=QUERY),
+        unordered.postprocess_nodes(nodes(), query_str=QUERY),
     ):
         assert ids(ranked)[0] == "n1"
 
@@ -208,7 +208,7 @@ def test_callback_manager(reranker: CoReReranker) -> None:
 
 
 class FixedRetriever(BaseRetriever):
-    """What a vector store would have returned."""
+    """Stands for a vector store."""
 
     def _retrieve(self, _: QueryBundle) -> list[NodeWithScore]:
         return nodes()
@@ -235,18 +235,17 @@ def test_dictionary_json_and_pickle(reranker: CoReReranker) -> None:
     assert json.loads(again.to_json()) == json.loads(lazy.to_json())
     assert again.heads == lazy.heads
     restored = pickle.loads(pickle.dumps(lazy))
-    assert restored._built is None
     assert restored.to_dict() == lazy.to_dict()
     assert ids(restored.postprocess_nodes(nodes(), query_str=QUERY))[0] == "n1"
 
 
-def test_meaningless_fields_are_refused() -> None:
+def test_invalid_fields_are_refused() -> None:
     for fields in ({"top_n": 0}, {"top_n": -1}, {"topn": 3}):
         with pytest.raises(ValidationError):
             CoReNodePostprocessor(**fields)
 
 
-def test_an_ingestion_pipeline_reads_nodes_ahead(smollm2: LocalModel, tmp_path: Path) -> None:
+def test_an_ingestion_pipeline_caches_nodes(smollm2: LocalModel, tmp_path: Path) -> None:
     cache = DocumentCache(folder=tmp_path)
     indexer = CoReNodeIndexer(model=smollm2.path, heads=CALIBRATED, document_cache=cache)
     pipeline = IngestionPipeline(transformations=[SentenceSplitter(), indexer])
@@ -256,12 +255,12 @@ def test_an_ingestion_pipeline_reads_nodes_ahead(smollm2: LocalModel, tmp_path: 
     with CoReReranker(smollm2.path, heads=CALIBRATED, document_cache=cache) as ranking:
         seen = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in ingested]
         assert all("page: 3" in text for text in seen)
-        assert ranking.cache_documents(seen) == 0, "they lie there already"
+        assert ranking.cache_documents(seen) == 0, "they are on disk already"
     restored = CoReNodeIndexer.from_json(indexer.to_json())
     assert restored.document_cache == cache
 
 
-def test_what_was_not_read_in_time_says_so(calibrated: CoReReranker) -> None:
+def test_nodes_not_read_in_time_are_marked(calibrated: CoReReranker) -> None:
     hurried = CoReNodePostprocessor(reranker=calibrated, max_seconds=1e-9)
     first, *rest = hurried.postprocess_nodes(nodes(), query_str=QUERY)
     assert (first.node.node_id, "reranked" in first.node.metadata) == ("n0", False)

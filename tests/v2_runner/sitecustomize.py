@@ -1,7 +1,7 @@
-"""Lets vLLM's V2 model runner, which is Triton's, run on a CPU: its kernels are interpreted.
+"""Run vLLM's V2 model runner, which needs Triton, on a CPU: its kernels are interpreted.
 
-Python imports this at its start in every process of `make test-vllm-v2`, where this folder is on
-the path. vLLM looks for a CPU backend of Triton, which its wheels lack; the interpreter needs none.
+Python imports this at start in every process of `make test-vllm-v2`, which has this folder on the
+path. vLLM looks for a CPU backend of Triton, which its wheels lack. The interpreter needs none.
 """
 
 import os
@@ -18,6 +18,6 @@ else:
         class driver:  # noqa: N801  Triton's name.
             @staticmethod
             def is_active() -> bool:
-                return False  # For Triton and Inductor, which would ask it for a device.
+                return False  # For Triton and Inductor, which would request a device.
 
     backends.setdefault("cpu", Interpreted)

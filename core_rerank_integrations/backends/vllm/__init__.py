@@ -1,9 +1,8 @@
-"""The vLLM backends: attention mass from hooked prefills of vLLM's own engine.
+"""The vLLM backends: attention mass from prefills of vLLM's own engine, seen by probes.
 
-`plugin` is what vLLM loads in each of its processes. There `probe` keeps the queries of the
-selected heads, and `attention_sum` turns them and the paged keys into attention mass: in the
-`pooler` of a `model` cut above the highest head, for an engine that only reranks, or in a `worker`
-extension, for one that generates too. `client` is the side that runs in the caller's process, with
-`dedicated` and `shared` for the two kinds of engine. `request` is what travels between them, and
-`compat` holds all that depends on vLLM's version.
+plugin.py    what vLLM loads in each of its processes
+request.py   what travels between caller and engine
+compat.py    everything that depends on vLLM's version
+caller/      the side in the user's process
+worker/      the side in vLLM's processes
 """

@@ -13,10 +13,10 @@ MODELS = "core_rerank_integrations.backends.vllm.worker.model"
 
 
 def register() -> None:
-    """Register a probed counterpart of every decoder vLLM knows, resolved when one is asked for.
+    """Register a probed counterpart of each of vLLM's decoders, which is imported on first use.
 
-    Every vLLM on the machine calls this, also where nobody reranks: one of a version that is
-    not supported is left alone.
+    Every vLLM on the machine calls this, also in programs that do not rerank. Versions that are
+    not supported are left alone.
     """
     if not is_supported_version():
         return
@@ -30,7 +30,7 @@ def register() -> None:
         ):
             counterpart = ARCHITECTURE_PREFIX + architecture
             ModelRegistry.register_model(counterpart, f"{MODELS}:{counterpart}")
-            if architecture in MODELS_CONFIG_MAP:  # What vLLM settles by a model's name.
+            if architecture in MODELS_CONFIG_MAP:  # vLLM looks these settings up by name.
                 MODELS_CONFIG_MAP.setdefault(counterpart, MODELS_CONFIG_MAP[architecture])
     key_query_blocks_by_request()
     end_with_owner()

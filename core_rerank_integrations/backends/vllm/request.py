@@ -1,48 +1,49 @@
-"""What travels with a request and with a model's configuration: plain data, both ways."""
+"""What travels between caller and engine: plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 HEADS_KEY = "core_rerank_heads"
-"""In the model's configuration: list of [layer, head, weight]."""
-
-FIRST_ROW_KEY = "core_rerank_first_row"
-"""With a request: index of the first token that is asked what it attends to; the last one is that
-of the request."""
-
-COLUMNS_KEY = "core_rerank_columns"
-"""With a request: how many of its tokens, from the first on, the attention on them is told of."""
-
-UNSHARED_KEY = "core_rerank_unshared"
-"""With a request: index of the first token whose block of the cache is for this request alone."""
-
-PER_HEAD_KEY = "core_rerank_per_head"
-"""With a request: whether its heads are reported each by itself, unweighted."""
-
-SELF_TEST_KEY = "core_rerank_self_test"
-"""With a request: whether it asks how far the probes are from the engine's own attention."""
-
-RESULT_KEY = "core_rerank_result"
-"""With a request of a generating engine: under which name its attention is fetched."""
-
+"""In the model's configuration: the heads of the head set, as JSON."""
+OPTIONS_KEY = "core_rerank"
+"""In the extra arguments of a request: its `RequestOptions` as a list."""
 TRAILING_TOKENS = 1
-"""After the prompt of a generating engine, and no part of it.
+"""Number of tokens that follow the prompt of a generating engine and are not part of it.
 
-A last chunk of a single token may run in a graph that no probe sees into; a token that nobody
-asks about takes that place, and what comes before it is the same with it and without.
+A last chunk of a single token may run in a captured graph, which calls no probe. The trailing token
+takes the place of that chunk. It does not change the attention of the tokens before it.
 """
 
 
-def rerank_options(parameters: Any) -> Mapping[str, Any] | None:
-    """What this package sent along with a request; ``None`` if the request is not ours.
+class RequestOptions(NamedTuple):
+    """What a request asks for.
 
-    Args:
-        parameters: Its ``PoolingParams`` or ``SamplingParams``; ``None`` is no request of ours.
+    Attributes:
+        first_row: Index of the first query row. The last query row is the last token.
+        columns: Number of tokens, from the first on, whose attention mass is returned.
+        unshared: Index of the first token whose cache block no other request may use.
+        per_head: Whether the mass of each head is returned, without weights.
+        is_self_test: Whether the probes are compared with the engine's own attention.
+        result: For a generating engine, the name by which the result is fetched.
     """
-    for name in ("extra_kwargs", "extra_args"):
-        options: Mapping[str, Any] | None = getattr(parameters, name, None)
-        if options and FIRST_ROW_KEY in options:
-            return options
-    return None
+
+    first_row: int
+    columns: int
+    unshared: int
+    per_head: bool = False
+    is_self_test: bool = False
+    result: str = ""
+
+    @classmethod
+    def of(cls, parameters: Any) -> RequestOptions | None:
+        """Return the options of a request; ``None`` if this package did not send it.
+
+        Args:
+            parameters: The request's ``PoolingParams`` or ``SamplingParams``, or ``None``.
+        """
+        for name in ("extra_kwargs", "extra_args"):
+            extra = getattr(parameters, name, None)
+            if extra and OPTIONS_KEY in extra:
+                return cls(*extra[OPTIONS_KEY])
+        return None

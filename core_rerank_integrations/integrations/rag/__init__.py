@@ -1,1 +1,1 @@
-"""Answers from reranked passages, with citations: one chain in LangChain, one in LlamaIndex."""
+"""Answers from reranked passages, with citations: a chain for LangChain, one for LlamaIndex."""

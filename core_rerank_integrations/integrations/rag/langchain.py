@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from operator import add
+from operator import add, itemgetter
 from typing import Any, TypedDict, cast
 
-from core_rerank_integrations.checks import check_count, check_threshold
-from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads.scoring_config import Ranked, Threshold
-from core_rerank_integrations.integrations.langchain import CoReDocumentCompressor
+from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.integrations.langchain import DocumentRanker
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
+from core_rerank_integrations.integrations.rag.inputs import check_question, checked_options
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
+    HISTORY_MESSAGES,
     NO_ANSWER,
-    REMEMBERED_MESSAGES,
     REWRITE_INSTRUCTION,
     follow_up_search,
     passage_name,
     question_with_passages,
 )
 from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.results import RerankResults
+from core_rerank_integrations.settings import RerankOptions, Threshold
 
 with requires_extra("langchain"):
     from langchain_core.documents import Document
@@ -42,17 +44,18 @@ class RagInput(TypedDict):
 
 
 class RagOutput(TypedDict, total=False):
-    """What `create_rag_chain` streams, a key or two at a time; ``invoke`` returns all of it.
+    """The output of `create_rag_chain`: ``invoke`` returns all of it, ``stream`` its parts.
 
     Attributes:
-        search: What was searched for: the question, rewritten where it follows up another.
-        candidates: What the retriever found, in its order.
-        reranked: All of these in the reranker's order, with their probability and evidence.
-        answerable: How probable it is that an answer is among them, where the heads know.
-        documents: Those that the answer is drawn from, and that its ``[1]`` cites; none where
-            nothing answers.
-        answer: The answer, piece by piece.
-        milliseconds: What ``search``, ``candidates``, ``reranked`` and ``answer`` took.
+        search: The search query: the question, or a rewritten follow-up.
+        candidates: The documents that the retriever found, in its order.
+        reranked: All candidates in the reranker's order, with probability and evidence.
+        answerable: Probability that the candidates hold an answer, if the heads know it; see
+            `RerankResults.answerability`.
+        documents: The documents that the answer is drawn from, and that its ``[1]`` cites; empty
+            if nothing answers.
+        answer: The answer; the stream has it piece by piece.
+        milliseconds: Time that ``search``, ``candidates``, ``reranked`` and ``answer`` took.
     """
 
     search: str
@@ -69,18 +72,18 @@ def create_rag_chain(
     llm: BaseChatModel | None = None,
     *,
     reranker: CoReReranker | None = None,
-    ranked: Ranked = "vectors",
+    first_stage: FirstStage | None = "dense",
     rerank: bool = True,
     rewrite: bool = True,
     top_n: int = 5,
-    score_threshold: Threshold = "auto",
+    score_threshold: Threshold | None = "auto",
     extract: float | None = None,
 ) -> Runnable[RagInput, RagOutput]:
-    """Answers to questions, from what a retriever finds and this package reranks.
+    """Create a chain that answers questions from reranked documents.
 
-    A question that follows up others is rewritten by the ``llm``, so that it can be searched for
-    by itself. Without one, a short question is searched for together with the one before it:
-    simple, and wrong where the subject has changed.
+    The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
+    a short question is searched for together with the question before it, which is wrong if the
+    subject has changed.
 
     Examples:
         >>> chain = create_rag_chain(store.as_retriever(search_kwargs={"k": 20}), ChatOpenAI())
@@ -88,148 +91,157 @@ def create_rag_chain(
         ...     print(part.get("answer", ""), end="")
 
     Args:
-        retriever: Finds the candidates, more than are wanted.
-        llm: Writes the answer. ``None`` answers with the passages' own sentences, those that the
-            reranker's evidence is strongest for; nothing is generated then.
-        reranker: One to share; ``None`` makes the default one.
-        ranked: What the retriever is: ``"vectors"``, ``"bm25"``, or ``True`` for anything else.
-        rerank: Whether candidates are reranked; ``False`` answers from the retriever's order.
-        rewrite: Whether the ``llm`` rewrites follow-ups. Very small models do more harm than good.
-        top_n: Passages that the answer is drawn from, at most.
-        score_threshold: Passages of a lower probability are left out. Where none is left, nothing
-            answers, and the ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and
-            always answers with heads that do not know; so does ``None``.
-        extract: Share of each passage's tokens that the ``llm`` gets to read, in its strongest
-            sentences; ``None`` for all.
+        retriever: Finds the candidates; it should find more than ``top_n``.
+        llm: Writes the answer. ``None`` answers with the best sentences of the documents, by the
+            reranker's evidence; nothing is generated.
+        reranker: A reranker to share; ``None`` creates the default one.
+        first_stage: What orders the candidates: ``"bm25"``, ``"dense"`` or ``"other"``; ``None``
+            if nothing does.
+        rerank: Whether to rerank the candidates; ``False`` keeps the retriever's order.
+        rewrite: Whether the ``llm`` rewrites follow-ups. Very small models make them worse.
+        top_n: Maximum number of documents that the answer is drawn from.
+        score_threshold: Minimum probability of these documents. If none is left, the answer is
+            `NO_ANSWER` and the ``llm`` is not called. ``"auto"`` uses the answerability of the
+            candidates. Heads that do not know it, and ``None``, always answer.
+        extract: Maximum share of each document's tokens that the ``llm`` reads, in its best
+            sentences; ``None`` for the whole document.
 
     Returns:
         A runnable that takes a `RagInput` and streams a `RagOutput`.
 
     Raises:
-        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` no probability.
-            Called: the question is empty.
+        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
+            Calls raise it if the question is empty.
     """
-    check_count("top_n", top_n)
-    reranker = reranker or CoReReranker()
-    abstention = reranker.heads.scoring.abstention
-    if score_threshold == "auto" and abstention is None:
-        score_threshold = None
-    check_threshold(score_threshold, reranker.heads.scoring)
-    compressor = CoReDocumentCompressor(
-        reranker=reranker, ranked=ranked, evidence=True, extract=extract if llm else None
+    reranker, options = checked_options(
+        reranker, top_n=top_n, score_threshold=score_threshold, first_stage=first_stage
     )
-    answer: Runnable[dict[str, Any], str] = (
-        RunnableLambda(_answer_prompt) | llm | StrOutputParser()
-        if llm
-        else RunnableLambda(_extracts)
-    )
-    search: Runnable[RagInput, str] = (
-        RunnableLambda(_rewrite_prompt) | llm | StrOutputParser() | str.strip
-        if llm and rewrite
-        else RunnableLambda(_joined_search)
+    ranker = _CandidateRanker(
+        reranker=reranker,
+        first_stage=first_stage,
+        evidence=True,
+        extract=extract if llm else None,
+        limits=options,
     )
 
-    def judged(documents: list[Document]) -> AddableDict:
-        """How probable an answer is, and the documents that it is to be drawn from."""
-        relevance = [document.metadata["relevance_score"] for document in documents]
-        told = AddableDict(answerable=abstention.probability(relevance) if abstention else None)
-        if score_threshold == "auto":
-            documents = documents if told["answerable"] >= reranker.abstention_threshold else []
-        elif score_threshold is not None:
-            documents = [
-                document
-                for document, given in zip(documents, relevance, strict=True)
-                if given >= score_threshold
-            ]
-        return AddableDict(told if abstention else {}, documents=documents[:top_n])
+    def search(state: RagInput) -> Any:
+        if not (llm and rewrite and state["history"]):
+            return _joined_search(state)
+        rewritten = RunnableLambda(_rewrite_prompt) | llm | StrOutputParser()
+        return rewritten | (lambda text: text.strip() or state["question"])
+
+    def first(candidates: list[Document]) -> AddableDict:
+        return AddableDict(candidates=candidates, documents=candidates[:top_n])
+
+    def answer(state: dict[str, Any]) -> Any:
+        if not state["documents"]:
+            return NO_ANSWER
+        return RunnableLambda(_answer_prompt) | llm | StrOutputParser() if llm else _extracts(state)
+
+    ranking = [("reranked", _ranking_inputs, ranker.runnable())] if rerank else []
+    # Stages: key of the output, input, runnable. Runnables that a function returns are run, too.
+    stages: list[tuple[str, Callable[[AddableDict], Any], Runnable[Any, Any]]] = [
+        ("search", _keys("question", "history"), RunnableLambda(search)),
+        ("candidates", itemgetter("search"), retriever if rerank else retriever | first),
+        *ranking,
+        ("answer", _keys("question", "history", "documents"), RunnableLambda(answer)),
+    ]
 
     def stream(chunks: Iterator[RagInput]) -> Iterator[AddableDict]:
-        given = _checked(chunks)
-        lap = _stopwatch()
-        rewritten = search.invoke(given) if given["history"] else ""
-        query = rewritten or given["question"]
-        yield lap(search=query)
-        candidates = retriever.invoke(query)
-        yield lap(candidates=candidates)
-        chosen = AddableDict(documents=candidates[:top_n])
-        if rerank:
-            reranked = list(compressor.compress_documents(candidates, query))
-            yield lap(reranked=reranked)
-            chosen = judged(reranked)
-        yield chosen
-        if chosen["documents"]:
-            for piece in answer.stream({**given, "documents": chosen["documents"]}):
-                yield AddableDict(answer=piece)
-        else:
-            yield AddableDict(answer=NO_ANSWER)
-        yield lap(answer="")
+        state = _checked_input(chunks)
+        for name, select, runnable in stages:
+            start = time.perf_counter()
+            for output in runnable.stream(select(state)):
+                part = _part(name, output)
+                state += part
+                yield part
+            yield _time(name, start)
 
     async def astream(chunks: AsyncIterator[RagInput]) -> AsyncIterator[AddableDict]:
-        given = _checked([chunk async for chunk in chunks])
-        lap = _stopwatch()
-        rewritten = await search.ainvoke(given) if given["history"] else ""
-        query = rewritten or given["question"]
-        yield lap(search=query)
-        candidates = await retriever.ainvoke(query)
-        yield lap(candidates=candidates)
-        chosen = AddableDict(documents=candidates[:top_n])
-        if rerank:
-            reranked = list(await compressor.acompress_documents(candidates, query))
-            yield lap(reranked=reranked)
-            chosen = judged(reranked)
-        yield chosen
-        if chosen["documents"]:
-            async for piece in answer.astream({**given, "documents": chosen["documents"]}):
-                yield AddableDict(answer=piece)
-        else:
-            yield AddableDict(answer=NO_ANSWER)
-        yield lap(answer="")
+        state = _checked_input([chunk async for chunk in chunks])
+        for name, select, runnable in stages:
+            start = time.perf_counter()
+            async for output in runnable.astream(select(state)):
+                part = _part(name, output)
+                state += part
+                yield part
+            yield _time(name, start)
 
     chain = RunnableGenerator[Any, Any](stream, astream, name="CoReRag")
     return cast("Runnable[RagInput, RagOutput]", chain)
 
 
-def _checked(chunks: Any) -> RagInput:
-    """What was asked, which arrives in pieces where another runnable streams it."""
-    given = reduce(add, chunks)
-    question = given.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise InvalidInputError(f"the question must be a text that is not empty, got {question!r}")
-    return {"question": question.strip(), "history": list(given.get("history") or [])}
+class _CandidateRanker(DocumentRanker):
+    """Rerank all candidates, and choose the documents that the answer is drawn from."""
+
+    limits: RerankOptions
+
+    def runnable(self) -> RunnableLambda[dict[str, Any], AddableDict]:
+        return self._run("CoReDocumentCompressor", self._chosen)
+
+    def _chosen(self, candidates: Sequence[Document], results: RerankResults) -> AddableDict:
+        reranked = documents = self._copies(candidates, results)
+        part = AddableDict(reranked=reranked)
+        if results.answerability is not None:
+            part["answerable"] = results.answerability
+        threshold = self.limits.score_threshold
+        if threshold == "auto":
+            minimum = self._loaded_reranker().abstention_threshold
+            documents = reranked if part["answerable"] >= minimum else []
+        elif threshold is not None:
+            scored = zip(reranked, results, strict=True)
+            documents = [
+                document for document, result in scored if result.relevance_score >= threshold
+            ]
+        part["documents"] = documents[: self.limits.top_n]
+        return part
 
 
-def _stopwatch() -> Any:
-    """Adds to what a stage gives the milliseconds since the one before it."""
-    last = time.perf_counter()
-
-    def lap(**given: Any) -> AddableDict:
-        nonlocal last
-        started, last = last, time.perf_counter()
-        (stage,) = given
-        return AddableDict(given, milliseconds=AddableDict({stage: 1000 * (last - started)}))
-
-    return lap
+def _part(name: str, output: Any) -> AddableDict:
+    """Return output of a stage under its key, unless it has keys of its own."""
+    return output if isinstance(output, AddableDict) else AddableDict({name: output})
 
 
-def _joined_search(given: RagInput) -> str:
-    asked = [message.text for message in given["history"] if isinstance(message, HumanMessage)]
-    return follow_up_search(given["question"], asked)
+def _time(name: str, start: float) -> AddableDict:
+    milliseconds = 1000 * (time.perf_counter() - start)
+    return AddableDict(milliseconds=AddableDict({name: milliseconds}))
 
 
-def _rewrite_prompt(given: RagInput) -> list[BaseMessage]:
-    history = list(given["history"])[-REMEMBERED_MESSAGES:]
-    return [SystemMessage(REWRITE_INSTRUCTION), *history, HumanMessage(given["question"])]
+def _checked_input(chunks: Iterable[RagInput]) -> AddableDict:
+    """Return the input of the chain, which arrives in pieces if another runnable streams it."""
+    state = reduce(add, chunks)
+    check_question(state.get("question"))
+    history = list(state.get("history") or [])
+    return AddableDict(question=state["question"].strip(), history=history)
 
 
-def _answer_prompt(given: dict[str, Any]) -> list[BaseMessage]:
+def _keys(*names: str) -> Callable[[AddableDict], dict[str, Any]]:
+    return lambda state: {name: state[name] for name in names}
+
+
+def _ranking_inputs(state: AddableDict) -> dict[str, Any]:
+    return {"query": state["search"], "documents": state["candidates"]}
+
+
+def _joined_search(state: RagInput) -> str:
+    earlier = [message.text for message in state["history"] if isinstance(message, HumanMessage)]
+    return follow_up_search(state["question"], earlier)
+
+
+def _rewrite_prompt(state: RagInput) -> list[BaseMessage]:
+    history = state["history"][-HISTORY_MESSAGES:]
+    return [SystemMessage(REWRITE_INSTRUCTION), *history, HumanMessage(state["question"])]
+
+
+def _answer_prompt(state: dict[str, Any]) -> list[BaseMessage]:
     passages = [
-        (passage_name(document.metadata), document.page_content) for document in given["documents"]
+        (passage_name(document.metadata), document.page_content) for document in state["documents"]
     ]
-    question = HumanMessage(question_with_passages(given["question"], passages))
-    return [SystemMessage(ANSWER_INSTRUCTION), *given["history"][-REMEMBERED_MESSAGES:], question]
+    question = HumanMessage(question_with_passages(state["question"], passages))
+    return [SystemMessage(ANSWER_INSTRUCTION), *state["history"][-HISTORY_MESSAGES:], question]
 
 
-def _extracts(given: dict[str, Any]) -> str:
+def _extracts(state: dict[str, Any]) -> str:
     return extracted_answer(
         [
             RankedPassage(
@@ -237,6 +249,6 @@ def _extracts(given: dict[str, Any]) -> str:
                 document.metadata.get("relevance_score", 0.0),
                 document.metadata.get("evidence", ()),
             )
-            for document in given["documents"]
+            for document in state["documents"]
         ]
     )

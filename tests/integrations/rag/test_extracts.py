@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from core_rerank_integrations.integrations.rag.extracts import (
-    MOST_SENTENCES,
+    MAX_SENTENCES,
     RankedPassage,
     extracted_answer,
 )
@@ -15,11 +15,11 @@ def test_sentences_come_in_the_order_of_the_text_with_their_citations() -> None:
     assert extracted_answer(passages) == "Bell patented it. [1] It was in 1876. [1]"
 
 
-def test_passages_that_are_nearly_as_good_add_their_strongest() -> None:
+def test_passages_that_are_nearly_as_relevant_add_their_best_sentence() -> None:
     passages = [RankedPassage(ONE, 0.5, [BELL]), RankedPassage(ONE, 0.45, [WHEN, BELL])]
     assert extracted_answer(passages) == "Bell patented it. [1] It was in 1876. [2]"
     many = extracted_answer([RankedPassage(ONE, 0.5, [BELL, WHEN])] * 9)
-    assert many.count("[") == MOST_SENTENCES
+    assert many.count("[") == MAX_SENTENCES
 
 
 def test_without_evidence_the_first_passage_answers() -> None:

@@ -1,11 +1,10 @@
-"""What models that answer are told: no passage can speak for anybody else."""
+"""Prompts: a passage cannot imitate another one, the user or a control token."""
 
 from __future__ import annotations
 
 import re
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from core_rerank_integrations.integrations.rag.prompts import (
     citations,
@@ -33,14 +32,14 @@ def test_no_control_token_is_left(text: str) -> None:
     assert not re.search(r"<\||</?s>|\[/?INST\]", written)
 
 
-def test_control_tokens_of_several_families_are_taken_apart() -> None:
+def test_control_tokens_of_several_families_are_broken_up() -> None:
     hostile = "a<|im_end|>b<start_of_turn>c[INST]d</s>e<\uff5cUser\uff5c>"
     quoted = numbered_passages([("T", hostile)])
     assert quoted == "[1] T\n> a< |im_end|>b< start_of_turn>c[ INST]d< /s>e< \uff5cUser\uff5c>"
     assert question_with_passages("Why?", [("T", "x")]).endswith("> x\n\nQuestion: Why?")
 
 
-def test_citations_without_a_passage_are_none() -> None:
+def test_numbers_without_a_passage_are_not_citations() -> None:
     answer = "Yes [1]. Also [2, 3][9]; not [x] or [0]."
     assert [(answer[c.start : c.stop], c.numbers) for c in citations(answer, 3)] == [
         ("[1]", (1,)),
@@ -49,7 +48,7 @@ def test_citations_without_a_passage_are_none() -> None:
     assert citations(answer, 0) == []
 
 
-def test_names_say_what_is_known() -> None:
+def test_names_and_searches() -> None:
     assert passage_name({"title": "Pets", "source": "rules.pdf", "page": 3}) == (
         "Pets, rules.pdf, page 3"
     )

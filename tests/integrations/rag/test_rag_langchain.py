@@ -1,4 +1,4 @@
-"""The chain on the embedded model, MiniLM and Qdrant; a model that answers repeats its prompt."""
+"""The chain, with the embedded model, MiniLM and Qdrant; a chat model that echoes its prompt."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ STAGES = ["search", "candidates", "reranked", "answer"]
 
 
 class Echo(BaseChatModel):
-    """Says what it was told, in pieces; a question it is to rewrite becomes one about ears."""
+    """Repeats the last message, in pieces; rewrites every question to one about ears."""
 
-    heard: list[list[BaseMessage]] = Field(default_factory=list)
+    prompts: list[list[BaseMessage]] = Field(default_factory=list)
 
     @property
     def _llm_type(self) -> str:
@@ -48,12 +48,12 @@ class Echo(BaseChatModel):
             yield piece
 
     def _reply(self, messages: list[BaseMessage]) -> str:
-        self.heard.append(messages)
+        self.prompts.append(messages)
         return QUESTION if messages[0].text == REWRITE_INSTRUCTION else messages[-1].text
 
 
 class Traces(BaseTracer):
-    """Keeps the names of the runs that a call is made of."""
+    """Collects the names of the runs below the root."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ def retriever(handbook_store: Any) -> Any:
     return handbook_store.as_retriever(search_kwargs={"k": 20})
 
 
-def asked(question: str = QUESTION, *history: BaseMessage) -> Any:
-    return {"question": question, "history": list(history)}
+def chain_input(text: str = QUESTION, *history: BaseMessage) -> Any:
+    return {"question": text, "history": list(history)}
 
 
 def test_sentences_of_the_documents_answer(retriever: Any, default_reranker: CoReReranker) -> None:
     chain = create_rag_chain(retriever, reranker=default_reranker, top_n=3)
-    parts = list(chain.stream(asked()))
+    parts = list(chain.stream(chain_input()))
     assert [key for part in parts for key in part if key != "milliseconds"] == [
         "search",
         "candidates",
@@ -82,9 +82,8 @@ def test_sentences_of_the_documents_answer(retriever: Any, default_reranker: CoR
         "answerable",
         "documents",
         "answer",
-        "answer",
     ]
-    whole = chain.invoke(asked())
+    whole = chain.invoke(chain_input())
     assert whole["answer"].startswith("Full ear protection, both plugs and muffs, is compulsory")
     assert whole["answer"].endswith("[1]")
     assert whole["search"] == QUESTION
@@ -94,13 +93,21 @@ def test_sentences_of_the_documents_answer(retriever: Any, default_reranker: CoR
     assert all(milliseconds >= 0 for milliseconds in whole["milliseconds"].values())
 
 
-async def test_asynchronous_calls_say_the_same(
+async def test_asynchronous_calls_give_the_same(
     retriever: Any, default_reranker: CoReReranker
 ) -> None:
     chain = create_rag_chain(retriever, Echo(), reranker=default_reranker, extract=0.3)
-    expected, found = chain.invoke(asked()), await chain.ainvoke(asked())
+    expected, found = chain.invoke(chain_input()), await chain.ainvoke(chain_input())
     for key in expected.keys() - {"milliseconds"}:
         assert found[key] == expected[key], key
+
+
+def test_no_stage_runs_before_it_is_read(retriever: Any, default_reranker: CoReReranker) -> None:
+    llm = Echo()
+    parts = create_rag_chain(retriever, llm, reranker=default_reranker).stream(chain_input())
+    assert any("documents" in part for part in parts)
+    parts.close()
+    assert llm.prompts == []
 
 
 def test_nothing_answers_below_the_threshold(
@@ -108,8 +115,8 @@ def test_nothing_answers_below_the_threshold(
 ) -> None:
     llm = Echo()
     chain = create_rag_chain(retriever, llm, reranker=default_reranker, score_threshold=0.99)
-    out = chain.invoke(asked())
-    assert (out["answer"], out["documents"], llm.heard) == (NO_ANSWER, [], [])
+    out = chain.invoke(chain_input())
+    assert (out["answer"], out["documents"], llm.prompts) == (NO_ANSWER, [], [])
     assert len(out["reranked"]) == 20
     best, second = sorted((d.metadata["relevance_score"] for d in out["reranked"]), reverse=True)[
         :2
@@ -117,17 +124,17 @@ def test_nothing_answers_below_the_threshold(
     strict = create_rag_chain(
         retriever, reranker=default_reranker, score_threshold=(best + second) / 2
     )
-    kept = strict.invoke(asked())["documents"]
+    kept = strict.invoke(chain_input())["documents"]
     assert [document.metadata["relevance_score"] for document in kept] == [
         pytest.approx(best, abs=0.02)
     ]
 
 
 @pytest.mark.parametrize(("intercept", "answers"), [(-99.0, False), (99.0, True)])
-def test_heads_that_know_say_whether_anything_answers(
+def test_heads_with_an_abstention_tell_whether_anything_answers(
     retriever: Any, default_reranker: CoReReranker, intercept: float, answers: bool
 ) -> None:
-    knowing = default_reranker.heads.with_scoring(
+    heads = default_reranker.heads.with_scoring(
         abstention={
             "mean": -3.0,
             "candidates": 1.0,
@@ -137,12 +144,12 @@ def test_heads_that_know_say_whether_anything_answers(
             "threshold": 0.5,
         }
     )
-    reranker = CoReReranker(heads=knowing, reader=default_reranker.reader)
-    out = create_rag_chain(retriever, reranker=reranker).invoke(asked())
+    reranker = CoReReranker.from_scorer(default_reranker.scorer, heads=heads)
+    out = create_rag_chain(retriever, reranker=reranker).invoke(chain_input())
     assert out["answerable"] == pytest.approx(float(answers), abs=1e-3)
     assert (out["answer"] != NO_ANSWER) == bool(out["documents"]) == answers
     always = create_rag_chain(retriever, reranker=reranker, score_threshold=None)
-    assert always.invoke(asked())["answer"] != NO_ANSWER
+    assert always.invoke(chain_input())["answer"] != NO_ANSWER
 
 
 def test_a_model_reads_numbered_passages_and_rewrites_follow_ups(
@@ -151,8 +158,8 @@ def test_a_model_reads_numbered_passages_and_rewrites_follow_ups(
     llm = Echo()
     chain = create_rag_chain(retriever, llm, reranker=default_reranker, top_n=2)
     history = [HumanMessage("What do the compressors do?"), AIMessage("They blow the horn. [1]")]
-    out = chain.invoke(asked("And my ears?", *history))
-    rewriting, answering = llm.heard
+    out = chain.invoke(chain_input("And my ears?", *history))
+    rewriting, answering = llm.prompts
     assert [message.text for message in rewriting[1:]] == [
         *(message.text for message in history),
         "And my ears?",
@@ -169,7 +176,7 @@ def test_without_a_model_a_follow_up_is_searched_with_the_question_before_it(
     retriever: Any, default_reranker: CoReReranker
 ) -> None:
     chain = create_rag_chain(retriever, reranker=default_reranker)
-    out = chain.invoke(asked("and in winter?", HumanMessage("When does the ferry go?")))
+    out = chain.invoke(chain_input("and in winter?", HumanMessage("When does the ferry go?")))
     assert out["search"] == "When does the ferry go? and in winter?"
 
 
@@ -178,15 +185,17 @@ def test_extraction_shortens_what_a_model_reads(
 ) -> None:
     whole, cut = Echo(), Echo()
     for llm, share in ((whole, None), (cut, 0.3)):
-        create_rag_chain(retriever, llm, reranker=default_reranker, extract=share).invoke(asked())
-    assert len(cut.heard[0][-1].text) < 0.5 * len(whole.heard[0][-1].text)
-    assert "Full ear protection" in cut.heard[0][-1].text
+        create_rag_chain(retriever, llm, reranker=default_reranker, extract=share).invoke(
+            chain_input()
+        )
+    assert len(cut.prompts[0][-1].text) < 0.5 * len(whole.prompts[0][-1].text)
+    assert "Full ear protection" in cut.prompts[0][-1].text
 
 
 def test_without_reranking_the_first_stage_answers(
     retriever: Any, default_reranker: CoReReranker
 ) -> None:
-    out = create_rag_chain(retriever, reranker=default_reranker, rerank=False).invoke(asked())
+    out = create_rag_chain(retriever, reranker=default_reranker, rerank=False).invoke(chain_input())
     assert out["documents"] == out["candidates"][:5]
     assert "reranked" not in out
     assert out["answer"].startswith(" ".join(out["candidates"][0].page_content.split()))
@@ -194,16 +203,16 @@ def test_without_reranking_the_first_stage_answers(
 
 async def test_traces_show_every_stage(retriever: Any, default_reranker: CoReReranker) -> None:
     chain = create_rag_chain(retriever, Echo(), reranker=default_reranker)
-    follow_up = asked("And my ears?", HumanMessage("Compressors?"))
+    follow_up = chain_input("And my ears?", HumanMessage("Compressors?"))
     sync, not_sync = Traces(), Traces()
     chain.invoke(follow_up, {"callbacks": [sync]})
     await chain.ainvoke(follow_up, {"callbacks": [not_sync]})
     for traces in (sync, not_sync):
         assert traces.names == [
-            "RunnableSequence",
+            "search",
             "VectorStoreRetriever",
             "CoReDocumentCompressor",
-            "RunnableSequence",
+            "answer",
         ]
 
 
@@ -211,12 +220,12 @@ def test_questions_may_come_from_another_runnable(
     retriever: Any, default_reranker: CoReReranker
 ) -> None:
     chain = create_rag_chain(retriever, reranker=default_reranker)
-    lowered = RunnableLambda(lambda text: asked(text)) | chain
+    lowered = RunnableLambda(lambda text: chain_input(text)) | chain
     assert lowered.invoke(QUESTION)["search"] == QUESTION
 
 
-def test_bad_input_is_named(retriever: Any) -> None:
-    with pytest.raises(InvalidInputError, match="top_n must be at least 1"):
+def test_errors_name_the_input(retriever: Any, default_reranker: CoReReranker) -> None:
+    with pytest.raises(InvalidInputError, match=r"top_n: .+ greater than or equal to 1, got 0"):
         create_rag_chain(retriever, top_n=0)
     with pytest.raises(InvalidInputError, match="question must be a text"):
-        create_rag_chain(retriever).invoke(asked("  "))
+        create_rag_chain(retriever, reranker=default_reranker).invoke(chain_input("  "))

@@ -1,1 +1,1 @@
-""""""
+"""The side of the vLLM backends that runs in the user's process."""

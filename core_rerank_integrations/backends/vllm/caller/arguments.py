@@ -1,4 +1,4 @@
-"""What an engine of ours is started with: our defaults, the caller's arguments, what is refused."""
+"""The arguments of a new engine: defaults, the user's arguments, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.models.resolve import LocalModel
+from core_rerank_integrations.models.local_model import LocalModel
 
 with requires_extra("vllm"):
     from safetensors import safe_open
@@ -17,7 +17,7 @@ with requires_extra("vllm"):
     from vllm.platforms import current_platform
 
 CPU_BLOCK_SIZE = 32
-"""vLLM's own on CPU is 128, in which a short document never fills a block that could be shared."""
+"""vLLM's default on CPU is 128: a block that a short document does not fill, and cannot share."""
 
 REFUSED_PARALLELISM = {
     "pipeline_parallel_size": "pipeline parallelism; use tensor_parallel_size",
@@ -28,39 +28,46 @@ REFUSED_PARALLELISM = {
 }
 
 HALF_PRECISION = ("auto", "half", "float16", "bfloat16")
-"""Names of the types FlashAttention computes in; ``auto`` is never float32 in vLLM."""
+"""Names of the types that FlashAttention supports; ``auto`` is never float32 in vLLM."""
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
-"""Types of weights that are loaded as what the model computes in; others stay as they are."""
+"""Types of weights that are converted to the model's type; other types are loaded as they are."""
 FLASH_ATTENTION_CAPABILITY = (8, 0)
-"""Compute capability of the first GPUs with FlashAttention, Ampere."""
+"""Lowest compute capability of GPUs with FlashAttention, Ampere."""
 FLASH_ATTENTION_HEAD_SIZE = 256
 
 GPU_MEMORY_SHARE = 0.5
-"""Of the GPU's memory, where the weights leave enough of it for all else."""
-MOST_GPU_MEMORY = 0.92
-"""vLLM's own default: the rest is for what lies outside of its count."""
+"""Share of the GPU's memory that is requested, unless the weights need more."""
+MAX_GPU_MEMORY_SHARE = 0.92
+"""vLLM's own default. It does not count the memory above this share."""
 WORKING_BYTES = 4 * 1024**3
-"""Planned beside the weights: activations of a step, graphs, and a small cache."""
+"""Memory planned besides the weights: activations of a step, graphs, and a small cache."""
 
 
 def engine_arguments(
-    given: Mapping[str, Any], *, own: Mapping[str, Any], fixed: Mapping[str, Any]
+    model: LocalModel, engine_args: Mapping[str, Any], num_layers: int | None = None, **fixed: Any
 ) -> dict[str, Any]:
-    """Arguments of an engine of ours: our defaults, the caller's, and what cannot be changed.
+    """Return the arguments of an engine: defaults, the user's, and those that are fixed.
+
+    Args:
+        model: Folder of the model.
+        engine_args: The user's arguments, with ``dtype``.
+        num_layers: Number of layers that are loaded; ``None`` for all.
+        **fixed: Arguments that the user cannot set, except for ``hf_overrides``.
 
     Raises:
-        InvalidInputError: One is unknown to vLLM, or asks for what is not supported.
+        InvalidInputError: A user's argument is unknown to vLLM, is fixed, or is not supported; or
+            the weights do not fit into the GPU's memory.
     """
-    for name in REFUSED_PARALLELISM:
-        refuse_parallelism(name, given.get(name, 1))
-    if "fp8" in str(given.get("kv_cache_dtype", "auto")):
+    fixed["model"] = str(model.path)
+    refuse_parallelism(engine_args)
+    if "fp8" in str(engine_args.get("kv_cache_dtype", "auto")):
         raise InvalidInputError(
-            f"kv_cache_dtype={given['kv_cache_dtype']!r}: reranking reads keys in full precision; "
-            'leave it at "auto", or set "bfloat16" for a checkpoint with FP8 scales'
+            f"kv_cache_dtype={engine_args['kv_cache_dtype']!r}: reranking reads keys in full "
+            'precision; leave it at "auto", or set "bfloat16" for a checkpoint with FP8 scales'
         )
-    if unknown := set(given) - set(AsyncEngineArgs.__dataclass_fields__):
+    if unknown := set(engine_args) - set(AsyncEngineArgs.__dataclass_fields__):
         raise InvalidInputError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
-    if reserved := {name for name in fixed if name in given and name != "hf_overrides"}:
+    if reserved := (set(fixed) - {"hf_overrides"}) & set(engine_args):
         raise InvalidInputError(
             f"engine_args cannot set {', '.join(sorted(reserved))}: this package does"
         )
@@ -69,97 +76,70 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "block_size": CPU_BLOCK_SIZE if current_platform.is_cpu() else None,
         "disable_log_stats": True,
-        **own,
-        **given,
+        **cuda_arguments(model, engine_args, num_layers),
+        **engine_args,
         **fixed,
     }
 
 
-def refuse_parallelism(name: str, size: int) -> None:
-    """Refuse what an engine's parallel ranks cannot answer together.
+def refuse_parallelism(settings: Mapping[str, Any]) -> None:
+    """Check the kinds of parallelism of an engine.
 
     Raises:
-        InvalidInputError: Names the setting, and what to do instead.
+        InvalidInputError: One of `REFUSED_PARALLELISM` is above 1.
     """
-    if size not in (None, 1):
-        raise InvalidInputError(
-            f"{name}={size!r}: reranking does not support {REFUSED_PARALLELISM[name]}"
-        )
+    for name, reason in REFUSED_PARALLELISM.items():
+        if (size := settings.get(name)) not in (None, 1):
+            raise InvalidInputError(f"{name}={size!r}: reranking does not support {reason}")
 
 
 def cuda_arguments(
-    model: LocalModel, dtype: str, given: Mapping[str, Any], num_layers: int | None = None
+    model: LocalModel, engine_args: Mapping[str, Any], num_layers: int | None = None
 ) -> dict[str, Any]:
-    """Defaults that depend on the GPU at hand; none without CUDA.
-
-    Args:
-        model: The model's folder.
-        dtype: As the caller named it.
-        given: The caller's engine arguments, which go before these.
-        num_layers: How many of its layers are loaded; ``None`` for all.
-
-    Raises:
-        InvalidInputError: The weights do not fit into the GPU's memory.
-    """
+    """Return the defaults that depend on the GPU; none without CUDA. See `engine_arguments`."""
     if not current_platform.is_cuda():
         return {}
-    dtype = str(given.get("dtype", dtype)).removeprefix("torch.")
-    chosen: dict[str, Any] = {}
-    if not {"attention_backend", "attention_config"} & set(given):
+    dtype = str(engine_args["dtype"]).removeprefix("torch.")
+    arguments: dict[str, Any] = {}
+    if not {"attention_backend", "attention_config"} & set(engine_args):
         capability = current_platform.get_device_capability()
-        chosen["attention_backend"] = attention_backend(
-            tuple(capability or (0, 0)), dtype, head_size(model.config())
+        arguments["attention_backend"] = attention_backend(
+            tuple(capability or (0, 0)), dtype, _head_size(model.config())
         )
-    # What these make of the weights is vLLM's to know.
-    if not {"gpu_memory_utilization", "quantization", "cpu_offload_gb"} & set(given):
-        weights = weights_of(model.path, dtype, num_layers)
+    # With these arguments, the size of the loaded weights is not known here.
+    if not {"gpu_memory_utilization", "quantization", "cpu_offload_gb"} & set(engine_args):
+        weights = weight_bytes(model.path, dtype, num_layers)
         if weights is not None:
-            ranks = given.get("tensor_parallel_size", 1)
-            total = current_platform.get_device_total_memory()
-            chosen["gpu_memory_utilization"] = memory_share(weights, ranks, total)
-    return chosen
+            arguments["gpu_memory_utilization"] = memory_share(
+                weights,
+                engine_args.get("tensor_parallel_size", 1),
+                current_platform.get_device_total_memory(),
+            )
+    return arguments
 
 
 def attention_backend(capability: tuple[int, ...], dtype: str, head_size: int) -> str:
-    """The attention backend whose cache this package reads, and that this GPU has.
+    """Return the attention backend that a GPU supports and whose cache this package reads.
 
-    vLLM's own choice is FlashInfer on data-centre Blackwell, and differs with the precision.
-
-    Args:
-        capability: The GPU's compute capability.
-        dtype: What the model computes in, as vLLM names it.
-        head_size: Of its attention heads.
+    vLLM's own choice is FlashInfer on data-centre Blackwell, and depends on the precision.
     """
-    flash = (
+    has_flash = (
         capability >= FLASH_ATTENTION_CAPABILITY
         and dtype in HALF_PRECISION
         and head_size <= FLASH_ATTENTION_HEAD_SIZE
         and head_size % 8 == 0
     )
-    return "FLASH_ATTN" if flash else "TRITON_ATTN"
-
-
-def head_size(config: Any) -> int:
-    """The largest of a model's attention heads."""
-    plain = config.hidden_size // config.num_attention_heads
-    sizes = (getattr(config, name, None) for name in ("head_dim", "global_head_dim"))
-    largest: int = max(size or plain for size in sizes)
-    return largest
+    return "FLASH_ATTN" if has_flash else "TRITON_ATTN"
 
 
 def memory_share(weights: int, ranks: int, total: int) -> float:
-    """How much of each GPU's memory to ask for.
-
-    Args:
-        weights: Bytes of the weights, over all GPUs.
-        ranks: Over how many GPUs they are spread.
-        total: Bytes of a GPU's memory.
+    """Return the share of each GPU's ``total`` bytes to request, if ``ranks`` GPUs share weights.
 
     Raises:
-        InvalidInputError: It does not suffice.
+        InvalidInputError: The memory does not suffice.
     """
     needed = weights / ranks + WORKING_BYTES
-    if needed > MOST_GPU_MEMORY * total:
+    if needed > MAX_GPU_MEMORY_SHARE * total:
         gib = 1024**3
         raise InvalidInputError(
             f"the model's layers up to the highest head take {weights / gib:.1f} GiB on {ranks} "
@@ -170,28 +150,26 @@ def memory_share(weights: int, ranks: int, total: int) -> float:
     return max(GPU_MEMORY_SHARE, round(needed / total, 3))
 
 
-def weights_of(folder: Path, dtype: str, num_layers: int | None = None) -> int | None:
-    """Bytes of a model's weights once loaded, from its files' headers; ``None`` if it has none.
-
-    Args:
-        folder: The model's.
-        dtype: What it is loaded in, as vLLM names it.
-        num_layers: How many of its layers are loaded; ``None`` for all.
-    """
-    loaded = 2 if dtype in HALF_PRECISION else 4
+def weight_bytes(folder: Path, dtype: str, num_layers: int | None = None) -> int | None:
+    """Compute the size of loaded weights in bytes; ``None`` if there are no safetensors files."""
+    width = 2 if dtype in HALF_PRECISION else 4
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  It is no mapping.
+            for name in file.keys():  # noqa: SIM118  It is not a mapping.
                 layer = re.search(r"\blayers\.(\d+)\.", name)
                 if layer is None or num_layers is None or int(layer[1]) < num_layers:
-                    values = file.get_slice(name)
-                    stored = values.get_dtype()
-                    width = loaded if stored in PLAIN_TYPES else _stored_bytes(stored)
-                    total += prod(values.get_shape()) * width
+                    tensor = file.get_slice(name)
+                    stored = tensor.get_dtype()
+                    bits = int((re.findall(r"\d+", stored) or [8])[0])
+                    total += prod(tensor.get_shape()) * (
+                        width if stored in PLAIN_TYPES else bits // 8
+                    )
     return total or None
 
 
-def _stored_bytes(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) // 8 if bits else 1
+def _head_size(config: Any) -> int:
+    """Return the size of a model's largest attention head."""
+    plain = config.hidden_size // config.num_attention_heads
+    names = ("head_dim", "global_head_dim")
+    return max(int(getattr(config, name, None) or plain) for name in names)

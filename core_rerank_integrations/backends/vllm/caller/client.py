@@ -1,44 +1,39 @@
-"""The caller's side of a vLLM engine: prompts in, attention mass out, over vLLM's `AsyncLLM`."""
+"""Prompts as requests to a vLLM engine, and its answers as attention mass."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, wait
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from cachetools import LRUCache
 
+from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
+from core_rerank_integrations.backends.vllm.caller.loop import EngineLoop
 from core_rerank_integrations.backends.vllm.caller.process import (
     check_main_guard,
     close_at_exit,
     owned_engine,
 )
-from core_rerank_integrations.backends.vllm.request import (
-    COLUMNS_KEY,
-    FIRST_ROW_KEY,
-    PER_HEAD_KEY,
-    SELF_TEST_KEY,
-    UNSHARED_KEY,
-)
+from core_rerank_integrations.backends.vllm.request import RequestOptions
 from core_rerank_integrations.errors import (
     BackendError,
     ClosedError,
-    InvalidInputError,
     UnsupportedModelError,
     requires_extra,
 )
-from core_rerank_integrations.method.prompt import Prompt, TokenIds
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
 from core_rerank_integrations.method.scoring import Mass
 
 with requires_extra("vllm"):
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.inputs import TokensPrompt
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -46,118 +41,173 @@ with requires_extra("vllm"):
 
 log = logging.getLogger(__name__)
 
-LIVENESS_SECONDS = 1.0
-"""How often a waiting call looks whether the engine still lives."""
-CANCEL_SECONDS = 5.0
 SHUTDOWN_SECONDS = 30.0
-"""How long an engine may take to end before it is killed; a busy machine needs a few."""
+"""Time limit for an engine to end before it is killed; a busy machine needs a few seconds."""
 SELF_TEST_TOKENS = 43
-"""More than a block of the cache, and no whole number of blocks."""
+"""More than a block of the cache, and not a whole number of blocks."""
 SELF_TESTS = 20
-"""How often a busy engine may split the tiny prompt over steps, in which it tells nothing."""
+"""Attempts of the self-test, which needs its prompt in a single step of the engine."""
 ENGINE_DIED = (
     "the vLLM engine has died; its own log above says why. Start it anew with "
     "reranker.restart(), or make a new reranker"
 )
-RESULT_CACHE_TOKENS = 4_000_000
-"""Prompt tokens whose attention mass is kept, at four bytes each: a repeated question is free."""
+MASS_CACHE_BYTES = 1 << 26
+"""Size limit of the cached attention mass; a repeated question is free."""
 
-T = TypeVar("T")
+
+RequestKey = tuple[bytes, bytes, bool]
+"""Key of the prefix, the question (empty for the rows of the instruction), and ``per_head``."""
 
 
 class EngineClient(ABC):
-    """Brings calls from any thread to one engine on one event loop, and checks its answers.
+    """Compute attention mass with a vLLM engine, for callers in any thread.
 
     Args:
-        loop: The loop that the engine runs on; ``None`` makes one, in a thread of its own.
-        heads: Number of heads that are read.
+        head_set: The heads to read.
+        loop: The event loop of the caller's engine; ``None`` starts one.
     """
 
     max_context: int
 
-    def __init__(self, heads: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._heads = heads
-        self._ids = itertools.count()
-        self._masses: LRUCache[bytes, Mass] = LRUCache(RESULT_CACHE_TOKENS, getsizeof=np.size)
-        self._openings: LRUCache[tuple[bytes, bool], Mass] = LRUCache(
-            RESULT_CACHE_TOKENS, getsizeof=np.size
-        )
-        self._closed = False
-        self._calls: set[asyncio.Task[Any]] = set()
+    def __init__(self, head_set: HeadSet, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop = EngineLoop(loop, self._check_alive)
         self._engine: AsyncLLM | None = None
-        self._thread: threading.Thread | None = None
-        if loop is None:
-            loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(
-                target=loop.run_forever, name="core-rerank-vllm", daemon=True
-            )
-            self._thread.start()
-        self._loop = loop
+        self._preparation: Future[None] | None = None
+        self._weights = head_set.weights[None]
+        self._ids = itertools.count()
+        self._tokens_run = 0
+        self._sums: LRUCache[RequestKey, Mass] = LRUCache(
+            MASS_CACHE_BYTES, getsizeof=lambda mass: mass.nbytes
+        )
 
-    def attention_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
+    @property
+    def engine(self) -> AsyncLLM:
+        """The running engine.
+
+        Raises:
+            ClosedError: It was closed.
+        """
+        if self._engine is None:
+            raise ClosedError("the vLLM engine of this reranker is closed")
+        return self._engine
+
+    @property
+    def stats(self) -> BackendStats:
+        """See `AttentionBackend.stats`. The engine's own cache is not counted."""
+        prefixes = {prefix for prefix, _, _ in list(self._sums)}  # Calls change the cache.
+        return BackendStats(self._tokens_run, len(prefixes), int(self._sums.currsize))
+
+    def attention_mass(
+        self, groups: Sequence[PromptGroup], weights: Mass | None = None
+    ) -> list[GroupMass]:
         """See `AttentionBackend.attention_mass`."""
-        return self._wait_for(self._weighed_means(prompts))
+        # The engine sums with the head set's own weights; others need the mass of each head.
+        per_head = weights is None or not np.array_equal(weights, self._weights)
+        results = self.loop.run(self.group_masses(groups, per_head))
+        if weights is None or not per_head:
+            return results
+        return [
+            GroupMass(weights @ baseline, [weights @ mass for mass in questions])
+            for baseline, questions in results
+        ]
 
-    def head_mass(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """See `AttentionBackend.head_mass`."""
-        return self._wait_for(self._means_of_rows(prompts, per_head=True))
-
-    def cache_documents(self, prompts: Sequence[Prompt]) -> int:
-        """See `AttentionBackend.remember`; the engine's own prefix cache is what keeps them."""
-        self.attention_mass(prompts)
+    def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
+        """See `AttentionBackend.cache_prefixes`. The engine's own cache holds keys and values."""
+        self.attention_mass([PromptGroup(prefix, ()) for prefix in prefixes], self._weights)
         return 0
 
-    def forget(self) -> None:
-        """See `AttentionBackend.forget`; the engine's own prefix cache stays."""
-        self._wait_for(self._forget())
+    def clear_cache(self) -> None:
+        """See `AttentionBackend.clear_cache`. The engine's own cache stays."""
+
+        async def clear() -> None:  # On the loop, where calls use the cache.
+            self._sums.clear()
+
+        self.loop.run(clear())
 
     def close(self) -> None:
         """Stop what was started. Waiting calls end with an error."""
-        if not self._closed:
-            self._closed = True
-            ending = asyncio.run_coroutine_threadsafe(self._cancel_calls(), self._loop)
-            if not running_on(self._loop):
-                ending.result()
+        if not self.loop.is_closed:
+            # Calls and listeners end while the engine lives: it can still receive aborts, and no
+            # listener reports its end as a failure.
+            self.loop.close()
             try:
                 self._release_engine()
             finally:
                 self._engine = None
-                self._stop_loop()
+                self.loop.stop()
+
+    async def group_masses(self, groups: Sequence[PromptGroup], per_head: bool) -> list[GroupMass]:
+        """Compute the mass of each head, or their weighted sum; runs on the engine's loop."""
+        if self._preparation is not None:
+            await asyncio.wrap_future(self._preparation)
+        requests = _requests(groups, per_head)
+        sums = {key: self._sums[key] for key in requests if key in self._sums}
+        missing = {key: request for key, request in requests.items() if key not in sums}
+        computed = await asyncio.gather(*(self._row_sum(*request) for request in missing.values()))
+        for key, mass in zip(missing, computed, strict=True):
+            sums[key] = mass
+            if mass.nbytes <= self._sums.maxsize:
+                self._sums[key] = mass
+        results = []
+        for prefix, questions in groups:
+            instruction = sums.get((prefix.key, b"", per_head), np.float32(0))
+            baseline, *masses = (
+                (instruction + sums[prefix.key, question.tobytes(), per_head])
+                / np.float32(prefix.instruction_length + len(question))
+                for question in (prefix.baseline, *questions)
+            )
+            results.append(GroupMass(baseline, masses))
+        return results
 
     @abstractmethod
-    def _release_engine(self) -> None:
-        """Let go of the engine."""
+    async def send(
+        self, ids: list[int], options: RequestOptions, read_cache: bool
+    ) -> npt.NDArray[Any]:
+        """Send one request to the engine, which may use its prefix cache if ``read_cache``.
 
-    @abstractmethod
-    async def _ask(
-        self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
-    ) -> np.ndarray[Any, Any]:
-        """One request: `AttentionSum.vector`, summed over tensor parallel ranks."""
+        Returns:
+            `AttentionSum.vector`, summed over tensor parallel ranks.
+        """
 
     def _start(self, arguments: dict[str, Any]) -> None:
-        """Start an engine on the loop of this client's own."""
+        """Start an engine on this client's own loop."""
         log.info("Starting vLLM with %s ...", arguments["model"])
         try:
             check_main_guard()
             with owned_engine():
-                self._engine = self._wait_for(_started(arguments))
+                self._engine = self.loop.run(_started(arguments))
             close_at_exit(self)
         except BaseException:
-            self._closed = True
-            self._stop_loop()
+            self.loop.stop()
+            raise
+
+    def _prepare(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what must end before the first request.
+
+        On the engine's loop, waiting here would block it, so the first call waits instead.
+        """
+        if self.loop.is_current:
+            self._preparation = asyncio.run_coroutine_threadsafe(work, self.loop.asyncio_loop)
+            return
+        try:
+            self.loop.run(work)
+        except BaseException:
+            self.close()
             raise
 
     async def _test_probes(self) -> None:
-        """Compare the probes with the engine's own attention on a tiny prompt, or refuse it."""
-        assert self._engine is not None
-        config = self._engine.model_config
+        """Compare the probes with the engine's own attention on a tiny prompt.
+
+        Raises:
+            UnsupportedModelError: They differ.
+            BackendError: The engine split the prompt every time.
+        """
+        config = self.engine.model_config
         vocabulary = config.hf_text_config.vocab_size
-        tokens = [7919 * position % vocabulary for position in range(1, SELF_TEST_TOKENS + 1)]
-        options = {FIRST_ROW_KEY: 0, COLUMNS_KEY: 1, UNSHARED_KEY: 0, SELF_TEST_KEY: True}
+        ids = [7919 * position % vocabulary for position in range(1, SELF_TEST_TOKENS + 1)]
+        options = RequestOptions(first_row=0, columns=1, unshared=0, is_self_test=True)
         for _ in range(SELF_TESTS):
-            error, rows = await self._ask(
-                self._engine, TokensPrompt(prompt_token_ids=tokens), options, read_cache=False
-            )
+            error, rows = await self.send(ids, options, read_cache=False)
             if rows:
                 break
         else:
@@ -173,175 +223,49 @@ class EngineClient(ABC):
             )
         log.info("vLLM is ready: its probes agree with its own attention")
 
-    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
-            work.close()
-            raise ClosedError("the vLLM engine of this reranker is closed")
-        if running_on(self._loop):
-            work.close()
-            raise InvalidInputError(
-                "this call would block the event loop that the vLLM engine runs on; use "
-                "`await reranker.arerank(...)` there"
-            )
-        future = asyncio.run_coroutine_threadsafe(self._tracked(work), self._loop)
-        try:
-            # vLLM does not wake every waiting request when its process is killed.
-            while not wait([future], timeout=LIVENESS_SECONDS).done:
-                engine = self._engine  # None while it starts, and once closed.
-                if engine is not None and engine.errored:
-                    raise BackendError(ENGINE_DIED)
-            return future.result()
-        except CancelledError as error:
-            raise ClosedError("the vLLM engine was closed while a call was waiting") from error
-        except BaseException:
-            future.cancel()  # An interrupted call aborts its requests.
-            raise
+    async def _row_sum(self, ids: TokenIds, options: RequestOptions) -> Mass:
+        """Return the attention of a prompt's query rows, summed over them, [heads or 1, tokens].
 
-    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        try:
-            return await work
-        finally:
-            self._calls.discard(task)
-
-    async def _forget(self) -> None:
-        self._masses.clear()
-        self._openings.clear()
-
-    async def _cancel_calls(self) -> None:
-        """Cancel what waits, while the engine can still be told that nobody does."""
-        for call in self._calls:
-            call.cancel()
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=CANCEL_SECONDS)
-
-    def _shut_down(self) -> None:
-        """End an engine on this client's own loop."""
-        # What listens to it first: it would report the engine's end as a failure.
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
-        if self._engine is not None:
-            self._engine.shutdown(timeout=SHUTDOWN_SECONDS)
-
-    def _stop_loop(self) -> None:
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-    async def _weighed_means(self, prompts: Sequence[Prompt]) -> list[Mass]:
-        """Mean over all query rows, weighed, [prefix tokens + 1]; kept ones are not asked."""
-        asked = [
-            len(prompt.prefix).to_bytes(4) + prompt.prefix.tobytes() + prompt.suffix.tobytes()
-            for prompt in prompts
-        ]
-        known = {key: self._masses[key] for key in asked if key in self._masses}
-        new = {key: prompt for key, prompt in zip(asked, prompts, strict=True) if key not in known}
-        means = await self._means_of_rows(list(new.values()), per_head=False)
-        for key, (mass,) in zip(new, means, strict=True):
-            known[key] = mass
-            _keep(self._masses, key, mass)
-        return [known[key] for key in asked]
-
-    async def _means_of_rows(self, prompts: Sequence[Prompt], per_head: bool) -> list[Mass]:
-        """Mean over all query rows, shape [heads or 1, prefix tokens + 1].
-
-        Of a prompt of one document, which may well come again with another question, the rows
-        before the query are asked for once, and what the engine has read reaches to the query.
+        Raises:
+            BackendError: The engine has died, or did not compute all rows.
         """
-        requests = [_Request.of(prompt) for prompt in prompts]
-        shared = {opening.key: opening for opening, _ in requests if opening}
-        before = {
-            key: mass for key in shared if (mass := self._openings.get((key, per_head))) is not None
-        }
-        new = [opening for key, opening in shared.items() if key not in before]
-        # Openings first: what a step computes for one request, a later one of it has already.
-        work = [*new, *(question for _, question in requests)]
-        sums = await self._together(self._whole_sum(request, per_head) for request in work)
-        for opening, mass in zip(new, sums, strict=False):
-            before[opening.key] = mass
-            _keep(self._openings, (opening.key, per_head), mass)
-        means = []
-        for prompt, (of, _), mass in zip(prompts, requests, sums[len(new) :], strict=True):
-            rows = np.float32(len(prompt.suffix))
-            means.append((mass if of is None else mass + before[of.key]) / rows)
-        return means
-
-    async def _together(self, work: Iterable[Coroutine[Any, Any, Mass]]) -> list[Mass]:
-        return await asyncio.gather(*work)
-
-    async def _whole_sum(self, request: _Request, per_head: bool) -> Mass:
-        """Sum over all rows of a request, shape [heads or 1, columns]."""
         rows = 0
+        # Rows that came from the prefix cache have no queries, and those in a captured graph were
+        # not seen. The second attempt does not read the cache.
         for read_cache in (True, False):
-            # A second time if rows came from the prefix cache, or from a graph that no probe sees
-            # into: their queries were never computed, or not seen.
-            summed, rows = await self._sum_of_rows(request, per_head, read_cache)
-            if rows == request.rows:
-                return summed
+            try:
+                vector = await self.send(ids.tolist(), options, read_cache)
+            except EngineDeadError as error:
+                raise BackendError(ENGINE_DIED) from error
+            rows = int(vector[-1])
+            if rows == len(ids) - options.first_row:
+                return vector[:-1].reshape(-1, options.columns)
         raise BackendError(
-            f"vLLM computed {rows} of {request.rows} query tokens of a prompt of "
-            f"{len(request.tokens)}; a score from these would be wrong"
+            f"vLLM computed {rows} of {len(ids) - options.first_row} query tokens of a prompt of "
+            f"{len(ids)}; a score from these would be wrong"
         )
 
-    async def _sum_of_rows(
-        self, request: _Request, per_head: bool, read_cache: bool
-    ) -> tuple[Mass, int]:
-        if self._engine is None:
-            raise ClosedError("the vLLM engine of this reranker is closed")
-        options = {
-            FIRST_ROW_KEY: len(request.tokens) - request.rows,
-            COLUMNS_KEY: request.columns,
-            UNSHARED_KEY: request.unshared,
-            PER_HEAD_KEY: per_head,
-        }
-        tokens = TokensPrompt(prompt_token_ids=request.tokens.tolist())
-        try:
-            vector = await self._ask(self._engine, tokens, options, read_cache)
-        except EngineDeadError as error:
-            raise BackendError(ENGINE_DIED) from error
-        return vector[:-1].reshape(self._heads if per_head else 1, -1), int(vector[-1])
+    def _check_alive(self) -> None:
+        """Check the engine: when it dies, vLLM does not wake each of its requests.
+
+        Raises:
+            BackendError: It has died.
+        """
+        engine = self._engine  # Another thread may close it meanwhile.
+        if engine is not None and engine.errored:
+            raise BackendError(ENGINE_DIED)
 
     def _next_id(self) -> str:
         return f"core-{next(self._ids)}"
 
-
-class _Request(NamedTuple):
-    """What an engine is asked about: the attention of the last rows on the first columns."""
-
-    tokens: TokenIds
-    rows: int
-    columns: int
-    unshared: int
-    """From which token on nothing is left in the cache for other requests."""
-
-    @classmethod
-    def of(cls, prompt: Prompt) -> tuple[_Request | None, _Request]:
-        """What a prompt takes: its opening, if it may serve other questions, and the rest."""
-        tokens = np.concatenate((prompt.prefix, prompt.suffix))
-        start, rows = len(prompt.prefix), len(prompt.suffix)
-        if len(prompt.document_spans) > 1 or not prompt.instruction:
-            return None, cls(tokens, rows, start + 1, start)
-        border = start + prompt.instruction
-        return (
-            cls(tokens[:border], prompt.instruction, start + 1, border),
-            cls(tokens, rows - prompt.instruction, start + 1, border),
-        )
-
-    @property
-    def key(self) -> bytes:
-        """Tells openings apart."""
-        return self.rows.to_bytes(4) + self.tokens.tobytes()
-
-
-def _keep(cache: LRUCache[Any, Mass], key: Any, mass: Mass) -> None:
-    if mass.size <= cache.maxsize:
-        cache[key] = mass
+    def _release_engine(self) -> None:
+        """Shut down the engine, or give it back to the caller."""
+        if self._engine is not None:
+            self._engine.shutdown(timeout=SHUTDOWN_SECONDS)
 
 
 def tolerance(dtype: str) -> float:
-    """Largest relative error of a probe that rounding explains.
+    """Return the largest relative error of a probe that rounding explains.
 
     Kernels on CUDA multiply float32 matrices in TF32, whose mantissa has ten bits.
     """
@@ -350,29 +274,39 @@ def tolerance(dtype: str) -> float:
     return 1e-2 if current_platform.is_cuda() else 1e-3
 
 
-def running_on(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the caller runs on this loop, and so would block it by waiting for it."""
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
+def _requests(
+    groups: Sequence[PromptGroup], per_head: bool
+) -> dict[RequestKey, tuple[TokenIds, RequestOptions]]:
+    """Return the requests of prompts, those of instructions first.
 
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    A document by itself is likely to be ranked again for another question. The rows of its
+    instruction are then requested separately, so that the engine's cache reaches up to the query.
+    With several documents in a prompt, the whole query span is one request.
+    """
+    # What a step computes for one request, later requests of the step find in the cache.
+    instructions: dict[RequestKey, tuple[TokenIds, RequestOptions]] = {}
+    questions: dict[RequestKey, tuple[TokenIds, RequestOptions]] = {}
+    for prefix, group_questions in groups:
+        start, shared = prefix.context_length, prefix.context_length
+        if len(prefix.document_spans) == 1 and prefix.instruction_length:
+            shared = len(prefix.ids)
+            options = RequestOptions(start, start + 1, shared, per_head)
+            instructions[prefix.key, b"", per_head] = prefix.ids, options
+        for question in (prefix.baseline, *group_questions):
+            ids = np.concatenate((prefix.ids, question))
+            options = RequestOptions(shared, start + 1, shared, per_head)
+            questions[prefix.key, question.tobytes(), per_head] = ids, options
+    return instructions | questions
 
 
 async def _started(arguments: dict[str, Any]) -> AsyncLLM:
-    # AsyncLLM binds itself to the running loop, so it is made inside of it.
+    # AsyncLLM binds itself to the running loop, so it is made in a coroutine.
     try:
-        # The context decides how many tokens a step may take; that of a library is generous.
+        # The usage context decides how many tokens a step may take; a library's is generous.
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS
         )
     except (RuntimeError, ValueError) as error:
-        chosen = arguments.get("attention_backend")
-        told = f" with attention_backend={chosen!r}" if chosen else ""
-        raise BackendError(f"vLLM could not start{told}: {error}") from error
+        backend = arguments.get("attention_backend")
+        detail = f" with attention_backend={backend!r}" if backend else ""
+        raise BackendError(f"vLLM could not start{detail}: {error}") from error

@@ -5,51 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from core_rerank_integrations.backends.vllm.caller.client import EngineClient
-from core_rerank_integrations.backends.vllm.request import HEADS_KEY
+from core_rerank_integrations.backends.vllm.request import HEADS_KEY, OPTIONS_KEY, RequestOptions
 from core_rerank_integrations.errors import UnsupportedModelError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.models.resolve import LocalModel, first_layers
+from core_rerank_integrations.models.local_model import LocalModel, truncated_config
 
 with requires_extra("vllm"):
     from vllm import PoolingParams
     from vllm.config import PoolerConfig
     from vllm.inputs import TokensPrompt
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from core_rerank_integrations.backends.vllm.caller.arguments import (
-        cuda_arguments,
-        engine_arguments,
-    )
+    from core_rerank_integrations.backends.vllm.caller.arguments import engine_arguments
     from core_rerank_integrations.backends.vllm.compat import check_version
     from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
     from core_rerank_integrations.backends.vllm.worker.pooler import TASK
 
 TOKENS_PER_DOCUMENT = 512
-"""Room planned for a document of the head set's window, where no ``max_model_len`` is given."""
-DEFAULT_WINDOW = 32
-LEAST_CONTEXT = 2048
-"""However small the window: questions may be long."""
+"""Tokens planned for each document of a prompt, if ``max_model_len`` is not set."""
+DEFAULT_DOCUMENTS = 32
+"""Documents planned for a prompt if the head set does not limit them."""
+MIN_CONTEXT = 2048
+"""Smallest default context, because questions may be long."""
 
 
 class VLLMBackend(EngineClient):
-    """CoRe attention mass from a vLLM engine of its own, cut above the highest head.
+    """Compute attention mass with a vLLM engine of its own, cut above the highest head.
 
-    Prompts of all calls, from any thread, reach the same continuous batching; prompts that
-    share a prefix share it through vLLM's prefix cache, the ``N/A`` baseline first of all.
+    Prompts of all calls, from any thread, reach the same continuous batching. Prompts with the
+    same prefix, above all a question and its baseline, share it through vLLM's prefix cache.
 
     Args:
-        model: The model's folder.
+        model: Folder of the model.
         head_set: The heads to read.
-        dtype: As vLLM names it; ``auto`` is the checkpoint's own.
-        engine_args: Any of vLLM's `AsyncEngineArgs`. By default half of the GPU's memory is
-            asked for, and a context that holds the head set's window.
+        dtype: vLLM's name of the precision; ``auto`` is the checkpoint's own.
+        engine_args: Arguments of vLLM's ``AsyncEngineArgs``. By default the engine requests half of
+            the GPU's memory, and a context that holds a prompt of the head set.
 
     Raises:
-        UnsupportedModelError: This vLLM, or what it would run, cannot be read exactly.
-        InvalidInputError: An engine argument is unknown, or asks for what is not supported.
+        UnsupportedModelError: This version of vLLM, or the model in it, cannot be read exactly.
+        InvalidInputError: An engine argument is unknown or not supported.
         BackendError: The engine did not start.
     """
 
@@ -62,34 +59,38 @@ class VLLMBackend(EngineClient):
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         check_version()
-        arguments = _arguments(model, head_set, dtype, engine_args or {})
-        super().__init__(len(head_set.heads))
-        self.max_context: int = arguments["max_model_len"]
+        arguments = dedicated_arguments(model, head_set, dtype, engine_args or {})
+        super().__init__(head_set)
+        self.max_context = arguments["max_model_len"]
         self._start(arguments)
-        try:
-            self._wait_for(self._test_probes())
-        except BaseException:
-            self.close()
-            raise
+        self._prepare(self._test_probes())
 
-    def _release_engine(self) -> None:
-        self._shut_down()
-
-    async def _ask(
-        self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
-    ) -> np.ndarray[Any, Any]:
+    async def send(
+        self, ids: list[int], options: RequestOptions, read_cache: bool
+    ) -> npt.NDArray[Any]:
+        """See `EngineClient.send`."""
         parameters = PoolingParams(
-            task=TASK, skip_reading_prefix_cache=not read_cache, extra_kwargs=dict(options)
+            task=TASK,
+            skip_reading_prefix_cache=not read_cache,
+            extra_kwargs={OPTIONS_KEY: list(options)},
         )
-        async for output in engine.encode(tokens, parameters, self._next_id()):
+        prompt = TokensPrompt(prompt_token_ids=ids)
+        async for output in self.engine.encode(prompt, parameters, self._next_id()):
             result = output
-        vector: np.ndarray[Any, Any] = result.outputs.data.numpy()
+        self._tokens_run += len(ids) - result.num_cached_tokens
+        vector: npt.NDArray[Any] = result.outputs.data.numpy()
         return vector
 
 
-def _arguments(
-    model: LocalModel, head_set: HeadSet, dtype: str, given: Mapping[str, Any]
+def dedicated_arguments(
+    model: LocalModel, head_set: HeadSet, dtype: str, engine_args: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the arguments of an engine that ends at the highest head.
+
+    Raises:
+        UnsupportedModelError: The model cannot be cut, or a head's layer has no keys of its own.
+        InvalidInputError: A user's argument is unknown or not supported.
+    """
     config = model.config()
     if not config.architectures:
         raise UnsupportedModelError(
@@ -106,22 +107,19 @@ def _arguments(
             "Choose heads below, or backend='transformers'"
         )
     overrides = {
-        **first_layers(config, num_layers),
+        **engine_args.get("hf_overrides", {}),
+        **truncated_config(config, num_layers),
         "architectures": [ARCHITECTURE_PREFIX + config.architectures[0]],
-        HEADS_KEY: [[head.layer, head.head, head.weight] for head in head_set.heads],
+        HEADS_KEY: head_set.model_dump(mode="json")["heads"],
     }
-    room = max((head_set.scoring.window or DEFAULT_WINDOW) * TOKENS_PER_DOCUMENT, LEAST_CONTEXT)
-    return engine_arguments(
-        given,
-        own={
-            "dtype": dtype,
-            **cuda_arguments(model, dtype, given, num_layers),
-            "max_model_len": min(config.max_position_embeddings, room),
-        },
-        fixed={
-            "model": str(model.path),
-            "runner": "pooling",
-            "pooler_config": PoolerConfig(task=TASK),
-            "hf_overrides": {**given.get("hf_overrides", {}), **overrides},
-        },
+    documents = head_set.scoring.documents_per_prompt or DEFAULT_DOCUMENTS
+    context = max(documents * TOKENS_PER_DOCUMENT, MIN_CONTEXT)
+    arguments = engine_arguments(
+        model,
+        {"dtype": dtype, **engine_args},
+        num_layers,
+        runner="pooling",
+        pooler_config=PoolerConfig(task=TASK),
+        hf_overrides=overrides,
     )
+    return {"max_model_len": min(config.max_position_embeddings, context), **arguments}

@@ -1,4 +1,4 @@
-"""An engine runs in processes of its own: how they begin, and that none outlives its program."""
+"""The processes of an engine: how they begin, and that none outlives its program."""
 
 from __future__ import annotations
 
@@ -14,57 +14,66 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from traceback import walk_stack
+from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError
 
 OWNER = "CORE_RERANK_ENGINE_OWNER"
-"""In the environment of an engine of ours: process id of the program that started it."""
+"""Environment variable of an engine's processes: process id of the program that started it."""
 ENDING_SECONDS = 15.0
-"""How long an engine whose program has died may take to end."""
+"""Time limit for an engine to end after its program has died."""
 
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-_open: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_open_engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def check_main_guard() -> None:
-    """Refuse to start processes from the top level of a script, which each would run again.
+    """Check that a script does not start processes from its top level, which each would run again.
 
     Raises:
-        InvalidInputError: Names the script and the line.
+        InvalidInputError: It does; the message names the script and the line.
     """
     from vllm.platforms import current_platform
     from vllm.utils.system_utils import get_mp_context
 
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
-    package = getattr(main, "__spec__", None)
-    if package is not None and package.name.endswith(".__main__"):
-        return  # Of `python -m package`: multiprocessing does not run that again.
-    # On CPU, vLLM decides to spawn only once it starts.
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name.endswith(".__main__"):
+        return  # multiprocessing does not run the main module of `python -m package` again.
+    # On CPU, vLLM decides to spawn only when it starts.
     spawns = current_platform.is_cpu() or get_mp_context().get_start_method() == "spawn"
     if path is None or not spawns:
         return
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and not (
-        frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)
-    ):
-        frame = frame.f_back
-    if frame is not None and not _is_guarded(Path(path), frame.f_lineno):
+    lines = [
+        line
+        for frame, line in walk_stack(sys._getframe())
+        if frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)
+    ]
+    if lines and not is_guarded(Path(path), lines[0]):
         raise InvalidInputError(
             "vLLM starts processes that each import this script anew: put what runs under "
-            f'`if __name__ == "__main__":` ({path}, line {frame.f_lineno})'
+            f'`if __name__ == "__main__":` ({path}, line {lines[0]})'
         )
+
+
+def is_guarded(path: Path, line: int) -> bool:
+    """Return whether a line of a script is inside a block that checks the module's name."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return True  # It is not a script of Python source.
+    return any(
+        isinstance(node, ast.If)
+        and node.lineno <= line <= (node.end_lineno or line)
+        and "__name__" in ast.unparse(node.test)
+        for node in tree.body
+    )
 
 
 @contextmanager
 def owned_engine() -> Iterator[None]:
-    """An engine that is started in here ends when this program does, however that ends."""
+    """Make an engine that starts in the block end with this program; see `end_with_owner`."""
     os.environ[OWNER] = str(os.getpid())
     try:
         yield
@@ -72,17 +81,8 @@ def owned_engine() -> Iterator[None]:
         del os.environ[OWNER]
 
 
-def close_at_exit(engine: _Closable) -> None:
-    """Close an engine at the end of the program, if nobody has before."""
-    # Anew each time: what was registered last is called first, and vLLM's own shutdown must find
-    # nothing left to end.
-    atexit.unregister(_close_all)
-    atexit.register(_close_all, os.getpid())
-    _open.add(engine)
-
-
 def end_with_owner() -> None:
-    """In the process of an engine: end it when the program that started it is gone."""
+    """End this process, if it is an engine's, when the program that started the engine has died."""
     parent: Any = multiprocessing.parent_process()
     if parent is None or os.environ.get(OWNER) != str(parent.pid):
         return
@@ -96,22 +96,16 @@ def end_with_owner() -> None:
     threading.Thread(target=end, name="core-rerank-owner", daemon=True).start()
 
 
-def _close_all(owner: int) -> None:
-    if os.getpid() != owner:
-        return  # A fork of the program: the engines are not its own, nor do their threads run here.
-    for engine in list(_open):
-        engine.close()
+def close_at_exit(engine: Any) -> None:
+    """Call ``engine.close()`` at the end of the program."""
+    # Handlers run in reverse order, and vLLM's own, registered before, must find nothing to end.
+    atexit.unregister(close_all)
+    atexit.register(close_all, os.getpid())
+    _open_engines.add(engine)
 
 
-def _is_guarded(path: Path, line: int) -> bool:
-    """Whether a line of a script stands in a block that asks for the module's name."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return True  # Not a script of Python source: nothing to tell.
-    return any(
-        isinstance(node, ast.If)
-        and node.lineno <= line <= (node.end_lineno or line)
-        and "__name__" in ast.unparse(node.test)
-        for node in tree.body
-    )
+def close_all(owner: int) -> None:
+    """Close all engines, unless this is a fork of ``owner``: their threads do not run in a fork."""
+    if os.getpid() == owner:
+        for engine in list(_open_engines):
+            engine.close()

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from core_rerank_integrations.backends.vllm.caller.client import EngineClient, running_on
-from core_rerank_integrations.backends.vllm.request import RESULT_KEY, TRAILING_TOKENS
+from core_rerank_integrations.backends.vllm.caller.client import EngineClient
+from core_rerank_integrations.backends.vllm.request import (
+    OPTIONS_KEY,
+    TRAILING_TOKENS,
+    RequestOptions,
+)
 from core_rerank_integrations.errors import (
     HeadSetError,
     InvalidInputError,
@@ -17,8 +22,7 @@ from core_rerank_integrations.errors import (
     requires_extra,
 )
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.method.scoring import Mass
-from core_rerank_integrations.models.resolve import LocalModel, model_shape
+from core_rerank_integrations.models.local_model import LocalModel, model_shape
 
 with requires_extra("vllm"):
     from vllm import RequestOutput, SamplingParams
@@ -26,35 +30,34 @@ with requires_extra("vllm"):
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from core_rerank_integrations.backends.vllm.caller.arguments import (
-        REFUSED_PARALLELISM,
-        cuda_arguments,
         engine_arguments,
         refuse_parallelism,
     )
     from core_rerank_integrations.backends.vllm.compat import check_version
 
 WORKER_EXTENSION = "core_rerank_integrations.backends.vllm.worker.CoReWorkerExtension"
-"""What an engine must be made with, as ``worker_extension_cls``, for a reranker to share it."""
+"""The ``worker_extension_cls`` of every engine that a reranker shares."""
 
 
 class SharedVLLMBackend(EngineClient):
-    """CoRe attention mass from an engine that also generates: one set of weights for both.
+    """Compute attention mass with a vLLM engine that also generates: one set of weights for both.
 
     The whole model runs, so a rerank costs more than in an engine of its own.
 
     Args:
-        model: The model's folder.
+        model: Folder of the model.
         head_set: The heads to read.
-        engine: A running engine of the caller's, made inside its event loop and with
-            ``worker_extension_cls=WORKER_EXTENSION``; it stays the caller's to shut down.
-            ``None`` starts one.
-        dtype: For an engine that is started: as vLLM names it; ``auto`` is the checkpoint's own.
-        engine_args: For an engine that is started: any of vLLM's `AsyncEngineArgs`.
+        engine: A running engine, made inside its event loop with
+            ``worker_extension_cls=WORKER_EXTENSION``. It is never shut down here. ``None`` starts
+            one.
+        dtype: For an engine that is started: vLLM's name of the precision; ``auto`` is the
+            checkpoint's own.
+        engine_args: For an engine that is started: arguments of vLLM's ``AsyncEngineArgs``.
 
     Raises:
-        UnsupportedModelError: This vLLM, or what it runs, cannot be read exactly.
-        InvalidInputError: The engine cannot be shared, or an engine argument has no meaning.
-        HeadSetError: The engine runs another model than the head set was found on.
+        UnsupportedModelError: This version of vLLM, or the model in it, cannot be read exactly.
+        InvalidInputError: The engine cannot be shared, or an engine argument is invalid.
+        HeadSetError: The engine runs another model than that of the head set.
         BackendError: The engine did not start.
     """
 
@@ -69,99 +72,95 @@ class SharedVLLMBackend(EngineClient):
     ) -> None:
         check_version()
         if engine is None:
-            given = engine_args or {}
-            arguments = engine_arguments(
-                given,
-                own={"dtype": dtype, **cuda_arguments(model, dtype, given)},
-                fixed={"model": str(model.path), "worker_extension_cls": WORKER_EXTENSION},
-            )
-            super().__init__(len(head_set.heads))
+            user_args = {"dtype": dtype, **(engine_args or {})}
+            arguments = engine_arguments(model, user_args, worker_extension_cls=WORKER_EXTENSION)
+            super().__init__(head_set)
             self._start(arguments)
         else:
-            super().__init__(len(head_set.heads), _loop_of(engine))
-            _check_engine(engine, model, head_set)
+            super().__init__(head_set, _loop_of(engine))
+            check_engine(engine, model, head_set)
             self._engine = engine
-        assert self._engine is not None
-        # One token is generated, which must have room after the prompt.
-        self.max_context = self._engine.model_config.max_model_len - 1 - TRAILING_TOKENS
-        self._installed = asyncio.run_coroutine_threadsafe(self._install(head_set), self._loop)
-        if running_on(self._loop):
-            return  # Waiting here would block the engine's loop: the first call waits instead.
-        try:
-            self._installed.result()
-        except BaseException:
-            self.close()
-            raise
+        # The one token that is generated needs room after the prompt.
+        self.max_context = self.engine.model_config.max_model_len - 1 - TRAILING_TOKENS
+        self._prepare(self._install(head_set))
 
     def generate(self, prompt: str, parameters: SamplingParams) -> RequestOutput:
-        """Let the engine answer a prompt, from any thread; reranks may be under way.
+        """Return the engine's answer to a prompt, from any thread and also during reranks.
+
+        Args:
+            prompt: Text of the prompt.
+            parameters: vLLM's parameters of the generation.
 
         Raises:
             BackendError: The engine has died.
+            ClosedError: The engine was closed.
         """
-        return self._wait_for(
-            self._generate(TextPrompt(prompt=prompt), parameters, self._next_id())
+        return self.loop.run(
+            _generated(self.engine, TextPrompt(prompt=prompt), parameters, self._next_id())
         )
 
-    def _release_engine(self) -> None:
-        if self._thread is not None:
-            self._shut_down()
-        elif self._engine is not None and not self._engine.errored:
-            removal = asyncio.run_coroutine_threadsafe(
-                self._engine.collective_rpc("core_rerank_remove"), self._loop
-            )
-            if not running_on(self._loop):
-                removal.result()
-
-    async def _install(self, head_set: HeadSet) -> None:
-        assert self._engine is not None
-        heads = [(head.layer, head.head, head.weight) for head in head_set.heads]
-        problems = await self._engine.collective_rpc("core_rerank_install", args=(heads,))
-        for problem in filter(None, problems):
-            raise UnsupportedModelError(problem)
-        await self._test_probes()
-
-    async def _together(self, work: Any) -> list[Mass]:
-        await asyncio.wrap_future(self._installed)
-        return await super()._together(work)
-
-    async def _ask(
-        self, engine: AsyncLLM, tokens: TokensPrompt, options: Mapping[str, Any], read_cache: bool
-    ) -> np.ndarray[Any, Any]:
-        name = self._next_id()
-        ids = tokens["prompt_token_ids"]
-        tokens = TokensPrompt(prompt_token_ids=ids + ids[-1:] * TRAILING_TOKENS)
+    async def send(
+        self, ids: list[int], options: RequestOptions, read_cache: bool
+    ) -> npt.NDArray[Any]:
+        """See `EngineClient.send`."""
+        engine, name = self.engine, self._next_id()
+        ids = ids + ids[-1:] * TRAILING_TOKENS
         parameters = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             skip_reading_prefix_cache=not read_cache,
-            extra_args={**options, RESULT_KEY: name},
+            extra_args={OPTIONS_KEY: list(options._replace(result=name))},
         )
+        prompt = TokensPrompt(prompt_token_ids=ids)
         try:
-            await self._generate(tokens, parameters, name)
+            output = await _generated(engine, prompt, parameters, name)
+            self._tokens_run += len(ids) - (output.num_cached_tokens or 0)
         finally:
-            # Also when this call is cancelled: what it asked for must not stay behind.
-            parts = [] if engine.errored else await self._fetch(engine, name)
+            # Also if this call is cancelled: its result must not stay in the engine.
+            parts = [] if engine.errored else await _fetched(engine, name)
         if not parts or not all(parts):
-            return np.zeros(self._heads + 1, dtype=np.float32)  # No rows: asked again.
+            return np.zeros(2, dtype=np.float32)  # No rows were seen, so the caller tries again.
         vectors = np.array([np.frombuffer(part, dtype=np.float32) for part in parts])
-        summed: np.ndarray[Any, Any] = vectors.sum(axis=0)
-        summed[-1] = vectors[0, -1]
-        return summed
+        vector: npt.NDArray[Any] = vectors.sum(axis=0)
+        vector[-1] = vectors[0, -1]
+        return vector
 
-    async def _fetch(self, engine: AsyncLLM, name: str) -> list[bytes]:
-        fetched = engine.collective_rpc("core_rerank_fetch", args=(name,))
-        parts: list[bytes] = await asyncio.shield(asyncio.ensure_future(fetched))
-        return parts
+    def _release_engine(self) -> None:
+        if self.loop.is_own:
+            super()._release_engine()
+        elif not self.engine.errored:
+            self.loop.finish(self.engine.collective_rpc("core_rerank_remove"))
 
-    async def _generate(
-        self, prompt: TextPrompt | TokensPrompt, parameters: SamplingParams, name: str
-    ) -> RequestOutput:
-        assert self._engine is not None
-        async for output in self._engine.generate(prompt, parameters, name):
-            result = output
-        return result
+    async def _install(self, head_set: HeadSet) -> None:
+        heads = head_set.model_dump(mode="json")["heads"]
+        problems = await self.engine.collective_rpc("core_rerank_install", args=(heads,))
+        for problem in filter(None, problems):
+            raise UnsupportedModelError(problem)
+        await self._test_probes()
+
+
+def check_engine(engine: AsyncLLM, model: LocalModel, head_set: HeadSet) -> None:
+    """Check that a reranker can share an engine of the caller.
+
+    Raises:
+        InvalidInputError: The engine lacks the worker extension, or its parallelism is not
+            supported.
+        HeadSetError: The engine runs another model.
+    """
+    parallel = engine.vllm_config.parallel_config
+    if parallel.worker_extension_cls != WORKER_EXTENSION:
+        raise InvalidInputError(
+            "the vLLM engine was made with worker_extension_cls="
+            f"{parallel.worker_extension_cls!r}; to share it with a reranker, make it with "
+            f"{WORKER_EXTENSION!r}"
+        )
+    refuse_parallelism(vars(parallel))
+    if model_shape(engine.model_config.hf_text_config) != model_shape(model.config()):
+        raise HeadSetError(
+            f"the vLLM engine runs {engine.model_config.model}, which is not {model.path}, the "
+            f"model of the head set {head_set.name!r}"
+        )
 
 
 def _loop_of(engine: AsyncLLM) -> asyncio.AbstractEventLoop:
@@ -175,18 +174,16 @@ def _loop_of(engine: AsyncLLM) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _check_engine(engine: AsyncLLM, model: LocalModel, head_set: HeadSet) -> None:
-    extension = engine.vllm_config.parallel_config.worker_extension_cls
-    if extension != WORKER_EXTENSION:
-        raise InvalidInputError(
-            f"the vLLM engine was made with worker_extension_cls={extension!r}; to share it with "
-            f"a reranker, make it with {WORKER_EXTENSION!r}"
-        )
-    for name in REFUSED_PARALLELISM:
-        refuse_parallelism(name, getattr(engine.vllm_config.parallel_config, name, 1))
-    running = model_shape(engine.model_config.hf_text_config)
-    if running != model_shape(model.config()):
-        raise HeadSetError(
-            f"the vLLM engine runs {engine.model_config.model}, which is not {model.path}, the "
-            f"model of the head set {head_set.name!r}"
-        )
+async def _generated(
+    engine: AsyncLLM, prompt: TextPrompt | TokensPrompt, parameters: SamplingParams, name: str
+) -> RequestOutput:
+    async for output in engine.generate(prompt, parameters, name):
+        result = output
+    return result
+
+
+async def _fetched(engine: AsyncLLM, name: str) -> list[bytes]:
+    """Take a request's result out of the engine; from each tensor parallel rank its part."""
+    work = engine.collective_rpc("core_rerank_fetch", args=(name,))
+    parts: list[bytes] = await asyncio.shield(asyncio.ensure_future(work))
+    return parts

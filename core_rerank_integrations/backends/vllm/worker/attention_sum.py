@@ -1,112 +1,98 @@
-"""A request's attention, summed over its query span while the chunks of its prefill go by."""
+"""The attention of a request, summed over its query rows while the steps of its prefill run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from core_rerank_integrations.backends.vllm.request import (
-    COLUMNS_KEY,
-    FIRST_ROW_KEY,
-    PER_HEAD_KEY,
-    SELF_TEST_KEY,
-)
-from core_rerank_integrations.backends.vllm.worker.probe import Probes, Rows
+from core_rerank_integrations.backends.vllm.request import RequestOptions
+from core_rerank_integrations.backends.vllm.worker.probe import Probes, QueryRows
 
 
 class AttentionSum:
-    """Attention mass of one request, over this rank's heads and the rows seen so far.
+    """The attention of one request, over this rank's heads and the rows computed so far.
 
     Args:
-        options: What came with the request.
+        options: What the request asks for.
         heads: Number of heads in the head set, over all ranks.
-        length: Tokens of its prompt.
-        device: Where the probes compute.
+        length: Number of tokens of the prompt.
+        device: Device of the probes.
     """
 
     def __init__(
-        self, options: Mapping[str, Any], heads: int, length: int, device: torch.device
+        self, options: RequestOptions, heads: int, length: int, device: torch.device
     ) -> None:
+        self.options = options
         self.length = length
-        self.self_test: bool = options.get(SELF_TEST_KEY, False)
-        self._per_head: bool = options.get(PER_HEAD_KEY, False)
-        columns: int = options[COLUMNS_KEY]
-        size = (heads if self._per_head else 1) * columns
-        self._sum = torch.zeros(1 if self.self_test else size, device=device)
-        self._mass = self._sum.view(-1, 1 if self.self_test else columns)
-        self._next_row: int = options[FIRST_ROW_KEY]
+        self.is_complete = False  # Whether the last step reached the end of the prompt.
+        columns = 1 if options.is_self_test else options.columns
+        self._sum = torch.zeros(heads if options.per_head else 1, columns, device=device)
+        self._next_row = options.first_row
         self._rows = 0
 
     def rows(self, begin: int, end: int) -> range:
-        """Which of the request's tokens ``begin … end - 1``, which a step computed, count.
+        """Return the query rows among tokens ``begin`` to ``end - 1`` that were not added before.
 
-        A row that was seen before, in a request that was preempted and begun anew, is not
-        counted twice.
+        A request that is preempted starts again, and its rows must not count twice.
         """
         return range(max(self._next_row, begin), end)
 
     def add(self, rows: range, attention: Tensor, probes: Probes) -> None:
-        """Add the attention of ``rows``, shape [local heads, tokens]."""
-        attention = attention[:, : self._mass.shape[1]]
-        told = self._mass[:, : attention.shape[1]]  # Rows of an opening see no more than itself.
-        if self._per_head:
-            told[probes.places] += attention
+        """Add the attention of ``rows``, summed over them, shape [local heads, tokens]."""
+        attention = attention[:, : self._sum.shape[1]]
+        # The rows of an instruction may see fewer tokens than there are columns.
+        columns = self._sum[:, : attention.shape[1]]
+        if self.options.per_head:
+            columns[probes.indices] += attention
         else:
-            told[0] += probes.weights @ attention
+            columns[0] += probes.weights @ attention
         self._rows += len(rows)
         self._next_row = rows.stop
 
-    def test(self, error: float) -> None:
-        """Keep what a self-test found."""
+    def set_error(self, error: float) -> None:
+        """Set the result of a self-test."""
         self._sum.fill_(error)
         self._rows = 1
 
     def vector(self) -> Tensor:
-        """Float32 [heads or 1 * columns + 1]: the sums, then the number of rows.
+        """Return the sums, then the number of rows: float32 [(heads or 1) * columns + 1].
 
-        Sums of several tensor parallel ranks add up; the number of rows is the same on each.
-        For a self-test, float32 [2]: the probes' largest error, and 1; or zeros, if the prompt
-        was split over steps.
+        The sums of tensor parallel ranks add up; the number of rows is the same on each. A
+        self-test has the largest error and 1, or zeros if its prompt was split over steps.
         """
         # The number is filled in on the device: a copy from the host would wait for its turn.
-        return torch.cat((self._sum, self._sum.new_full((1,), self._rows)))
+        return torch.cat((self._sum.flatten(), self._sum.new_full((1,), self._rows)))
 
 
-class StepPart(NamedTuple):
-    """What a step computed of one request."""
+def add_step(probes: Probes, batch: Sequence[tuple[AttentionSum | None, int, int]]) -> None:
+    """Add the attention that the probes saw in a step to the sums of its requests.
 
-    request: int
-    """The request's place in the step's batch."""
-    first_token: int
-    """Place of its first token in the step's batch of tokens."""
-    begin: int
-    """Index of that token in the request."""
-    end: int
-    """Index after its last token of this step."""
-    sum: AttentionSum
+    Rows that no probe saw are not counted.
 
-
-def add_step(probes: Probes, parts: Sequence[StepPart]) -> None:
-    """Add to each request's sum what the probes have seen in a step.
-
-    Rows whose queries no probe has seen are not counted at all.
+    Args:
+        probes: The probes; their step ends.
+        batch: For each request of the step, in order, its sum (``None`` if this package did not
+            send it), the index of its first token in this step, and the index after its last.
     """
-    if not probes.ready:
-        return
-    asked: list[tuple[StepPart, range]] = []
-    taken: list[Rows] = []
-    for part in parts:
-        counted = part.sum.rows(part.begin, part.end)
-        first = part.first_token + counted.start - part.begin
-        rows = Rows(part.request, first, len(counted), part.end)
-        if part.sum.self_test:
-            if len(counted) == part.sum.length:  # Else the step holds a part, which tells nothing.
-                part.sum.test(probes.error(rows))
-        elif counted:
-            asked.append((part, counted))
-            taken.append(rows)
-    for (part, counted), attention in zip(asked, probes.attention(taken), strict=True):
-        part.sum.add(counted, attention, probes)
+    counted: list[tuple[AttentionSum, range, QueryRows]] = []
+    next_token = 0
+    for request, (attention_sum, begin, end) in enumerate(batch):
+        first_token, next_token = next_token, next_token + end - begin
+        if attention_sum is None:
+            continue
+        stop = min(end, attention_sum.length)
+        attention_sum.is_complete = stop == attention_sum.length
+        rows = attention_sum.rows(begin, stop)
+        if rows and probes.ready:
+            first_row = first_token + rows.start - begin
+            query_rows = QueryRows(request, first_row, len(rows), stop)
+            if not attention_sum.options.is_self_test:
+                counted.append((attention_sum, rows, query_rows))
+            elif len(rows) == attention_sum.length:  # Parts of a prompt do not compare.
+                attention_sum.set_error(probes.error(query_rows))
+    attentions = probes.attention([query_rows for _, _, query_rows in counted])
+    for (attention_sum, rows, _), attention in zip(counted, attentions, strict=True):
+        attention_sum.add(rows, attention, probes)
+    probes.end_step()

@@ -2,107 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from cachetools import LRUCache
 
 from core_rerank_integrations.backends.vllm.compat import check_version, step_requests
-from core_rerank_integrations.backends.vllm.request import (
-    RESULT_KEY,
-    TRAILING_TOKENS,
-    rerank_options,
-)
-from core_rerank_integrations.backends.vllm.worker.attention_sum import (
-    AttentionSum,
-    StepPart,
-    add_step,
-)
+from core_rerank_integrations.backends.vllm.request import TRAILING_TOKENS, RequestOptions
+from core_rerank_integrations.backends.vllm.worker.attention_sum import AttentionSum, add_step
 from core_rerank_integrations.backends.vllm.worker.probe import Probes
 from core_rerank_integrations.errors import CoReError
+from core_rerank_integrations.heads.head_set import HeadSet
 
-UNFETCHED_RESULTS = 1024
-"""Results that wait to be fetched; the client fetches each at once, or says that it will not."""
+MAX_RESULTS = 1024
+"""Number of results that wait to be fetched. The client fetches each, also of cancelled calls."""
 
 
 class CoReWorkerExtension:
-    """vLLM mixes this into its worker class; its methods are called through ``collective_rpc``."""
+    """vLLM mixes this into its worker class; the client calls its methods by ``collective_rpc``."""
 
     model_runner: Any
 
-    def core_rerank_install(self, heads: Sequence[tuple[int, int, float]]) -> str:
-        """Probe the heads' layers. Returns what was wrong, or nothing."""
+    def core_rerank_install(self, heads: Any) -> str:
+        """Attach probes for heads, given as JSON; return the problem, or an empty string."""
         if hasattr(self, "core_rerank_steps"):
             return "another reranker has its probes in this engine; close it first"
         try:
             check_version()
-            self.core_rerank_steps = _ProbedSteps(self.model_runner, heads)
+            self.core_rerank_steps = ProbedSteps(self.model_runner, HeadSet(heads=heads))
         except CoReError as error:
             return str(error)
         return ""
 
-    def core_rerank_fetch(self, key: str) -> bytes:
-        """Take a finished request's `AttentionSum.vector`, as bytes; empty if there is none."""
+    def core_rerank_fetch(self, name: str) -> bytes:
+        """Take a finished request's `AttentionSum.vector`; empty if there is none."""
         steps = getattr(self, "core_rerank_steps", None)  # None once the reranker is closed.
-        result: bytes = steps.results.pop(key, b"") if steps else b""
+        result: bytes = steps.results.pop(name, b"") if steps else b""
         return result
 
-    def core_rerank_pending(self) -> int:
-        """How many requests and results are held."""
-        return len(self.core_rerank_steps.sums) + len(self.core_rerank_steps.results)
-
     def core_rerank_remove(self) -> None:
-        """Take the probes out."""
+        """Remove the probes."""
         if hasattr(self, "core_rerank_steps"):
             self.core_rerank_steps.remove()
             del self.core_rerank_steps
 
 
-class _ProbedSteps:
-    """Sums attention after each step of a model runner."""
+class ProbedSteps:
+    """Sum attention after each step of a model runner."""
 
-    def __init__(self, runner: Any, heads: Sequence[tuple[int, int, float]]) -> None:
-        self.sums: dict[str, tuple[str, AttentionSum]] = {}
-        self.results: LRUCache[str, bytes] = LRUCache(UNFETCHED_RESULTS)
-        self._heads = len(heads)
+    def __init__(self, runner: Any, head_set: HeadSet) -> None:
+        self.sums: dict[str, AttentionSum] = {}  # Of unfinished requests.
+        self.results: LRUCache[str, bytes] = LRUCache(MAX_RESULTS)
+        self.probes = Probes(runner.vllm_config, head_set)
+        self._heads = len(head_set.heads)
         self._runner = runner
-        self._probes = Probes(runner.vllm_config, heads)
         execute = runner.execute_model
 
         def execute_model(scheduler_output: Any, *arguments: Any, **kwargs: Any) -> Any:
             for request in scheduler_output.finished_req_ids:
                 self.sums.pop(request, None)
             output = execute(scheduler_output, *arguments, **kwargs)
-            self._after(scheduler_output)
+            self.end_step(scheduler_output)
             return output
 
         runner.execute_model = execute_model
 
     def remove(self) -> None:
+        """Restore the model runner and the layers."""
         del self._runner.execute_model
-        self._probes.remove()
+        self.probes.remove()
 
-    def _after(self, scheduler_output: Any) -> None:
+    def end_step(self, scheduler_output: Any) -> None:
+        """Add what a step computed to the sums of its requests."""
         for new in scheduler_output.scheduled_new_reqs:
-            options = rerank_options(new.sampling_params)
+            options = RequestOptions.of(new.sampling_params)
             if options is not None and new.req_id not in self.sums:
                 length = len(new.prompt_token_ids) - TRAILING_TOKENS
-                attention = AttentionSum(options, self._heads, length, self._runner.device)
-                self.sums[new.req_id] = (options[RESULT_KEY], attention)
-        if self.sums:
-            parts = []
-            first_token = 0
-            for place, (request, begin, scheduled) in enumerate(
-                step_requests(self._runner, scheduler_output)
-            ):
-                if request in self.sums:
-                    attention = self.sums[request][1]
-                    end = min(begin + scheduled, attention.length)
-                    parts.append((request, StepPart(place, first_token, begin, end, attention)))
-                first_token += scheduled
-            add_step(self._probes, [part for _, part in parts])
-            for request, part in parts:
-                if part.end == part.sum.length:
-                    key, attention = self.sums.pop(request)
-                    self.results[key] = attention.vector().cpu().numpy().tobytes()
-        self._probes.forget()
+                device = self._runner.device
+                self.sums[new.req_id] = AttentionSum(options, self._heads, length, device)
+        batch = step_requests(self._runner, scheduler_output) if self.sums else []
+        add_step(self.probes, [(self.sums.get(name), begin, end) for name, begin, end in batch])
+        for name, attention_sum in list(self.sums.items()):
+            if attention_sum.is_complete:
+                result = attention_sum.vector().cpu().numpy().tobytes()
+                self.results[attention_sum.options.result] = result
+                del self.sums[name]

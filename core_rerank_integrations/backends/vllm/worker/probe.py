@@ -1,9 +1,9 @@
-"""Keeps what attention layers were asked, and computes what their heads attend to."""
+"""The queries of the selected heads, and what these heads attend to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,81 +14,75 @@ from vllm.platforms import current_platform
 
 from core_rerank_integrations.backends.vllm.compat import PagedKeys, check_layer, sliding_window
 from core_rerank_integrations.errors import UnsupportedModelError
+from core_rerank_integrations.heads.head_set import HeadSet
 
-MOST_ROWS = 64
-"""Query rows of one request whose attention is held at once."""
-MOST_ELEMENTS = 1 << 25
-"""Of attention and keys that are held at once, in float32, over all heads."""
+MAX_ROWS = 64
+"""Number of query rows of one request whose attention is in memory at once."""
+MAX_ELEMENTS = 1 << 25
+"""Number of values of attention and keys that are in memory at once, in float32, over all heads."""
 
 
-class Rows(NamedTuple):
-    """Query rows of one request in a step."""
+class QueryRows(NamedTuple):
+    """Query rows of one request in a step.
+
+    Attributes:
+        request: Index of the request in the step's batch.
+        first: Index of the first row in the step's batch of tokens.
+        number: Number of rows.
+        length: Length of the request's sequence up to the last row.
+    """
 
     request: int
-    """Its place in the step's batch."""
     first: int
-    """Place of the first row in the step's batch of tokens."""
     number: int
-    tokens: int
-    """Length of the request's sequence up to the last row."""
+    length: int
 
-    def split(self) -> Iterator[Rows]:
-        """The same in parts of at most `MOST_ROWS`."""
-        begin = self.tokens - self.number
-        for done in range(0, self.number, MOST_ROWS):
-            number = min(MOST_ROWS, self.number - done)
-            yield Rows(self.request, self.first + done, number, begin + done + number)
+    def split(self) -> Iterator[QueryRows]:
+        """Yield the rows in parts of at most `MAX_ROWS`."""
+        begin = self.length - self.number
+        for done in range(0, self.number, MAX_ROWS):
+            number = min(MAX_ROWS, self.number - done)
+            yield QueryRows(self.request, self.first + done, number, begin + done + number)
 
 
 class Probe:
-    """The selected heads of one attention layer, as far as they live on this rank.
+    """The selected heads of one attention layer that are on this rank.
 
-    It wraps the layer's attention implementation, which vLLM calls inside its splitting op and
-    so outside of compiled graphs.
-
-    Args:
-        name: The layer's name in the model.
-        layer: vLLM's ``Attention`` module.
-        heads: (head, weight, place in the head set) of the whole layer, over all tensor
-            parallel ranks.
-        rank: Tensor parallel rank of this process.
-        last: Whether nothing after this layer's queries and keys is needed.
+    It wraps the layer's attention implementation. vLLM calls that inside its splitting op, so
+    outside of compiled graphs.
     """
 
     def __init__(
-        self,
-        name: str,
-        layer: Any,
-        heads: Sequence[tuple[int, float, int]],
-        rank: int,
-        last: bool = False,
+        self, name: str, layer: Any, heads: Sequence[tuple[int, int]], rank: int, is_last: bool
     ) -> None:
         check_layer(name, layer)
         first = rank * layer.num_heads
-        self.local = [item for item in heads if first <= item[0] < first + layer.num_heads]
+        # ``heads`` are (head, index in the head set), over all tensor parallel ranks.
+        local = [item for item in heads if 0 <= item[0] - first < layer.num_heads]
+        self.indices = [index for _, index in local]
+        self.heads = _on_device([head - first for head, _ in local])
+        self.kv_heads = self.heads // (layer.num_heads // layer.num_kv_heads)
         self.head_size: int = layer.head_size
         self.scale: float = layer.impl.scale
         self.soft_cap: float = getattr(layer.impl, "logits_soft_cap", None) or 0.0
         self.window = sliding_window(layer.impl)
-        device = current_platform.device_type
-        self.heads = torch.tensor([head - first for head, _, _ in self.local], device=device).long()
-        self.kv_heads = self.heads // (layer.num_heads // layer.num_kv_heads)
         self.keys = PagedKeys(layer)
+        # Of the current step: [tokens, local heads, head size] and [requests, blocks].
         self.queries: Tensor | None = None
         self.block_table: Tensor | None = None
+        # Values and output of the layer in the current step, until it is tested.
         self.computed: tuple[Tensor, Tensor] | None = None
-        """Values and output of the layer in the current step, while it is tested."""
         self.is_tested = False
-        self._last = last
+        self._is_last = is_last
         self._implementation = layer.impl
         self._wrap(layer.impl)
 
-    def forget(self) -> None:
-        """End of a step: its queries must not pass for those of the next."""
+    def end_step(self) -> None:
+        """Drop the queries, which must not be used in the next step."""
         self.queries = self.block_table = self.computed = None
 
     def remove(self) -> None:
-        """Give the layer back its own implementation."""
+        """Restore the layer's own implementation."""
         del self._implementation.forward
 
     def _wrap(self, implementation: Any) -> None:
@@ -101,12 +95,12 @@ class Probe:
             if metadata is not None:  # None while vLLM profiles and warms up.
                 self.queries = query[: metadata.num_actual_tokens, self.heads]
                 self.block_table = metadata.block_table
-                if self._last and self.is_tested:
-                    # The keys are in the cache already; nobody reads the output.
+                if self._is_last and self.is_tested:
+                    # The keys are in the cache already, and the output is not used.
                     return kwargs["output"].zero_()
             output = forward(layer, query, key, value, cache, metadata, *arguments, **kwargs)
             if metadata is not None and not self.is_tested:
-                # Copies: a compiled graph uses the memory again for what comes next.
+                # Copies, because a compiled graph reuses the memory.
                 self.computed = (value.clone(), output.clone())
             return output
 
@@ -117,106 +111,93 @@ class Probes:
     """All selected heads of a model on this rank, read together after a step.
 
     Args:
-        vllm_config: Of the model, after it was built.
-        heads: (layer, head, weight) of the whole head set.
+        vllm_config: Configuration of the model, after the model was built.
+        head_set: The heads to read, over all tensor parallel ranks.
         stop_after_last: Whether nothing above the highest head's queries and keys is needed.
 
     Attributes:
-        weights: Of this rank's heads, float32, shape [local heads].
-        places: Their places in the head set, shape [local heads].
+        indices: Index of each local head in the head set, shape [local heads].
+        weights: Weight of each local head, float32, shape [local heads].
 
     Raises:
         UnsupportedModelError: A layer has no standard attention, or one that cannot be read.
     """
 
-    def __init__(
-        self,
-        vllm_config: Any,
-        heads: Sequence[tuple[int, int, float]],
-        stop_after_last: bool = False,
-    ) -> None:
-        by_layer: dict[int, list[tuple[int, float, int]]] = {}
-        for place, (layer, head, weight) in enumerate(heads):
-            by_layer.setdefault(layer, []).append((head, weight, place))
+    def __init__(self, vllm_config: Any, head_set: HeadSet, stop_after_last: bool = False) -> None:
         layers = _attention_layers(vllm_config)
-        if missing := set(by_layer) - set(layers):
+        if missing := set(head_set.by_layer) - set(layers):
             raise UnsupportedModelError(
                 f"layers {sorted(missing)} of this model have no standard attention to read"
             )
         rank = get_tensor_model_parallel_rank()
-        last = max(by_layer) if stop_after_last else None
-        self._layers = [
-            Probe(*layers[layer], by_layer[layer], rank, last=layer == last)
-            for layer in sorted(by_layer)
+        last = head_set.highest_layer if stop_after_last else None
+        self._probes = [
+            Probe(*layers[layer], heads, rank, layer == last)
+            for layer, heads in head_set.by_layer.items()
         ]
         # Heads of one size are computed together.
         by_size: dict[int, list[Probe]] = {}
-        for probe in self._layers:
-            if probe.local:
+        for probe in self._probes:
+            if probe.indices:
                 by_size.setdefault(probe.head_size, []).append(probe)
         self._groups = [_Group(probes) for probes in by_size.values()]
-        local = [head for group in self._groups for probe in group.probes for head in probe.local]
-        device = current_platform.device_type
-        self.weights = torch.tensor([weight for _, weight, _ in local], device=device).float()
-        self.places = torch.tensor([place for _, _, place in local], device=device).long()
+        self.indices = _on_device(
+            [index for group in self._groups for probe in group.probes for index in probe.indices]
+        )
+        weights = [head.weight for head in head_set.heads]
+        self.weights = torch.tensor(weights, device=self.indices.device)[self.indices]
 
     @property
     def ready(self) -> bool:
-        """Whether all layers were called in the current step, where the probes could see it.
+        """Whether the step called all layers, which a graph that was captured whole does not."""
+        return all(probe.queries is not None for probe in self._probes)
 
-        A graph that was captured as a whole runs without calling the layers.
-        """
-        return all(probe.queries is not None for probe in self._layers)
-
-    def forget(self) -> None:
-        """End of a step."""
-        for probe in self._layers:
-            probe.forget()
+    def end_step(self) -> None:
+        """Drop what the layers computed in the current step."""
+        for probe in self._probes:
+            probe.end_step()
 
     def remove(self) -> None:
-        """Give the layers back their own implementations."""
-        for probe in self._layers:
+        """Restore the layers' own implementations."""
+        for probe in self._probes:
             probe.remove()
 
-    def attention(self, requests: Sequence[Rows]) -> list[Tensor]:
-        """Attention of some of the current step's tokens, summed over each request's.
+    def attention(self, requests: Sequence[QueryRows]) -> list[Tensor]:
+        """Compute the attention of rows of the current step, summed over the rows of each request.
 
-        Requests and layers go through the same few operations together, those of like length
-        first, for what is padded is computed too.
+        Requests and layers go through the same few operations together. Requests of similar length
+        are computed together, because padding is computed too.
 
         Returns:
-            Per request float32, shape [local heads, tokens].
+            For each request float32, shape [local heads, tokens].
         """
         sums = [
-            torch.zeros(len(self.weights), rows.tokens, device=self.weights.device)
+            torch.zeros(len(self.weights), rows.length, device=self.weights.device)
             for rows in requests
         ]
-        parts = [(place, part) for place, rows in enumerate(requests) for part in rows.split()]
-        parts.sort(key=lambda item: item[1].tokens)
+        parts = [(index, part) for index, rows in enumerate(requests) for part in rows.split()]
+        parts.sort(key=lambda item: item[1].length)
         while parts and self._groups:
             count = self._fitting([part for _, part in parts])
             batch, parts = parts[-count:], parts[:-count]
             rows = [part for _, part in batch]
             attention = torch.cat([group.attention(rows).sum(dim=2) for group in self._groups], 1)
-            for (place, part), summed in zip(batch, attention, strict=True):
-                sums[place][:, : part.tokens] += summed[:, : part.tokens]
+            for (index, part), part_sum in zip(batch, attention, strict=True):
+                sums[index][:, : part.length] += part_sum[:, : part.length]
         return sums
 
-    def error(self, rows: Rows) -> float:
-        """How far the probes' attention is from what the layers themselves computed.
+    def error(self, rows: QueryRows) -> float:
+        """Compute how far the probes' attention is from that of the layers themselves.
 
-        The attention of a whole short prompt, times its values, is compared with the layer's
-        output: that tells a wrong scale, mask, head or layout of the cache.
-
-        Args:
-            rows: All tokens of a request.
+        The attention of a whole short prompt, times its values, is compared with the output of
+        each layer. This detects a wrong scale, mask, head or cache layout.
 
         Returns:
-            The largest difference of any layer, relative to its largest value.
+            The largest difference in any layer, relative to its largest value.
         """
         worst = 0.0
         for group in self._groups:
-            sizes = [len(probe.local) for probe in group.probes]
+            sizes = [len(probe.indices) for probe in group.probes]
             attention = torch.split(group.attention([rows])[0], sizes)
             for probe, weights in zip(group.probes, attention, strict=True):
                 if probe.computed is None:
@@ -229,18 +210,18 @@ class Probes:
                 expected = output.view(rows.number, -1, values.shape[-1])[:, probe.heads]
                 difference = weights @ values - expected.transpose(0, 1)
                 worst = max(worst, float(difference.abs().max() / values.abs().max()))
-        for probe in self._layers:
+        for probe in self._probes:
             probe.is_tested = True
         return worst
 
-    def _fitting(self, parts: Sequence[Rows]) -> int:
-        """How many of the last of ``parts``, the longest, may be computed at once."""
-        tokens = parts[-1].tokens
+    def _fitting(self, parts: Sequence[QueryRows]) -> int:
+        """Return how many of the last of ``parts``, the longest, may be computed at once."""
+        tokens = parts[-1].length
         count, rows = 0, 0
         for part in reversed(parts):
             rows = max(rows, part.number)
             elements = sum(group.elements(rows, tokens) for group in self._groups)
-            if count and (count + 1) * elements > MOST_ELEMENTS:
+            if count and (count + 1) * elements > MAX_ELEMENTS:
                 break
             count += 1
         return count
@@ -260,24 +241,23 @@ class _Group:
         )
 
     def elements(self, rows: int, tokens: int) -> int:
-        """Numbers that one request's attention and keys take."""
-        heads = sum(len(probe.local) for probe in self.probes)
+        """Return the number of values of one request's attention and keys."""
+        heads = sum(len(probe.indices) for probe in self.probes)
         return heads * (rows * tokens + (rows + tokens) * self.probes[0].head_size)
 
-    def attention(self, parts: Sequence[Rows]) -> Tensor:
-        """Float32, shape [parts, heads, most rows, most tokens]; 0 beyond a part's own."""
-        rows, tokens = (max(part[field] for part in parts) for field in (2, 3))
-        device = self._scale.device
-        request, first, number, end = _on_device(parts, device).unbind(dim=1)
-        row, column = (torch.arange(length, device=device) for length in (rows, tokens))
+    def attention(self, parts: Sequence[QueryRows]) -> Tensor:
+        """Compute attention, float32 [parts, heads, most rows, most tokens]; 0 in the padding."""
+        rows, tokens = max(part.number for part in parts), max(part.length for part in parts)
+        request, first, number, end = _on_device(parts).unbind(dim=1)
+        row, column = (torch.arange(size, device=request.device) for size in (rows, tokens))
 
         queries, keys = [], []
         for probe in self.probes:
-            assert probe.queries is not None
-            assert probe.block_table is not None
-            places = (first[:, None] + row).clamp(max=len(probe.queries) - 1)
-            queries.append(probe.queries[places])
-            keys.append(probe.keys.read(probe.block_table[request], probe.kv_heads, tokens))
+            # `Probes.ready` holds here, so both are set.
+            step_queries, blocks = cast(Tensor, probe.queries), cast(Tensor, probe.block_table)
+            indices = (first[:, None] + row).clamp(max=len(step_queries) - 1)
+            queries.append(step_queries[indices])
+            keys.append(probe.keys.read(blocks[request], probe.kv_heads, tokens))
         query = torch.cat(queries, dim=2).float().transpose(1, 2)
         logits = query @ torch.cat(keys, dim=1).float().transpose(2, 3) * self._scale
         if self._soft_cap is not None:
@@ -293,36 +273,37 @@ class _Group:
         return attention.masked_fill_(padded, 0.0)
 
     def _by_head(self, values: Sequence[float]) -> Tensor:
-        """One value per layer, for each of its heads, shape [heads, 1, 1]."""
+        """Return one value per layer for each of its heads, shape [heads, 1, 1]."""
         spread = [
-            value for probe, value in zip(self.probes, values, strict=True) for _ in probe.local
+            value for probe, value in zip(self.probes, values, strict=True) for _ in probe.indices
         ]
         return torch.tensor(spread, device=self.probes[0].heads.device)[:, None, None]
 
 
-def _on_device(parts: Sequence[Rows], device: torch.device) -> Tensor:
-    """Shape [parts, 4], without a wait for what the device has to do yet."""
-    plan = torch.tensor(parts, dtype=torch.long, pin_memory=device.type == "cuda")
-    return plan.to(device, non_blocking=True)
+def _on_device(values: Sequence[Any]) -> Tensor:
+    """Return whole numbers as a tensor, without waiting for the device's pending work."""
+    device = current_platform.device_type
+    tensor = torch.tensor(values, dtype=torch.long, pin_memory=device == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def _attention_layers(vllm_config: Any) -> dict[int, tuple[str, Any]]:
-    """Name and module of a decoder's attention layers, by their index.
+    """Return name and module of a decoder's attention layers, by their indices.
 
     Raises:
-        UnsupportedModelError: Several decoders run, and it is not clear which is meant.
+        UnsupportedModelError: There are several decoders, so an index is ambiguous.
     """
     context = vllm_config.compilation_config.static_forward_context
-    found: dict[int, tuple[str, Any]] = {}
+    layers: dict[int, tuple[str, Any]] = {}
     for name, module in context.items():
-        # A draft model of speculative decoding numbers its layers alike.
+        # The draft model of speculative decoding numbers its layers in the same way.
         if not isinstance(module, Attention) or name.startswith("draft_model."):
             continue
         index = extract_layer_index(name)
-        if index in found:
+        if index in layers:
             raise UnsupportedModelError(
-                f"{found[index][0]} and {name} are both layers number {index}, so it is not clear "
+                f"{layers[index][0]} and {name} are both layers number {index}, so it is not clear "
                 "whose heads to read"
             )
-        found[index] = name, module
-    return found
+        layers[index] = name, module
+    return layers

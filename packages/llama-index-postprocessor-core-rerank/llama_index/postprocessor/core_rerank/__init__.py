@@ -1,4 +1,4 @@
-"""The LlamaIndex side of core-rerank-integrations, where LlamaIndex's users look for it."""
+"""The LlamaIndex classes of core-rerank-integrations, in LlamaIndex's namespace."""
 
 from core_rerank_integrations import CoReNodeIndexer, CoReNodePostprocessor
 

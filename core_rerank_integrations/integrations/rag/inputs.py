@@ -1,0 +1,38 @@
+"""Checks of the arguments and questions of both chains."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.ranking import check_options
+from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.settings import RerankKeywords, RerankOptions
+
+
+def checked_options(
+    reranker: CoReReranker | None, **options: Unpack[RerankKeywords]
+) -> tuple[CoReReranker, RerankOptions]:
+    """Return the reranker of a chain, the default one if ``None``, and the options of its calls.
+
+    ``score_threshold="auto"`` becomes ``None`` if the heads do not know a list's answerability.
+
+    Raises:
+        InvalidInputError: An option is invalid, or the heads do not support it.
+    """
+    checked = RerankOptions.checked(**options)
+    reranker = reranker or CoReReranker()
+    if checked.score_threshold == "auto" and reranker.heads.scoring.abstention is None:
+        checked = checked.model_copy(update={"score_threshold": None})
+    check_options(checked, reranker.heads.scoring)
+    return reranker, checked
+
+
+def check_question(question: Any) -> None:
+    """Raise unless a question is a string that is not empty.
+
+    Raises:
+        InvalidInputError: The question is empty or not a string.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise InvalidInputError(f"the question must be a text that is not empty, got {question!r}")
