@@ -24,7 +24,7 @@ test-fast: $(VENV)/.installed ## Run the tests with tiny models and without one,
 	$(BIN)/pytest -m "not model and $(ALONE)" --ignore tests/backends/vllm
 
 test: $(VENV)/.installed ## Run the tests, except those with targets of their own below.
-	$(BIN)/pytest -m "$(ALONE)" --durations=10 $(if $(CI),--cov)
+	$(BIN)/pytest -m "$(ALONE)" --durations=10
 
 coverage: $(VENV)/.installed ## Run the same tests, and list the lines that none of them runs.
 	$(BIN)/pytest -m "$(ALONE)" --cov --cov-report=term-missing

@@ -54,7 +54,7 @@ def rank(
         )
         for index in best_indices(scores, count)
     ]
-    kept = [result for result in results if _passes(result, answerability, scoring, options)]
+    kept = [result for result in results if passes(result, answerability, scoring, options)]
     kept = kept[: options.top_n]
     if options.evidence:
         kept = [
@@ -140,13 +140,20 @@ def check_abstention(scoring: ScoringConfig) -> Abstention:
     return scoring.abstention
 
 
-def _passes(
+def passes(
     result: RerankResult,
     answerability: float | None,
     scoring: ScoringConfig,
     options: RerankOptions,
 ) -> bool:
-    """Return whether a result reaches the thresholds of the call, or was not read."""
+    """Return whether a result reaches the thresholds of a call, or was not read.
+
+    Args:
+        result: The result.
+        answerability: Answerability of its list.
+        scoring: How the heads rank.
+        options: Options of the call.
+    """
     if not result.reranked:
         return True
     if options.min_score is not None and result.score < options.min_score:

@@ -71,9 +71,7 @@ async def main() -> None:
         candidates = await store.asimilarity_search(question, k=20)
         texts = [document.page_content for document in candidates]
         results = await reranker.arerank(question, texts, top_n=3, first_stage="dense")
-        sources = [
-            (candidates[result.index].metadata["title"], result.document) for result in results
-        ]
+        sources = [(candidates[r.index].metadata["title"], r.document) for r in results]
         messages = [
             {"role": "system", "content": ANSWER_INSTRUCTION},
             {"role": "user", "content": question_with_passages(question, sources)},

@@ -109,7 +109,9 @@ class HeadSetOptions(ReaderOptions, SampleOptions):
         description="Whether prompts of several documents show them in reverse order, so that "
         "the first stage's best are nearest to the query.",
     )
-    name: str | None = Field(default=None, description="Name of the head set; by default that of the file.")
+    name: str | None = Field(
+        default=None, description="Name of the head set; by default that of the file."
+    )
 
 
 class FindOptions(HeadSetOptions):

@@ -22,6 +22,7 @@ from core_rerank_integrations.integrations.rag.prompts import (
     passage_name,
     question_with_passages,
 )
+from core_rerank_integrations.ranking import passes
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankOptions, Threshold
@@ -180,19 +181,16 @@ class _CandidateRanker(DocumentRanker):
         return self._run("CoReDocumentCompressor", self._chosen)
 
     def _chosen(self, candidates: Sequence[Document], results: RerankResults) -> AddableDict:
-        reranked = documents = self._copies(candidates, results)
+        reranked = self._copies(candidates, results)
         part = AddableDict(reranked=reranked)
         if results.answerability is not None:
             part["answerable"] = results.answerability
-        threshold = self.limits.score_threshold
-        if threshold == "auto":
-            minimum = self._loaded_reranker().abstention_threshold
-            documents = reranked if part["answerable"] >= minimum else []
-        elif threshold is not None:
-            scored = zip(reranked, results, strict=True)
-            documents = [
-                document for document, result in scored if result.relevance_score >= threshold
-            ]
+        scoring = self._loaded_reranker().heads.scoring
+        documents = [
+            document
+            for document, result in zip(reranked, results, strict=True)
+            if passes(result, results.answerability, scoring, self.limits)
+        ]
         part["documents"] = documents[: self.limits.top_n]
         return part
 

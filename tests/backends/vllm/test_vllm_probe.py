@@ -134,6 +134,22 @@ def test_requests_and_layers_together_are_what_each_is_alone(
             assert weight == head.weight
 
 
+def test_models_in_half_precision_are_read_in_float32() -> None:
+    """While vLLM builds a model, the default type of tensors is the model's."""
+    layers = Layers([24], logits_soft_cap=[1.3])
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        probes = Probes(layers.config, head_set((0, 1, 0.3)))
+    finally:
+        torch.set_default_dtype(default)
+    (queries,) = layers.step(101, BLOCK_TABLE)
+    assert probes.weights == torch.tensor(0.3)
+    (attention,) = probes.attention(REQUESTS[2:3])
+    expected = layers.expected(0, 1, queries, BLOCK_TABLE[2], REQUESTS[2])
+    np.testing.assert_allclose(attention[0], expected, rtol=0, atol=1e-5)
+
+
 class Operations(TorchDispatchMode):
     """Counter of operations of a device; views are not counted."""
 

@@ -144,8 +144,9 @@ class Probes:
         self.indices = _on_device(
             [index for group in self._groups for probe in group.probes for index in probe.indices]
         )
-        weights = [head.weight for head in head_set.heads]
-        self.weights = torch.tensor(weights, device=self.indices.device)[self.indices]
+        # vLLM builds models with their own type as the default type of tensors.
+        weights = torch.tensor([head.weight for head in head_set.heads], dtype=torch.float32)
+        self.weights = weights.to(self.indices.device)[self.indices]
 
     @property
     def ready(self) -> bool:
@@ -237,7 +238,9 @@ class _Group:
         self._soft_cap = self._by_head([cap or float("inf") for cap in caps]) if any(caps) else None
         windows = [probe.window for probe in probes]
         self._window = (
-            self._by_head([window or 1 << 30 for window in windows]) if any(windows) else None
+            self._by_head([window or 1 << 30 for window in windows], torch.long)
+            if any(windows)
+            else None
         )
 
     def elements(self, rows: int, tokens: int) -> int:
@@ -272,12 +275,13 @@ class _Group:
         padded = (row >= number[:, None])[:, None, :, None]
         return attention.masked_fill_(padded, 0.0)
 
-    def _by_head(self, values: Sequence[float]) -> Tensor:
+    def _by_head(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return one value per layer for each of its heads, shape [heads, 1, 1]."""
         spread = [
             value for probe, value in zip(self.probes, values, strict=True) for _ in probe.indices
         ]
-        return torch.tensor(spread, device=self.probes[0].heads.device)[:, None, None]
+        device = self.probes[0].heads.device
+        return torch.tensor(spread, dtype=dtype, device=device)[:, None, None]
 
 
 def _on_device(values: Sequence[Any]) -> Tensor:
