@@ -79,10 +79,9 @@ def score_prior(first_stage_scores: npt.ArrayLike, weight: float) -> Scores:
         Shape [documents].
     """
     scores = np.asarray(first_stage_scores, dtype=np.float64)
-    deviation = scores.std()
-    if not deviation:
+    if len(np.unique(scores)) < 2:  # Rounding gives equal scores a deviation above 0.
         return np.zeros(len(scores))
-    z_scores: Scores = (scores - scores.mean()) / deviation
+    z_scores: Scores = (scores - scores.mean()) / scores.std()
     return weight * z_scores
 
 
