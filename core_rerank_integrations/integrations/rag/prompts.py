@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from core_rerank_integrations.integrations.rag.follow_ups import stands_alone
+
 NO_ANSWER = "Nothing here answers this."
 """The answer if no passage holds one."""
 
@@ -25,9 +27,6 @@ not answer it. Reply with the question alone."""
 
 HISTORY_MESSAGES = 6
 """Maximum number of earlier messages that a model reads with a question."""
-
-SELF_CONTAINED_WORDS = 6
-"""Questions of at least this many words seldom need the question before them."""
 
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
 _CONTROL = re.compile(r"<(?=[|\uff5c]|/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
@@ -69,13 +68,15 @@ def question_with_passages(question: str, passages: Sequence[tuple[str, str]]) -
 
 
 def follow_up_search(question: str, earlier_questions: Sequence[str]) -> str:
-    """Build a search query without a model: the question before, and the question.
+    """Build a search query without a model.
 
-    A question of `SELF_CONTAINED_WORDS` or more is searched for by itself.
+    A question that does not stand alone is searched for together with the last one that does; see
+    `stands_alone`.
     """
-    if len(question.split()) >= SELF_CONTAINED_WORDS:
+    if stands_alone(question) or not earlier_questions:
         return question
-    return " ".join([*earlier_questions[-1:], question])
+    before = next(filter(stands_alone, reversed(earlier_questions)), earlier_questions[-1])
+    return f"{before} {question}"
 
 
 def citations(answer: str, passages: int) -> list[Citation]:

@@ -53,6 +53,6 @@ def test_names_and_searches() -> None:
         "Pets, rules.pdf, page 3"
     )
     assert passage_name({"source": "rules.txt", "title": "", "page": None}) == "rules.txt"
-    assert follow_up_search("and in winter?", ["a?", "When?"]) == "When? and in winter?"
+    assert follow_up_search("and in winter?", ["Who rows?", "When?"]) == "Who rows? and in winter?"
     assert follow_up_search("When?", []) == "When?"
     assert follow_up_search("What does a day ticket cost?", ["When?"]).startswith("What")
