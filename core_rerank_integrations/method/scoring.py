@@ -79,9 +79,11 @@ def score_prior(first_stage_scores: npt.ArrayLike, weight: float) -> Scores:
         Shape [documents].
     """
     scores = np.asarray(first_stage_scores, dtype=np.float64)
-    if len(np.unique(scores)) < 2:  # Rounding gives equal scores a deviation above 0.
+    # Rounding gives equal scores a deviation above 0, and tiny differences none.
+    deviation = scores.std() if len(np.unique(scores)) > 1 else 0.0
+    if not deviation:
         return np.zeros(len(scores))
-    z_scores: Scores = (scores - scores.mean()) / scores.std()
+    z_scores: Scores = (scores - scores.mean()) / deviation
     return weight * z_scores
 
 

@@ -51,7 +51,7 @@ def test_a_first_stages_scores_count_by_their_distance_whatever_their_unit() -> 
     prior = score_prior([3.0, 1.0, 2.0], 2.0)
     assert prior == pytest.approx([2 * 1.5**0.5, -2 * 1.5**0.5, 0])
     assert score_prior([300.0, 100.0, 200.0], 2.0) == pytest.approx(prior)
-    for equal in ([], [0.7], [0.7, 0.7], [0.1, 0.1, 0.1]):
+    for equal in ([], [0.7], [0.7, 0.7], [0.1, 0.1, 0.1], [0.0, -5e-324]):
         assert score_prior(equal, 2.0).tolist() == [0.0] * len(equal)
 
 
