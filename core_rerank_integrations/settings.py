@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
 
+import numpy as np
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,10 +23,12 @@ from core_rerank_integrations.errors import HeadSetError, InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import (
     Finite,
+    Count,
     FirstStage,
     Positive,
     Probability,
 )
+    Whole,
 from core_rerank_integrations.method.templates import PromptTemplate
 from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 
@@ -34,12 +37,11 @@ VLLM_BACKENDS = ("vllm", "vllm-shared")
 
 
 def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         raise ValueError("must be a number")
     return value
 
 
-Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
 Threshold = Annotated[Probability, BeforeValidator(_not_bool)] | Literal["auto"]
 
 
@@ -66,7 +68,9 @@ class CheckedModel(BaseModel):
                     raise cause from error
                 name = str(item["loc"][0]) if item["loc"] else ""
                 is_own = isinstance(cause, InvalidInputError)
-                problems.setdefault(name, []).append(str(cause) if is_own else item["msg"])
+                problems.setdefault(name, []).append(
+                    str(cause) if is_own else item["msg"].removeprefix("Value error, ")
+                )
             raise InvalidInputError(
                 "; ".join(
                     f"{name}: {' or '.join(messages)}, got {fields[name]!r}"
@@ -87,10 +91,10 @@ class DocumentCache(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    memory_bytes: int = Field(
+    memory_bytes: Whole = Field(
         default=1 << 30, ge=0, description="Maximum size in memory, on the device; 0 caches none."
     )
-    disk_bytes: int = Field(
+    disk_bytes: Whole = Field(
         default=32 << 30,
         ge=0,
         description="Maximum size on disk, over all models; 0 does not use the disk.",
@@ -178,7 +182,9 @@ class RerankOptions(CheckedModel):
         description="Minimum probability of a result; needs calibrated heads. 'auto' returns "
         "nothing if the list's answerability is below the head set's threshold.",
     )
-    min_score: Finite | None = Field(default=None, description="Minimum score of a result.")
+    min_score: Annotated[Finite, BeforeValidator(_not_bool)] | None = Field(
+        default=None, description="Minimum score of a result."
+    )
     first_stage: FirstStage | None = Field(
         default=None,
         description="What ordered the documents, best first: bm25, dense (embeddings) or other. "

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations import HeadSet
+from core_rerank_integrations.errors import CoReError, InvalidInputError
 from core_rerank_integrations.heads.scoring_config import ScoringConfig
 from core_rerank_integrations.method.list_scores import ScoredList
 from core_rerank_integrations.ranking import check_candidates, check_options, rank
+from core_rerank_integrations.research.methods import Method
+from core_rerank_integrations.research.options import FindOptions, FitOptions
+from core_rerank_integrations.research.sources import JudgedRun
 from core_rerank_integrations.results import RerankResults
-from core_rerank_integrations.settings import RerankOptions
+from core_rerank_integrations.settings import DocumentCache, RerankerSettings, RerankOptions
 
 DOCUMENTS = ["a", "b", "c", "d"]
 PLAIN = ScoringConfig(rank_weight=1.0, score_weight=2.0, rank_weights={"dense": 3.0})
@@ -64,6 +69,39 @@ def test_the_first_stage_counts_by_its_kind_then_its_scores_then_its_order() -> 
     ):
         by_index = sorted(ranked(zeros, **options), key=lambda result: result.index)
         np.testing.assert_allclose([result.score for result in by_index], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint32, int])
+def test_counts_are_integers_of_any_library(kind: type) -> None:
+    assert RerankOptions.checked(top_n=kind(2)) == RerankOptions(top_n=2)
+    settings = RerankerSettings.checked(documents_per_prompt=kind(3), heads=[(kind(1), kind(2))])
+    assert settings.documents_per_prompt == 3
+    assert DocumentCache(memory_bytes=kind(0)).memory_bytes == 0
+    assert FindOptions.checked(data=[], seed=kind(7), questions=kind(1)).seed == 7
+    assert HeadSet.from_pairs([(kind(1), kind(2))]) == HeadSet.from_pairs([(1, 2)])
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, 2.0, np.float32(2), np.array([2, 3]), [2]])
+def test_counts_are_nothing_else(wrong: Any) -> None:
+    for refused in (
+        lambda: RerankOptions.checked(top_n=wrong),
+        lambda: RerankerSettings.checked(max_document_tokens=wrong),
+        lambda: FindOptions.checked(data=[], candidates=wrong, positions=wrong),
+        lambda: HeadSet.from_pairs([(1, wrong)]),
+        lambda: HeadSet.from_pairs([(1, 2)]).with_scoring(documents_per_prompt=wrong),
+    ):
+        with pytest.raises(CoReError, match="integer"):
+            refused()
+
+
+@pytest.mark.parametrize("wrong", [0, False, True, 1, "", "vectors"])
+def test_a_first_stage_that_is_none_of_the_kinds_never_counts(wrong: Any) -> None:
+    with pytest.raises(InvalidInputError, match="first_stage: Input should be 'bm25', 'dense' or"):
+        RerankOptions.checked(first_stage=wrong)
+    with pytest.raises(ValueError, match="first_stage"):
+        Method("core", HeadSet.from_pairs([(1, 2)]), first_stage=wrong)
+    with pytest.raises(InvalidInputError, match="train"):
+        FitOptions.checked(train=[JudgedRun(Path(), "", Path(), None, wrong)], dev=[])
 
 
 def test_probabilities_leave_out_the_first_stage() -> None:

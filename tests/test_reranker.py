@@ -184,7 +184,7 @@ def test_invalid_input_is_refused_before_the_model_runs(
         ({"top_n": 0}, "top_n: .*greater than or equal to 1, got 0"),
         ({"top_n": -3}, "top_n: .*greater than or equal to 1, got -3"),
         ({"top_n": 2.5}, "top_n: .*integer.*, got 2.5"),
-        ({"top_n": True}, "top_n: .*must be a number, got True"),
+        ({"top_n": True}, "top_n: must be an integer, got True"),
         ({"score_threshold": float("nan")}, "score_threshold: .*, got nan"),
         ({"score_threshold": -0.1}, "score_threshold: .*greater than or equal to 0.*, got -0.1"),
         ({"score_threshold": 1.5}, "score_threshold: .*less than or equal to 1.*, got 1.5"),

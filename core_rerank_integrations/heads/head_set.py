@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from reprlib import repr as shortened
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads.formats import read_fields, to_json
-from core_rerank_integrations.heads.scoring_config import ScoringConfig
+from core_rerank_integrations.heads.scoring_config import Count, Finite, Index, ScoringConfig
 from core_rerank_integrations.method.scoring import Mass
+
+Weight = Annotated[Finite, Field(ge=-1e30, le=1e30)]
+"""A weight that float32 can represent, also in a sum over heads."""
 
 
 class ModelShape(NamedTuple):
@@ -44,11 +51,11 @@ class Head(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layer: int = Field(ge=0)
-    head: int = Field(ge=0)
-    score: float | None = None
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    evidence_weight: float | None = Field(default=None, allow_inf_nan=False)
+    layer: Index
+    head: Index
+    score: Finite | None = None
+    weight: Weight = 1.0
+    evidence_weight: Weight | None = None
 
 
 class Provenance(BaseModel):
@@ -64,7 +71,7 @@ class Provenance(BaseModel):
 
     method: str = "custom"
     details: dict[str, JsonValue] = Field(default_factory=dict)
-    ranked_heads: tuple[tuple[int, int, float | None], ...] = ()
+    ranked_heads: tuple[tuple[Index, Index, Finite | None], ...] = ()
 
 
 class HeadSet(BaseModel):
@@ -90,8 +97,8 @@ class HeadSet(BaseModel):
     model: str | None = None
     model_aliases: tuple[str, ...] = ()
     model_type: str | None = None
-    num_layers: int | None = Field(default=None, ge=1)
-    num_heads: int | None = Field(default=None, ge=1)
+    num_layers: Count | None = None
+    num_heads: Count | None = None
     heads: tuple[Head, ...] = Field(min_length=1)
     template: str | None = None
     default: bool = False
@@ -158,7 +165,9 @@ class HeadSet(BaseModel):
         Raises:
             HeadSetError: The file is missing, has another format, or has no valid heads.
         """
-        return cls.validated(read_fields(Path(path)), str(path))
+        content = json.dumps(read_fields(Path(path)))
+        # Files are strict: true is not the layer 1, and "0.5" is not a weight.
+        return cls._checked(partial(cls.model_validate_json, content, strict=True), str(path))
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON, one head per line.
@@ -204,9 +213,13 @@ class HeadSet(BaseModel):
         return self.with_scoring(documents_per_prompt=count, calibration=None, abstention=None)
 
     def with_scoring(self, **changes: Any) -> HeadSet:
-        """Return the set with changes to its `ScoringConfig`."""
-        scoring = ScoringConfig.model_validate({**self.scoring.model_dump(), **changes})
-        return self.model_copy(update={"scoring": scoring})
+        """Return the set with changes to its `ScoringConfig`.
+
+        Raises:
+            HeadSetError: A change is invalid.
+        """
+        scoring = {**self.scoring.model_dump(), **changes}
+        return self.validated({**dict(self), "scoring": scoring}, f"{self.name} with {changes}")
 
     @property
     def kind(self) -> str:
@@ -278,16 +291,17 @@ class HeadSet(BaseModel):
             raise HeadSetError(f"the head set {self.name!r} does not fit: {error}") from None
 
     def _check_range(self, num_layers: int | None, num_heads: int | None) -> None:
-        for head in self.heads:
-            if num_layers is not None and head.layer >= num_layers:
+        ranked = ((layer, head) for layer, head, _ in self.provenance.ranked_heads)
+        for pair in (*((head.layer, head.head) for head in self.heads), *ranked):
+            if num_layers is not None and pair[0] >= num_layers:
                 raise ValueError(
-                    f"head {(head.layer, head.head)} is out of range: the model has "
-                    f"{num_layers} layers, numbered from 0"
+                    f"head {pair} is out of range: the model has {num_layers} layers, "
+                    "numbered from 0"
                 )
-            if num_heads is not None and head.head >= num_heads:
+            if num_heads is not None and pair[1] >= num_heads:
                 raise ValueError(
-                    f"head {(head.layer, head.head)} is out of range: a layer of the model has "
-                    f"{num_heads} heads, numbered from 0"
+                    f"head {pair} is out of range: a layer of the model has {num_heads} heads, "
+                    "numbered from 0"
                 )
 
     @classmethod
@@ -297,12 +311,20 @@ class HeadSet(BaseModel):
         Raises:
             HeadSetError: The fields are invalid; the message starts with ``source``.
         """
+        return cls._checked(partial(cls.model_validate, fields), source)
+
+    @classmethod
+    def _checked(cls, validate: Callable[[], HeadSet], source: str) -> HeadSet:
         try:
-            return cls.model_validate(fields)
+            return validate()
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'head set'}: {item['msg']}"
-                + ("" if isinstance(item["input"], HeadSet | Mapping) else f" ({item['input']!r})")
-                for item in error.errors()
-            )
+            problems = "; ".join(map(_problem, error.errors()))
             raise HeadSetError(f"{source} is not a usable head set: {problems}") from error
+
+
+def _problem(item: ErrorDetails) -> str:
+    """Return the key, the problem and the value of one of pydantic's errors."""
+    key = ".".join(map(str, item["loc"])) or "head set"
+    value = item["input"]
+    got = "" if isinstance(value, HeadSet | Mapping) else f" ({shortened(value)})"
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}{got}"

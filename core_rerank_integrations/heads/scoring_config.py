@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from numbers import Integral
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from core_rerank_integrations.method.scoring import Scores, rank_prior, score_prior
 from core_rerank_integrations.method.windows import Layout
@@ -17,6 +18,23 @@ FirstStage = Literal["bm25", "dense", "other"]
 SMALLEST_PROBABILITY = 1e-12
 """Probabilities are clipped to this before their log-odds are computed."""
 
+
+def _whole_number(value: Any) -> Any:
+    """Convert the integers of any library, such as NumPy; leave text to pydantic.
+
+    Raises:
+        ValueError: The value is a boolean, a fraction or something else.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError("must be an integer")
+    return int(value)
+
+
+Whole = Annotated[int, BeforeValidator(_whole_number)]
+Count = Annotated[Whole, Field(ge=1)]
+Index = Annotated[Whole, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -124,9 +142,9 @@ class ScoringConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    documents_per_prompt: int | None = Field(default=None, ge=1)
+    documents_per_prompt: Count | None = None
     best_last: bool = False
-    passage_tokens: int | None = Field(default=None, ge=1)
+    passage_tokens: Count | None = None
     drop_outliers: bool = True
     calibration: Calibration | None = None
     abstention: Abstention | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def named_head_set(name: str) -> HeadSet:
     """
     if name in shipped_head_sets():
         return shipped_head_sets()[name]
-    if Path(name).exists():
-        return HeadSet.load(name)
+    with suppress(OSError):  # A name may be too long for a path.
+        if Path(name).exists():
+            return HeadSet.load(name)
     raise HeadSetError(
         f"{name!r} is neither a head set file nor a shipped head set; "
         f"shipped: {', '.join(shipped_head_sets())}"

@@ -13,6 +13,8 @@ Mass = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
 
 OUTLIER_DEVIATIONS = 2.0
+EQUAL_DEVIATION = 1e-9
+"""Scores that deviate by less, as a share of the largest, are equal but for rounding."""
 
 
 def document_scores(
@@ -69,7 +71,7 @@ def rank_prior(count: int, weight: float) -> Scores:
 def score_prior(first_stage_scores: npt.ArrayLike, weight: float) -> Scores:
     """Compute what a first stage's own scores add: ``weight`` times their z-scores.
 
-    Scores that are all equal add nothing.
+    Scores that are all equal, or differ by rounding alone, add nothing.
 
     Args:
         first_stage_scores: Higher is better, shape [documents].
@@ -79,9 +81,12 @@ def score_prior(first_stage_scores: npt.ArrayLike, weight: float) -> Scores:
         Shape [documents].
     """
     scores = np.asarray(first_stage_scores, dtype=np.float64)
-    # Rounding gives equal scores a deviation above 0, and tiny differences none.
-    deviation = scores.std() if len(np.unique(scores)) > 1 else 0.0
-    if not deviation:
+    largest = np.abs(scores).max(initial=0.0)
+    if largest < np.finfo(np.float64).tiny:
+        return np.zeros(len(scores))
+    scores = scores / largest  # The squares of large scores would overflow.
+    deviation = scores.std()
+    if deviation < EQUAL_DEVIATION:
         return np.zeros(len(scores))
     z_scores: Scores = (scores - scores.mean()) / deviation
     return weight * z_scores

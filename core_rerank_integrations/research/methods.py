@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from core_rerank_integrations._internal.progress import Progress, no_progress
 from core_rerank_integrations.backends.loading import chosen_backend

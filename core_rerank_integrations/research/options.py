@@ -13,11 +13,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.formats import PUBLISHED_CORE_HEADS
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.heads.scoring_config import NotNegative, Positive, Probability
+from core_rerank_integrations.heads.scoring_config import (
+    Count,
+    Index,
+    NotNegative,
+    Positive,
+    Probability,
+    Whole,
+)
 from core_rerank_integrations.method.templates import PromptTemplate
 from core_rerank_integrations.research.methods import Method
 from core_rerank_integrations.research.sources import JudgedRun
-from core_rerank_integrations.settings import Backend, CheckedModel, Count, RerankerSettings
+from core_rerank_integrations.settings import Backend, CheckedModel, RerankerSettings
 
 Detection = Literal["core", "qr"]
 """Score of a head: SCoRe, or the calibrated attention on the relevant document."""
@@ -70,7 +77,7 @@ class ModelOptions(CheckedModel):
 class SampleOptions(ModelOptions):
     """Options of the model and of the sample."""
 
-    seed: int = Field(default=0, description="Seed of the sample of questions.")
+    seed: Whole = Field(default=0, description="Seed of the sample of questions.")
 
 
 class ReaderOptions(ModelOptions):
@@ -79,7 +86,7 @@ class ReaderOptions(ModelOptions):
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; by default the model's."
     )
-    max_layer: int | None = Field(
+    max_layer: Index | None = Field(
         default=None, description="Highest layer to read, counted from 0; by default the last."
     )
     prune: float | None = Field(
@@ -169,8 +176,8 @@ class FitOptions(HeadSetOptions):
         description="For the head set: longer documents are ranked by their best passage of this "
         "length, which should be that of the documents to fit on.",
     )
-    candidates: int = Field(default=20, ge=2, description="Candidates per question to fit on.")
-    dev_candidates: int = Field(
+    candidates: Whole = Field(default=20, ge=2, description="Candidates per question to fit on.")
+    dev_candidates: Whole = Field(
         default=20, ge=2, description="Candidates per question to choose by."
     )
     l1: list[NotNegative] = Field(
@@ -201,7 +208,7 @@ class AbstentionOptions(SampleOptions):
     lists: JudgedRuns = Field(
         description="Judged lists, as FOLDER:SPLIT:RUN[:N]; all sources count alike."
     )
-    candidates: int = Field(default=20, ge=2, description="Candidates per question.")
+    candidates: Whole = Field(default=20, ge=2, description="Candidates per question.")
     max_false_abstentions: Probability = Field(
         default=0.01, description="Share of the lists with a relevant document that may be lost."
     )
@@ -230,6 +237,6 @@ class EvaluationOptions(ModelOptions):
     curve: str | None = Field(
         default=None, description="Head set whose ranking is tried at 1, 2, 4, ... heads."
     )
-    timed: int = Field(
-        default=5, ge=0, description="Number of queries by which each method is timed by itself."
+    timed: Index = Field(
+        default=5, description="Number of queries by which each method is timed by itself."
     )

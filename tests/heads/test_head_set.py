@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,118 @@ def test_unusable_files_say_why(tmp_path: Path, content: Any, message: str) -> N
     assert "heads.json" in str(error.value)
 
 
+WRONG = (
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    float("inf"),
+    float("nan"),
+    10**30,
+    "x",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+)
+
+
+def mutations(value: Any, leaves: int = 2) -> Iterator[Any]:
+    """Yield a JSON value with each of its parts replaced by each of `WRONG`, dropped or renamed."""
+    yield from WRONG
+    parts = (
+        list(value)
+        if isinstance(value, dict)
+        else range(min(len(value), leaves))
+        if isinstance(value, list)
+        else ()
+    )
+    for part in parts:
+        for changed in mutations(value[part]):
+            copy = value.copy()
+            copy[part] = changed
+            yield copy
+        copy = value.copy()
+        del copy[part]
+        yield copy
+        if isinstance(value, dict):
+            yield {**copy, "other": value[part]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.loads(
+            (resource_folder("model_configs") / "fit-smollm2-135m-instruct.json").read_text()
+        ),
+        {"model_info": {"model_id": "m"}, "params": {"important_heads": [[1, 2]]}},
+        {"attn_head_set": "1-2,3-4", "model_name_or_path": "m"},
+        {"1-2": 0.5, "3-4": 1},
+    ],
+    ids=["own", "vllm-hook", "qrhead", "core"],
+)
+def test_any_value_of_any_type_is_read_or_refused(content: Any, tmp_path: Path) -> None:
+    usable, refused = 0, {}
+    for changed in mutations(content):
+        path = written(tmp_path, json.dumps(changed))
+        try:
+            head_set = HeadSet.load(path)
+        except HeadSetError as error:
+            refused[str(error)] = changed
+            continue
+        usable += 1
+        assert np.isfinite([head_set.weights, head_set.evidence_weights]).all()
+        head_set.save(path)
+        assert str(HeadSet.load(path)) == str(head_set), "also with NaN, which equals nothing"
+    assert all("heads.json" in message for message in refused)
+    assert usable > 0
+    assert len(refused) > usable
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"heads": [{"layer": True, "head": 0}]}, r"heads\.0\.layer: must be an integer \(True\)"),
+        ({"heads": [{"layer": "1", "head": 0}]}, r"heads\.0\.layer: Input should be .* \('1'\)"),
+        ({"heads": [{"layer": 1, "head": 0, "weight": "2"}]}, r"heads\.0\.weight: .* \('2'\)"),
+        ({"heads": [{"layer": 1, "head": 0, "score": 1e400}]}, r"heads\.0\.score: .* finite"),
+        ({"heads": [[1, 0]], "default": "no"}, r"default: .*boolean \('no'\)"),
+        ({"important_heads": 5}, r"important_heads: the wrong type, int: 5"),
+        ({"important_heads": [[1, "x"]]}, r"heads\.0\.head: .* \('x'\)"),
+        ({"attn_head_set": None}, r"attn_head_set: the wrong type, NoneType"),
+        ({"1-2": "high"}, r"1-2: the wrong type, str: 'high'"),
+        ("[" * 100_000, "cannot read the head set"),
+        ("\ufeff{}", "heads: Field required"),
+    ],
+)
+def test_files_of_wrong_types_name_key_and_value(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(HeadSetError, match=message) as error:
+        HeadSet.load(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 1000, "a long value is shortened"
+
+
+@pytest.mark.parametrize(
+    "text", ["- 1", "heads: [[1, 2]]", "attn_head_set: 2020-01-01", "a: &a [*a]"]
+)
+def test_yaml_files_are_qrheads(tmp_path: Path, text: str) -> None:
+    with pytest.raises(HeadSetError, match=r"heads\.yaml"):
+        HeadSet.load(written(tmp_path, text, "heads.yaml"))
+
+
 def test_missing_file() -> None:
     with pytest.raises(HeadSetError, match=r"cannot read the head set nowhere\.json"):
         HeadSet.load("nowhere.json")
     with pytest.raises(HeadSetError, match="neither a head set file nor a shipped head set"):
         named_head_set("nowhere")
+    for path in ("long" * 1000, "nul\0", "/"):
+        with pytest.raises(HeadSetError, match="head set"):
+            named_head_set(path)
 
 
 @pytest.mark.parametrize("wrong", [[(1,)], [3], [("a", 1)], [(1, -1)], [(1, 2), (1, 2)], []])

@@ -51,7 +51,10 @@ def test_a_first_stages_scores_count_by_their_distance_whatever_their_unit() -> 
     prior = score_prior([3.0, 1.0, 2.0], 2.0)
     assert prior == pytest.approx([2 * 1.5**0.5, -2 * 1.5**0.5, 0])
     assert score_prior([300.0, 100.0, 200.0], 2.0) == pytest.approx(prior)
-    for equal in ([], [0.7], [0.7, 0.7], [0.1, 0.1, 0.1], [0.0, -5e-324]):
+    assert score_prior([1000.3, 1000.1, 1000.2], 2.0) == pytest.approx(prior), "a constant shift"
+    assert score_prior([3e307, 1e307, 2e307], 2.0) == pytest.approx(prior), "no overflow"
+    rounded = [0.3, 0.1 + 0.2, 0.3]
+    for equal in ([], [0.7], [0.7, 0.7], [0.1, 0.1, 0.1], [0.0, -5e-324], rounded, [1e308] * 3):
         assert score_prior(equal, 2.0).tolist() == [0.0] * len(equal)
 
 
