@@ -9,6 +9,7 @@ from typing import Any
 
 from core_rerank_integrations.chat.conversation import Turn
 from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.integrations.outputs import METADATA_KEY, relevance
 from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER, citations
 
 with requires_extra("chat"):
@@ -19,7 +20,7 @@ with requires_extra("chat"):
 MARKED_SHARE = 0.7
 """A sentence is marked if its score is at least this share of the passage's best score."""
 STRONG_SHARE = 0.5
-"""Marks are strong in passages of at least this share of the best passage's relevance score."""
+"""Marks are strong in passages of at least this share of the best passage's relevance."""
 STAGES = {
     "search": "rewriting",
     "candidates": "first stage",
@@ -70,19 +71,30 @@ def marked_parts(turn: Turn, document: Document) -> Iterator[tuple[str, str]]:
         The text of a part, and ``marked`` for the strongest sentences, ``left-out`` for what
         extraction removed, or an empty string.
     """
-    metadata = document.metadata
+    ranked = document.metadata.get(METADATA_KEY, {})
     texts = {candidate.id: candidate.page_content for candidate in turn.candidates}
     content = texts.get(document.id, "")
-    heading = f"{metadata.get('title')}\n\n"
+    heading = f"{document.metadata.get('title')}\n\n"
     begin = len(heading) if content.startswith(heading) else 0
-    evidence = [part for part in metadata.get("evidence") or [] if part[0] >= begin]
+    evidence = [part for part in ranked.get("evidence") or [] if part[0] >= begin]
     min_score = MARKED_SHARE * max((score for _, _, score in evidence), default=0.0)
     marked = [(start, stop) for start, stop, score in evidence if score >= min_score > 0]
-    extracted = metadata.get("extracted") or [(begin, len(content))]
+    extracted = ranked.get("extracted") or [(begin, len(content))]
     borders = {border for span in [*marked, *extracted] for border in span if border > begin}
     for start, stop in pairwise(sorted({begin, len(content)} | borders)):
         style = "" if _is_within(start, stop, extracted) else "left-out"
         yield content[start:stop], "marked" if _is_within(start, stop, marked) else style
+
+
+def passage_relevance(document: Document) -> float | None:
+    """Return a passage's probability, or its score; ``None`` if it was not ranked."""
+    return relevance(document.metadata, document.metadata.get("relevance_score"))
+
+
+def is_strong(turn: Turn, document: Document) -> bool:
+    """Return whether a passage is nearly as relevant as the turn's best one."""
+    best = max(passage_relevance(other) or 0.0 for other in turn.documents)
+    return (passage_relevance(document) or 0.0) >= STRONG_SHARE * best
 
 
 def _is_within(start: int, stop: int, spans: Sequence[Sequence[int]]) -> bool:
@@ -94,9 +106,10 @@ def _macros() -> Any:
     environment.globals |= {
         "NO_ANSWER": NO_ANSWER,
         "STAGES": STAGES,
-        "STRONG_SHARE": STRONG_SHARE,
         "cited_parts": cited_parts,
+        "is_strong": is_strong,
         "marked_parts": marked_parts,
+        "relevance": passage_relevance,
     }
     lines = Path(__file__).with_name("page.html").read_text(encoding="utf-8").splitlines()
     # White space between tags would show.

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.method.extraction import ExtractBy
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.results import RerankResult, RerankResults
+from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 # Not an attribute of the adapters, because a lock can be neither pickled nor copied.
@@ -76,10 +76,6 @@ class RerankerFields(ModelFields, RerankOptions):
         default="tokens",
         description="Whether `extract` is a share of the tokens, or of the score of all sentences.",
     )
-    raw_scores: bool = Field(
-        default=False,
-        description="Return the scores that results are sorted by instead of probabilities.",
-    )
 
     def _rerank(self, query: str, texts: list[str], **changes: Any) -> RerankResults:
         return self._loaded_reranker().rerank(query, texts, **self._options(changes))
@@ -93,20 +89,3 @@ class RerankerFields(ModelFields, RerankOptions):
         options = {name: getattr(self, name) for name in RerankOptions.model_fields}
         options["evidence"] = self.evidence or self.extract is not None
         return options | changes
-
-    def _score(self, result: RerankResult) -> float | None:
-        """Return the score of a document, as frameworks see it."""
-        if not result.reranked:
-            return None
-        return result.score if self.raw_scores else result.relevance_score
-
-    def _metadata(self, result: RerankResult) -> dict[str, Any]:
-        """Return what a result adds to a document's metadata, besides its score."""
-        metadata: dict[str, Any] = {}
-        if not result.reranked:
-            metadata["reranked"] = False
-        elif self.evidence:
-            metadata["evidence"] = [[part.start, part.stop, part.score] for part in result.evidence]
-        if result.best_passage is not None:
-            metadata["best_passage"] = list(result.best_passage)
-        return metadata

@@ -10,6 +10,11 @@ from pydantic import Field
 
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
+from core_rerank_integrations.integrations.outputs import (
+    METADATA_KEY,
+    falling_scores,
+    result_metadata,
+)
 from core_rerank_integrations.results import RerankResults
 
 with requires_extra("langchain"):
@@ -50,14 +55,14 @@ class DocumentRanker(RerankerFields):
 
     def _copies(self, documents: Sequence[Document], results: RerankResults) -> list[Document]:
         copies = []
-        for result in results:
+        for result, score in zip(results, falling_scores(results), strict=True):
             document = documents[result.index]
-            metadata = {**document.metadata, "relevance_score": self._score(result)}
-            metadata |= self._metadata(result)
+            ours = result_metadata(result, self.evidence)
             text = document.page_content
             if self.extract is not None and result.reranked:
                 text, spans = result.extract(self.extract, self.extract_by)
-                metadata["extracted"] = [list(span) for span in spans]
+                ours["extracted"] = [list(span) for span in spans]
+            metadata = {**document.metadata, "relevance_score": score, METADATA_KEY: ours}
             update = {"page_content": text, "metadata": metadata}
             copies.append(document.model_copy(update=update))
         return copies
@@ -66,18 +71,21 @@ class DocumentRanker(RerankerFields):
 class CoReDocumentCompressor(DocumentRanker, BaseDocumentCompressor):
     """Rerank retrieved documents.
 
-    Returns copies with all ids, types and metadata. These keys of ``metadata`` are set:
+    Returns copies with all ids, types and metadata, sorted by ``metadata["relevance_score"]``. This
+    is the `RerankResult.score`; documents that were not read in time have a score below those of
+    the others. ``metadata["core_rerank"]`` holds the rest:
 
-    - ``relevance_score``: the probability that the document is relevant, from query and document
-      alone; the score if the heads are not calibrated; ``None`` if it was not read in time.
+    - ``probability``: the probability that the document is relevant, from query and document
+      alone; ``None`` if the heads are not calibrated or the document was not read.
     - ``reranked``: ``False`` if the document was not read within ``max_seconds``.
     - ``best_passage``: start and stop of the characters that the score comes from, if the
       document was read as several passages.
     - ``evidence``: start, stop and score of each sentence, best first, with ``evidence=True``.
     - ``extracted``: start and stop of the parts of the document that are kept, with ``extract``.
+      All offsets are those of the whole document.
 
-    Documents are sorted by score, to which the order of a first stage may add. A call is a run in
-    traces if callbacks are passed, as retrievers do.
+    The order of a first stage may add to the score. A call is a run in traces if callbacks are
+    passed, as retrievers do.
 
     Examples:
         >>> from langchain_classic.retrievers import ContextualCompressionRetriever

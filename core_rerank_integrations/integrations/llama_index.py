@@ -12,6 +12,11 @@ from pydantic import ConfigDict, Field
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
+from core_rerank_integrations.integrations.outputs import (
+    METADATA_KEY,
+    falling_scores,
+    result_metadata,
+)
 from core_rerank_integrations.method.extraction import evidence_within, extract
 from core_rerank_integrations.results import RerankResults
 
@@ -34,18 +39,21 @@ _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defi
 class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     """Rerank retrieved nodes by the text that they are embedded with.
 
-    Returns copies. ``score`` of a node is the probability that it is relevant, from query and node
-    alone; the score that nodes are sorted by if the heads are not calibrated; ``None`` if the node
-    was not read in time. Retrieval scores are passed on as ``first_stage_scores`` if the nodes are
-    sorted by them. These keys of ``metadata`` are set, and hidden from embeddings and models:
+    Returns copies, sorted by their ``score``, which is the `RerankResult.score`. Nodes that were
+    not read in time have a score below those of the others. Retrieval scores are passed on as
+    ``first_stage_scores`` if the nodes are sorted by them. ``metadata["core_rerank"]`` holds the
+    rest, and is hidden from embeddings and models. Its offsets are those of the node's own text,
+    without the metadata that is ranked with it and before ``extract`` cuts it:
 
+    - ``probability``: the probability that the node is relevant, from query and node alone;
+      ``None`` if the heads are not calibrated or the node was not read.
     - ``reranked``: ``False`` if the node was not read within ``max_seconds``.
-    - ``best_passage``: start and stop of the characters of the embedded text that the score comes
-      from, if the node was read as several passages.
-    - ``evidence``: start, stop and score of each sentence of the embedded text, best first, with
-      ``evidence=True``.
-    - ``extracted``: start and stop of the parts of the node's own text that are kept, with
-      ``extract``; the metadata before it is not cut.
+    - ``best_passage``: start and stop of the characters that the score comes from, if the node
+      was read as several passages, and the best one is not all metadata.
+    - ``evidence``: start, stop and score of each sentence, best first, with ``evidence=True``. A
+      sentence that begins in the metadata is cut to its part in the text.
+    - ``extracted``: start and stop of the parts that are kept, with ``extract``.
+    - ``retrieval_score``: the retriever's score, with ``keep_retrieval_score=True``.
 
     Examples:
         >>> index.as_query_engine(
@@ -57,8 +65,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
 
     keep_retrieval_score: bool = Field(
         default=False,
-        description="Keep the retriever's score as metadata['retrieval_score'], hidden from "
-        "embeddings, models and later rerankers.",
+        description="Keep the retriever's score as metadata['core_rerank']['retrieval_score'].",
     )
 
     @classmethod
@@ -133,20 +140,23 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         self, nodes: Sequence[NodeWithScore], results: RerankResults
     ) -> list[NodeWithScore]:
         copies = []
-        for result in results:
+        for result, score in zip(results, falling_scores(results), strict=True):
             retrieved = nodes[result.index]
-            metadata = self._metadata(result)
+            text = retrieved.node.get_content(metadata_mode=MetadataMode.NONE)
+            start = own_text_start(retrieved.node, result.document)
+            if start is None:
+                start, text = len(result.document), ""
+            stop = start + len(text)
+            ours = result_metadata(result, self.evidence, start, stop)
             if self.keep_retrieval_score:
-                metadata["retrieval_score"] = retrieved.score
-            node = _copy(retrieved.node, metadata)
-            if self.extract is not None and result.reranked:
-                own = node.get_content(metadata_mode=MetadataMode.NONE)
-                start = own_text_start(node, result.document) or 0
-                evidence = evidence_within(result.evidence, start, start + len(own))
-                text, spans = extract(own, evidence, self.extract, self.extract_by)
-                node = _copy(node, {"extracted": [list(span) for span in spans]})
+                ours["retrieval_score"] = retrieved.score
+            node = _copy(retrieved.node, ours)
+            evidence = evidence_within(result.evidence, start, stop)
+            if self.extract is not None and evidence:
+                text, spans = extract(text, evidence, self.extract, self.extract_by)
+                ours["extracted"] = [list(span) for span in spans]
                 node.set_content(text)
-            copies.append(NodeWithScore(node=node, score=self._score(result)))
+            copies.append(NodeWithScore(node=node, score=score))
         return copies
 
 
@@ -187,7 +197,7 @@ def own_text_start(node: BaseNode, embedded: str) -> int | None:
     """
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     start = embedded.rfind(text.strip())
-    return None if start < 0 else start - (len(text) - len(text.lstrip()))
+    return None if start < 0 else start - text.index(text.strip())
 
 
 def embedded_text(node: BaseNode) -> str:
@@ -203,10 +213,10 @@ def _query(query_bundle: QueryBundle | None) -> str:
     return query_bundle.query_str
 
 
-def _copy(node: BaseNode, metadata: dict[str, Any]) -> BaseNode:
-    """Copy a node with more metadata, which is hidden from embeddings and models."""
+def _copy(node: BaseNode, ours: dict[str, Any]) -> BaseNode:
+    """Copy a node with our metadata, which is hidden from embeddings and models."""
     excluded = {
-        name: list(dict.fromkeys([*getattr(node, name), *metadata]))
+        name: list(dict.fromkeys([*getattr(node, name), METADATA_KEY]))
         for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
     }
-    return node.model_copy(update={"metadata": {**node.metadata, **metadata}, **excluded})
+    return node.model_copy(update={"metadata": {**node.metadata, METADATA_KEY: ours}, **excluded})

@@ -68,7 +68,11 @@ def test_no_value_becomes_a_tag_an_attribute_or_a_template(
     content: str, source: str, question: str, answer: str
 ) -> None:
     evidence = [[0, len(content) // 2, 0.4], [len(content) // 2, len(content), 0.3]]
-    metadata = {"source": source, "title": source, "relevance_score": 0.1, "evidence": evidence}
+    metadata = {
+        "source": source,
+        "title": source,
+        "core_rerank": {"probability": 0.1, "evidence": evidence},
+    }
     document = Document(content, id="1", metadata=metadata)
     turn = Turn(question, source, search=question[::-1], is_done=True, milliseconds={"answer": 2})
     turn.candidates = turn.reranked = turn.documents = [document]
@@ -108,8 +112,13 @@ def test_ranks_that_passages_moved() -> None:
 def test_strongest_sentences_are_marked_and_left_out_sentences_are_pale() -> None:
     text = "Head\n\nWeak. Strong. Near."
     evidence = [[12, 19, 0.5], [20, 25, 0.4], [6, 11, 0.1], [0, 4, 0.9]]
-    shown = passage(text, title="Head", relevance_score=0.5, evidence=evidence)
-    cut = Document("Strong. Near.", id=text, metadata={**shown.metadata, "extracted": [[12, 25]]})
+    shown = passage(text, title="Head", core_rerank={"probability": 0.5, "evidence": evidence})
+    ranked = {**shown.metadata["core_rerank"], "extracted": [[12, 25]]}
+    cut = Document(
+        "Strong. Near.",
+        id=text,
+        metadata={"title": "Head", "core_rerank": ranked, "source": "a.md"},
+    )
     turn = Turn("Who?", "x", candidates=[passage(text)], documents=[cut])
     html = rendering.findings([turn])
     assert (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -78,23 +79,50 @@ FILLER = "The harbour was quiet and nobody came. "
 LONG = Document(f"{FILLER * 8}{DOCUMENTS[1].page_content} {FILLER * 8}", id="long")
 
 
-def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+def test_probabilities_stand_beside_the_scores(calibrated: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=calibrated, first_stage=None)
-    kept = compressor.compress_documents([*DOCUMENTS, LONG], QUERY)
-    scores = {document.id: document.metadata["relevance_score"] for document in kept}
-    assert all(0 < score < 1 for score in scores.values())
-    raw = compressor.model_copy(update={"raw_scores": True})
+    found = {d.id: d.metadata for d in compressor.compress_documents([*DOCUMENTS, LONG], QUERY)}
+    probabilities = {key: metadata["core_rerank"]["probability"] for key, metadata in found.items()}
+    assert all(0 < probability < 1 for probability in probabilities.values())
     by_hand = calibrated.rerank(QUERY, [DOCUMENTS[1].page_content])[0]
-    assert scores["bell"] == pytest.approx(by_hand.probability, abs=1e-5)
-    best = next(d for d in raw.compress_documents(DOCUMENTS, QUERY) if d.id == "bell")
-    assert best.metadata["relevance_score"] == pytest.approx(by_hand.score, abs=1e-5)
+    assert probabilities["bell"] == pytest.approx(by_hand.probability, abs=1e-5)
+    assert found["bell"]["relevance_score"] == pytest.approx(by_hand.score, abs=1e-5)
 
-    long = next(document for document in kept if document.id == "long")
-    start, stop = long.metadata["best_passage"]
+    start, stop = found["long"]["core_rerank"]["best_passage"]
     assert "telephone" in LONG.page_content[start:stop]
-    assert "best_passage" not in kept[0].metadata or kept[0].id == "long"
-    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=scores["bell"] - 1e-6)
+    assert "best_passage" not in found["bell"]["core_rerank"]
+    half = CoReDocumentCompressor(reranker=calibrated, score_threshold=probabilities["bell"] - 1e-6)
     assert "bell" in [document.id for document in half.compress_documents(DOCUMENTS, QUERY)]
+
+
+def test_metadata_of_the_user_stays(reranker: CoReReranker) -> None:
+    mine = dict.fromkeys(
+        ("probability", "score", "reranked", "best_passage", "evidence", "extracted"), "mine"
+    )
+    documents = [d.model_copy(update={"metadata": {**d.metadata, **mine}}) for d in DOCUMENTS]
+    before = [document.model_copy(deep=True) for document in documents]
+    cutting = CoReDocumentCompressor(reranker=reranker, evidence=True, extract=1.0)
+    ranked = cutting.compress_documents(documents, QUERY)
+    assert documents == before
+    for document in ranked:
+        assert document.metadata.keys() - {"page", "tags"} == {
+            "relevance_score", "core_rerank", *mine
+        }  # fmt: skip
+        assert {key: document.metadata[key] for key in mine} == mine
+        assert json.loads(json.dumps(document.metadata)) == document.metadata
+    again = CoReDocumentCompressor(reranker=reranker).compress_documents(ranked, QUERY)
+    assert again[0].metadata["core_rerank"] == {"probability": None, "reranked": True}
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_seconds": 1e-9}, {"max_seconds": 1e-9, "top_n": 3}])
+def test_scores_fall_along_the_list(calibrated: CoReReranker, limit: dict[str, Any]) -> None:
+    trusting = calibrated.heads.with_scoring(rank_weight=100.0)
+    shared = CoReReranker.from_scorer(calibrated.scorer, calibrated.model, trusting)
+    compressor = CoReDocumentCompressor(reranker=shared, **limit)
+    ranked = compressor.compress_documents([*DOCUMENTS, *DOCUMENTS], QUERY)
+    scores = [document.metadata["relevance_score"] for document in ranked]
+    assert scores == sorted(set(scores), reverse=True), "no sorter changes the order"
+    assert all(type(score) is float for score in scores)
 
 
 def test_thresholds(reranker: CoReReranker, compressor: CoReDocumentCompressor) -> None:
@@ -147,11 +175,11 @@ def test_documents_not_read_in_time_are_marked(calibrated: CoReReranker) -> None
     hurried = CoReDocumentCompressor(reranker=calibrated, max_seconds=1e-9)
     first, *rest = hurried.compress_documents(DOCUMENTS, QUERY)
     assert first.id == "bread"
-    assert "reranked" not in first.metadata
+    assert first.metadata["core_rerank"]["reranked"]
     assert [document.page_content for document in rest] == [d.page_content for d in DOCUMENTS[1:]]
     for document in rest:
-        assert document.metadata["reranked"] is False
-        assert document.metadata["relevance_score"] is None
+        assert document.metadata["core_rerank"] == {"probability": None, "reranked": False}
+        assert document.metadata["relevance_score"] < first.metadata["relevance_score"]
 
 
 class Recorder(BaseCallbackHandler):

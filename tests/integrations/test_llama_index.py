@@ -16,9 +16,18 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.postprocessor import LongContextReorder, SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    Document,
+    ImageNode,
+    IndexNode,
+    MetadataMode,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 from pydantic import ValidationError
 from support.head_sets import CALIBRATED, HEADS
 
@@ -104,22 +113,22 @@ def test_ranked_text_is_the_embedded_text(reranker: CoReReranker) -> None:
     ranked = CoReNodePostprocessor(reranker=reranker).postprocess_nodes(
         [NodeWithScore(node=hidden), NodeWithScore(node=shown)], query_str=QUERY
     )
-    assert ranked[0].node.excluded_embed_metadata_keys == []
+    assert "fact" not in ranked[0].node.excluded_embed_metadata_keys
 
 
 def test_retrieval_score_is_kept_out_of_later_texts(reranker: CoReReranker) -> None:
     keeping = CoReNodePostprocessor(reranker=reranker, keep_retrieval_score=True)
     plain = CoReNodePostprocessor(reranker=reranker)
     once = keeping.postprocess_nodes(nodes(), query_str=QUERY)
-    assert once[0].node.metadata["retrieval_score"] == 0.9
+    assert once[0].node.metadata["core_rerank"]["retrieval_score"] == 0.9
     for mode in (MetadataMode.EMBED, MetadataMode.LLM):
         assert "retrieval_score" not in once[0].node.get_content(metadata_mode=mode)
     twice = plain.postprocess_nodes(once, query_str=QUERY)
     assert ids(twice) == ids(plain.postprocess_nodes(nodes(), query_str=QUERY))
-    assert "retrieval_score" not in plain.postprocess_nodes(nodes(), query_str=QUERY)[0].metadata
+    assert "retrieval_score" not in twice[0].metadata["core_rerank"]
 
 
-def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReReranker) -> None:
+def test_probabilities_stand_beside_the_scores(calibrated: CoReReranker) -> None:
     filler = "The harbour was quiet and nobody came. "
     text = f"{filler * 8}Bell patented the telephone in 1876. {filler * 8}"
     long = NodeWithScore(node=TextNode(text=text, id_="long"))
@@ -128,17 +137,115 @@ def test_scores_are_probabilities_where_heads_are_calibrated(calibrated: CoReRer
         n.node.node_id: n
         for n in postprocessor.postprocess_nodes([*nodes(), long], query_str=QUERY)
     }
-    assert all(0 < (node.score or 0) < 1 for node in ranked.values())
-    start, stop = ranked["long"].node.metadata["best_passage"]
+    ours = {name: node.metadata["core_rerank"] for name, node in ranked.items()}
+    assert all(0 < found["probability"] < 1 for found in ours.values())
+    start, stop = ours["long"]["best_passage"]
     assert "telephone" in text[start:stop]
     for mode in (MetadataMode.EMBED, MetadataMode.LLM):
         assert "best_passage" not in ranked["long"].node.get_content(metadata_mode=mode)
-    assert "best_passage" not in ranked["n1"].node.metadata
-    raw = CoReNodePostprocessor(reranker=calibrated, raw_scores=True, first_stage=None)
-    (alone,) = raw.postprocess_nodes(nodes()[1:2], query_str=QUERY)
+    assert "best_passage" not in ours["n1"]
     by_hand = calibrated.rerank(QUERY, [nodes()[1].node.get_content(MetadataMode.EMBED)])[0]
-    assert alone.score == pytest.approx(by_hand.score, abs=1e-5)
-    assert ranked["n1"].score == pytest.approx(by_hand.probability, abs=1e-5)
+    assert ranked["n1"].score == pytest.approx(by_hand.score, abs=1e-5)
+    assert ours["n1"]["probability"] == pytest.approx(by_hand.probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_seconds": 1e-9}, {"max_seconds": 1e-9, "top_n": 3}])
+def test_scores_fall_along_the_list(calibrated: CoReReranker, limit: dict[str, Any]) -> None:
+    trusting = calibrated.heads.with_scoring(rank_weight=100.0, score_weight=100.0)
+    shared = CoReReranker.from_scorer(calibrated.scorer, calibrated.model, trusting)
+    postprocessor = CoReNodePostprocessor(reranker=shared, **limit)
+    given = [NodeWithScore(node=n.node, score=1 - i / 10) for i, n in enumerate([*nodes()] * 2)]
+    ranked = postprocessor.postprocess_nodes(given, query_str=QUERY)
+    assert ids(ranked) == ids(given)[: len(ranked)]
+    assert sorted(ranked, key=lambda node: node.score, reverse=True) == ranked
+    reordered = LongContextReorder().postprocess_nodes(ranked)
+    odd, even = ids(ranked)[::2], ids(ranked)[1::2]
+    assert ids(reordered) in (odd + even[::-1], even + odd[::-1]), "the best ones are at the ends"
+    assert len(SimilarityPostprocessor(similarity_cutoff=-1e9).postprocess_nodes(ranked)) == len(
+        ranked
+    )
+
+
+def test_metadata_of_the_user_stays(reranker: CoReReranker) -> None:
+    mine = dict.fromkeys(
+        ("probability", "reranked", "best_passage", "evidence", "extracted", "retrieval_score"), 1
+    )
+    given = [
+        NodeWithScore(node=TextNode(text=n.text, metadata=dict(mine)), score=n.score)
+        for n in nodes()
+    ]
+    before = [node.model_copy(deep=True) for node in given]
+    cutting = CoReNodePostprocessor(
+        reranker=reranker, evidence=True, extract=1.0, keep_retrieval_score=True
+    )
+    ranked = cutting.postprocess_nodes(given, query_str=QUERY)
+    assert given == before
+    for node in ranked:
+        assert node.metadata == {**mine, "core_rerank": node.metadata["core_rerank"]}
+        assert json.loads(node.to_json())["node"]["metadata"] == node.metadata
+        for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+            assert "core_rerank" not in node.node.get_content(metadata_mode=mode)
+
+
+TELEPHONE = "Bell patented the telephone in 1876."
+FILLER = "The harbour was quiet and nobody came. "
+
+
+def with_header(node_type: type[TextNode] = TextNode, **fields: Any) -> NodeWithScore:
+    metadata = {"answer": "Bell patented the telephone.", "note": FILLER * 8}
+    fields = {"text": f"  {FILLER * 8}{TELEPHONE} {FILLER * 8} ", "metadata": metadata, **fields}
+    return NodeWithScore(node=node_type(**fields), score=0.5)
+
+
+HEADERS = [
+    {},
+    {"text_template": "{content}\n\n{metadata_str}"},
+    {"text_template": "{metadata_str} {content}"},
+    {"node_type": IndexNode, "index_id": "table"},
+    {"node_type": ImageNode},
+    {"node_type": Document},
+    {"metadata": {}},
+]
+
+
+@pytest.mark.parametrize("fields", HEADERS, ids=str)
+def test_evidence_and_best_passage_quote_the_nodes_own_text(
+    calibrated: CoReReranker, fields: dict[str, Any]
+) -> None:
+    quoting = CoReNodePostprocessor(reranker=calibrated, evidence=True)
+    given = with_header(**fields)
+    (ranked,) = quoting.postprocess_nodes([given], query_str=QUERY)
+    assert type(ranked.node) is type(given.node)
+    ours, text = ranked.metadata["core_rerank"], ranked.node.get_content(MetadataMode.NONE)
+    assert text == given.node.get_content(MetadataMode.NONE)
+    sentences = [text[start:stop].strip() for start, stop, _ in ours["evidence"]]
+    assert set(sentences) == {TELEPHONE, FILLER.strip()}
+    assert len(sentences) == 17
+    if "best_passage" in ours:
+        start, stop = ours["best_passage"]
+        assert 0 <= start < stop <= len(text)
+
+
+def test_a_passage_of_metadata_is_not_the_best_one(calibrated: CoReReranker) -> None:
+    quoting = CoReNodePostprocessor(reranker=calibrated, evidence=True)
+    (winner,) = quoting.postprocess_nodes([with_header(text="Fog. Rain.")], query_str=QUERY)
+    assert "best_passage" not in winner.metadata["core_rerank"], "the header has it"
+    spans = [span[:2] for span in winner.metadata["core_rerank"]["evidence"]]
+    assert sorted(spans) == [[0, 4], [5, 10]]
+    for fields in ({"text": ""}, {"text": "  "}, {"text_template": "{metadata_str}"}):
+        (bare,) = quoting.postprocess_nodes([with_header(**fields)], query_str=QUERY)
+        assert bare.metadata["core_rerank"]["evidence"] == []
+
+
+@pytest.mark.parametrize("first_stage", [None, "bm25", "dense", "other"])
+def test_no_nodes(calibrated: CoReReranker, first_stage: Any) -> None:
+    heads = calibrated.heads.with_scoring(score_weight=1.0)
+    shared = CoReReranker.from_scorer(calibrated.scorer, calibrated.model, heads)
+    postprocessor = CoReNodePostprocessor(
+        reranker=shared, first_stage=first_stage, evidence=True, max_seconds=1
+    )
+    assert postprocessor.postprocess_nodes([], query_str=QUERY) == []
+    assert asyncio.run(postprocessor.apostprocess_nodes([], query_str=QUERY)) == []
 
 
 def test_a_retrievers_scores_count_where_the_order_does(
@@ -263,9 +370,8 @@ def test_an_ingestion_pipeline_caches_nodes(smollm2: LocalModel, tmp_path: Path)
 def test_nodes_not_read_in_time_are_marked(calibrated: CoReReranker) -> None:
     hurried = CoReNodePostprocessor(reranker=calibrated, max_seconds=1e-9)
     first, *rest = hurried.postprocess_nodes(nodes(), query_str=QUERY)
-    assert (first.node.node_id, "reranked" in first.node.metadata) == ("n0", False)
+    assert (first.node.node_id, first.metadata["core_rerank"]["reranked"]) == ("n0", True)
     assert ids(rest) == ["n1", "n2", "n3"]
     for node in rest:
-        assert node.score is None
-        assert node.node.metadata["reranked"] is False
-        assert "reranked" not in node.node.get_content(metadata_mode=MetadataMode.LLM)
+        assert node.score < first.score
+        assert node.metadata["core_rerank"] == {"probability": None, "reranked": False}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from core_rerank_integrations.integrations.outputs import METADATA_KEY, relevance
 
 MAX_SENTENCES = 3
 PASSAGE_SHARE = 0.75
-"""Passages below this share of the best passage's relevance score are not quoted."""
+"""Passages below this share of the best passage's relevance are not quoted."""
 SENTENCE_SHARE = 0.5
 """Sentences below this share of their passage's best sentence score are not quoted."""
 
@@ -17,13 +19,21 @@ class RankedPassage(NamedTuple):
 
     Attributes:
         text: Text of the passage.
-        relevance_score: Probability or score; 0 if it was not ranked.
+        relevance: Probability, or score if the heads are not calibrated; 0 if it was not ranked.
         evidence: Start, stop and score of its sentences, best first; empty if unknown.
     """
 
     text: str
-    relevance_score: float = 0.0
+    relevance: float = 0.0
     evidence: Sequence[Sequence[float]] = ()
+
+    @classmethod
+    def from_metadata(
+        cls, text: str, score: float | None, metadata: Mapping[str, Any]
+    ) -> RankedPassage:
+        """Make a passage of a text, the score it was sorted by, and its metadata."""
+        evidence = metadata.get(METADATA_KEY, {}).get("evidence", ())
+        return cls(text, relevance(metadata, score) or 0.0, evidence)
 
 
 def extracted_answer(passages: Sequence[RankedPassage]) -> str:
@@ -37,10 +47,10 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
     """
     if passages and not any(passage.evidence for passage in passages):
         return _cited(passages[0].text, 1)
-    best = max((passage.relevance_score for passage in passages), default=0.0)
+    best = max((passage.relevance for passage in passages), default=0.0)
     sentences: list[str] = []
     for number, passage in enumerate(passages, start=1):
-        if passage.relevance_score < PASSAGE_SHARE * best or not passage.evidence:
+        if passage.relevance < PASSAGE_SHARE * best or not passage.evidence:
             continue
         minimum = SENTENCE_SHARE * passage.evidence[0][2]
         strong = [sentence for sentence in passage.evidence if sentence[2] >= minimum]

@@ -242,10 +242,8 @@ def _answer_prompt(state: dict[str, Any]) -> list[BaseMessage]:
 def _extracts(state: dict[str, Any]) -> str:
     return extracted_answer(
         [
-            RankedPassage(
-                document.page_content,
-                document.metadata.get("relevance_score", 0.0),
-                document.metadata.get("evidence", ()),
+            RankedPassage.from_metadata(
+                document.page_content, document.metadata.get("relevance_score"), document.metadata
             )
             for document in state["documents"]
         ]

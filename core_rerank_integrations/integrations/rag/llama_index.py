@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.heads.scoring_config import FirstStage
-from core_rerank_integrations.integrations.llama_index import (
-    CoReNodePostprocessor,
-    embedded_text,
-    own_text_start,
-)
+from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
 from core_rerank_integrations.integrations.rag.inputs import check_question, checked_options
 from core_rerank_integrations.integrations.rag.prompts import (
@@ -24,8 +20,6 @@ from core_rerank_integrations.integrations.rag.prompts import (
     passage_name,
     question_with_passages,
 )
-from core_rerank_integrations.method.evidence import Evidence
-from core_rerank_integrations.method.extraction import evidence_within
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.settings import Threshold
 
@@ -292,8 +286,5 @@ def _name(node: NodeWithScore) -> str:
 
 
 def _ranked_passage(node: NodeWithScore) -> RankedPassage:
-    text = embedded_text(node.node)
-    start = max(own_text_start(node.node, text) or 0, 0)
-    evidence = [Evidence(*sentence) for sentence in node.metadata.get("evidence", ())]
-    own = [sentence[:3] for sentence in evidence_within(evidence, start, len(text))]
-    return RankedPassage(text[start:], node.score or 0.0, own)
+    text = node.node.get_content(MetadataMode.NONE)
+    return RankedPassage.from_metadata(text, node.score, node.metadata)
