@@ -8,6 +8,7 @@ from .errors import (
     GeneratorError as GeneratorError,
     HeadSetError as HeadSetError,
     InvalidInputError as InvalidInputError,
+    LongDocumentWarning as LongDocumentWarning,
     MissingExtraError as MissingExtraError,
     ModelError as ModelError,
     StorageError as StorageError,

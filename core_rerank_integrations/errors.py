@@ -50,6 +50,10 @@ class DocumentTruncatedWarning(UserWarning):
     """A document was truncated; the message names it."""
 
 
+class LongDocumentWarning(UserWarning):
+    """A document takes very long to read; the message names it."""
+
+
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
     """Name the extra to install if an import in the ``with`` block fails.

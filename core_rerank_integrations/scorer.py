@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from math import ceil
+from itertools import count, groupby
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from core_rerank_integrations.backends.base import AttentionBackend, PromptGroup
 from core_rerank_integrations.backends.loading import load_backend
+from core_rerank_integrations.errors import BackendError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.list_scores import (
     ScoredList,
@@ -35,7 +37,10 @@ from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.settings import RerankerSettings
 
 BATCH_PROMPTS = 128
-"""Number of prompts whose attention is in memory at once."""
+"""Number of prompts between two updates of a progress bar."""
+BATCH_SCORED_PROMPTS = 4096
+"""Number of prompts that are scored together. A backend that sees a whole list at once can use what
+it has cached before new documents take its place."""
 CACHE_BATCH_DOCUMENTS = 32
 """Number of documents between two updates of the progress bar; seconds on a laptop."""
 
@@ -67,6 +72,9 @@ class AttentionScorer:
         Args:
             windows: The prompts. Those that share a prefix share its computation.
             weights: Weights of the heads, shape [weight sets, heads]; ``None`` for each head.
+
+        Raises:
+            BackendError: The attention of a prompt is not a number.
         """
         prefixes: dict[bytes, SharedPrefix] = {}
         questions: dict[bytes, dict[bytes, TokenIds]] = {}
@@ -83,6 +91,12 @@ class AttentionScorer:
             for key, group in masses.items()
             for question, mass in zip(questions[key], group.questions, strict=True)
         }
+        for mass in (*found.values(), *(group.baseline for group in masses.values())):
+            if not np.isfinite(mass).all():
+                raise BackendError(
+                    "the attention of a prompt is not a number: the model's activations exceed the "
+                    "range of its dtype. Use dtype='bfloat16' or 'float32'"
+                )
         return [
             WindowAttention(
                 window,
@@ -93,7 +107,10 @@ class AttentionScorer:
         ]
 
     def stream(
-        self, windows: Sequence[Window], weights: Mass | None = None
+        self,
+        windows: Sequence[Window],
+        weights: Mass | None = None,
+        batch_prompts: int = BATCH_PROMPTS,
     ) -> Iterator[tuple[int, WindowAttention]]:
         """Compute the attention of many prompts, batch by batch.
 
@@ -102,13 +119,14 @@ class AttentionScorer:
         Args:
             windows: The prompts.
             weights: As for `read`.
+            batch_prompts: Number of prompts whose attention is in memory at once.
 
         Yields:
             The index of a prompt in ``windows`` and its attention, in any order.
         """
         order = sorted(range(len(windows)), key=lambda index: windows[index].prefix.key)
-        for start in range(0, len(order), BATCH_PROMPTS):
-            indices = order[start : start + BATCH_PROMPTS]
+        for start in range(0, len(order), batch_prompts):
+            indices = order[start : start + batch_prompts]
             batch = self.read([windows[index] for index in indices], weights)
             yield from zip(indices, batch, strict=True)
 
@@ -130,15 +148,18 @@ class AttentionScorer:
             max_seconds: Time limit for all lists, which are then read in order; ``None`` reads
                 everything.
             evidence: Whether to return token scores, by the heads' evidence weights.
+
+        Raises:
+            BackendError: The attention of a prompt is not a number.
         """
         planned = self.plan(lists, layout)
         windows = [window for windows in planned for window in windows]
         weight_sets = [heads.weights, heads.evidence_weights] if evidence else [heads.weights]
         weights = np.stack(weight_sets)
         attention = (
-            self.stream(windows, weights)
+            self.stream(windows, weights, BATCH_SCORED_PROMPTS)
             if max_seconds is None
-            else self._stream_within(max_seconds, windows, weights)
+            else self._stream_within(max_seconds, planned, weights)
         )
         scored = {
             index: WindowScores(
@@ -150,7 +171,7 @@ class AttentionScorer:
         results = []
         start = 0
         for candidates, own in zip(lists, planned, strict=True):
-            in_time = [scored[i] for i in range(start, start + len(own)) if i in scored]
+            in_time = [scored.get(index) for index in range(start, start + len(own))]
             results.append(merge_windows(own, in_time, len(candidates.documents)))
             start += len(own)
         return results
@@ -180,26 +201,53 @@ class AttentionScorer:
         self.backend.close()
 
     def _stream_within(
-        self, seconds: float, windows: Sequence[Window], weights: Mass
+        self, seconds: float, planned: Sequence[Sequence[Window]], weights: Mass
     ) -> Iterator[tuple[int, WindowAttention]]:
-        """Read windows in order, at least one, until the next would exceed the time limit.
+        """Read the documents of all lists in order, those that fit into the time that remains.
+
+        At least one prompt is read. Whether a document fits is estimated by its tokens and the
+        speed of the last prompts, so one enormous document does not use the time of the others.
 
         Yields:
-            The index of a window and its attention.
+            The index of a window among those of all lists, and its attention.
         """
         end = time.perf_counter() + seconds
-        done, count = 0, 1
-        while done < len(windows):
+        windows = [window for own in planned for window in own]
+        if not windows:
+            return
+        tokens = [len(window.prefix.ids) + len(window.question) for window in windows]
+        waiting = _documents_in_order(planned)
+        typical = median(sum(tokens[i] for i in document) for document in waiting)
+        first = next(d for d in waiting if sum(tokens[i] for i in d) <= 2 * typical)
+        batch = [first.pop(0)]
+        while batch:
             begun = time.perf_counter()
-            batch = self.read(windows[done : done + count], weights)
-            yield from enumerate(batch, start=done)
-            done += len(batch)
+            attention = self.read([windows[index] for index in batch], weights)
+            yield from zip(batch, attention, strict=True)
             now = time.perf_counter()
-            fitting = int(count * (end - now) / max(now - begun, 1e-9))
-            if fitting < 1:
-                break
-            # The next prompts may be longer, or new where these were cached.
-            count = min(2 * count, ceil(fitting / 2))
+            size = sum(tokens[index] for index in batch)
+            fitting = size * (end - now) / max(now - begun, 1e-9)
+            # The next prompts may be new where these were cached.
+            room = min(2 * size, fitting / 2)
+            batch = []
+            for document in waiting:
+                remaining = sum(tokens[index] for index in document)
+                if remaining > fitting:
+                    continue
+                fitting -= remaining
+                while document and room > 0:
+                    room -= tokens[document[0]]
+                    batch.append(document.pop(0))
+
+
+def _documents_in_order(planned: Sequence[Sequence[Window]]) -> list[list[int]]:
+    """Return the indices of the windows of each document, or of the documents of one prompt."""
+    numbers = count()
+    return [
+        [next(numbers) for _ in own]
+        for windows in planned
+        for _, own in groupby(windows, key=lambda window: window.indices)
+    ]
 
 
 def load_scorer(

@@ -163,10 +163,16 @@ class ScoringConfig(BaseModel):
             raise ValueError("abstention requires calibration")
         return self
 
-    def layout(self, max_document_tokens: int | None = None) -> Layout:
+    def layout(
+        self, max_document_tokens: int | None = None, max_query_tokens: int | None = None
+    ) -> Layout:
         """Return how lists become prompts."""
         return Layout(
-            self.documents_per_prompt, self.best_last, self.passage_tokens, max_document_tokens
+            self.documents_per_prompt,
+            self.best_last,
+            self.passage_tokens,
+            max_document_tokens,
+            max_query_tokens,
         )
 
     def prior(

@@ -89,7 +89,7 @@ class ScoredList(NamedTuple):
 
 
 def merge_windows(
-    windows: Sequence[Window], scored: Iterable[WindowScores], documents: int
+    windows: Sequence[Window], scored: Iterable[WindowScores | None], documents: int
 ) -> ScoredList:
     """Combine the scores of prompts into the scores of their list.
 
@@ -97,16 +97,19 @@ def merge_windows(
 
     Args:
         windows: The windows of the list.
-        scored: Scores of the first of these windows. A document that is not scored to its end
-            has no score.
+        scored: Scores of each window; ``None`` if it was not read. A document that is not read
+            as a whole has no score.
         documents: Number of documents in the list.
     """
     scores = np.full(documents, -np.inf)
     best_passages: list[Span | None] = [None] * documents
     tokens: list[list[TokenScores]] = [[] for _ in range(documents)]
     passages = Counter(index for window in windows for index in window.indices)
-    remaining = iter(windows)
-    for window_scores, window in zip(scored, remaining, strict=False):
+    unread: set[int] = set()
+    for window_scores, window in zip(scored, windows, strict=True):
+        if window_scores is None:
+            unread.update(window.indices)
+            continue
         for position, (index, passage) in enumerate(
             zip(window.indices, window.passages, strict=True)
         ):
@@ -114,7 +117,6 @@ def merge_windows(
             if window_scores.scores[position] > scores[index]:
                 scores[index] = window_scores.scores[position]
                 best_passages[index] = passage if passages[index] > 1 else None
-    for window in remaining:
-        for index in window.indices:
-            scores[index], best_passages[index], tokens[index] = -np.inf, None, []
+    for index in unread:
+        scores[index], best_passages[index], tokens[index] = -np.inf, None, []
     return ScoredList(scores, best_passages, tokens)

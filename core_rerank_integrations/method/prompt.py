@@ -145,7 +145,7 @@ class PromptEncoder:
             dtype=np.int64,
         )
         self._lock = threading.Lock()
-        self._prefixes: LRUCache[tuple[str, ...], SharedPrefix] = LRUCache(
+        self._prefixes: LRUCache[bytes, SharedPrefix] = LRUCache(
             PREFIX_CACHE_BYTES, getsizeof=SharedPrefix.nbytes
         )
 
@@ -188,11 +188,12 @@ class PromptEncoder:
         Returns:
             One prefix per group.
         """
-        keys = [tuple(group) for group in groups]
+        keys = [text_key(group) for group in groups]
+        by_key = dict(zip(keys, groups, strict=True))
         with self._lock:
-            found = {key: self._prefixes[key] for key in set(keys) if key in self._prefixes}
-        missing = [key for key in dict.fromkeys(keys) if key not in found]
-        texts = [_PromptText(self.template, key, BASELINE_QUERY) for key in missing]
+            found = {key: self._prefixes[key] for key in by_key if key in self._prefixes}
+        missing = [key for key in by_key if key not in found]
+        texts = [_PromptText(self.template, by_key[key], BASELINE_QUERY) for key in missing]
         for key, encoded in zip(missing, self._encode(texts), strict=True):
             found[key] = prefix = encoded.prefix()
             with self._lock:
@@ -309,6 +310,16 @@ class _EncodedPrompt:
 
     def _first_token(self, character: int) -> int:
         return int(np.searchsorted(self._starts, character))
+
+
+def text_key(texts: Sequence[str]) -> bytes:
+    """Return a digest of texts, 16 bytes; caches that are keyed by it do not keep the texts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8))
+        digest.update(encoded)
+    return digest.digest()
 
 
 def _unpadded_copy(tokenizer: Tokenizer) -> Tokenizer:

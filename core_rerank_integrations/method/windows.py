@@ -10,7 +10,11 @@ from typing import NamedTuple
 from cachetools import LRUCache
 
 from core_rerank_integrations._internal.warnings import warn_caller
-from core_rerank_integrations.errors import DocumentTruncatedWarning, InvalidInputError
+from core_rerank_integrations.errors import (
+    DocumentTruncatedWarning,
+    InvalidInputError,
+    LongDocumentWarning,
+)
 from core_rerank_integrations.method.passages import BORDER_TOKENS, passages, truncate
 from core_rerank_integrations.method.prompt import (
     BASELINE_QUERY,
@@ -19,10 +23,13 @@ from core_rerank_integrations.method.prompt import (
     SharedPrefix,
     Span,
     TokenIds,
+    text_key,
 )
 from core_rerank_integrations.method.scoring import Scores
 
-PASSAGE_CACHE_DOCUMENTS = 10_000
+CACHED_PASSAGES = 100_000
+LONG_DOCUMENT_PASSAGES = 64
+"""Documents of more passages are read with a warning: each costs as much as a document."""
 
 
 class Candidates(NamedTuple):
@@ -51,12 +58,14 @@ class Layout(NamedTuple):
             length; ``None`` for passages as long as the context allows.
         max_document_tokens: Longer documents are truncated to this length; ``None`` truncates
             only documents that cannot be read otherwise.
+        max_query_tokens: Longer queries are refused; ``None`` for as long as the context allows.
     """
 
     documents_per_prompt: int | None = None
     best_last: bool = False
     passage_tokens: int | None = None
     max_document_tokens: int | None = None
+    max_query_tokens: int | None = None
 
 
 class Window(NamedTuple):
@@ -89,22 +98,31 @@ class WindowPlanner:
         self._encoder = encoder
         self._max_context = max_context
         self._lock = threading.Lock()
-        self._passages: LRUCache[tuple[str, int], list[Span]] = LRUCache(PASSAGE_CACHE_DOCUMENTS)
+        self._passages: LRUCache[tuple[bytes, int], list[Span]] = LRUCache(
+            CACHED_PASSAGES, getsizeof=len
+        )
 
     def windows(self, candidates: Candidates, layout: Layout) -> list[Window]:
         """Divide one list into prompts.
 
         A document that does not fit is truncated, with a `DocumentTruncatedWarning`. In prompts
         of one document it is divided into passages instead, unless ``max_document_tokens`` is
-        set, which truncates it.
+        set, which truncates it; a `LongDocumentWarning` names documents of very many passages.
 
         Raises:
-            InvalidInputError: The query leaves no room for a document.
+            InvalidInputError: The query is longer than ``max_query_tokens``, or leaves no room
+                for a document.
         """
         documents = candidates.documents
         if not documents:
             return []
         question = self._encoder.question(candidates.query)
+        query_tokens = len(question.ids) - 1
+        if layout.max_query_tokens is not None and query_tokens > layout.max_query_tokens:
+            raise InvalidInputError(
+                f"the query takes {query_tokens} tokens, and every one of them is read for every "
+                f"document: shorten it to {layout.max_query_tokens}, or raise max_query_tokens"
+            )
         frame = max(question.frame_length, self._encoder.baseline.frame_length)
         budget = self._max_context - frame
         overhead = self._encoder.document_overhead
@@ -158,18 +176,26 @@ class WindowPlanner:
                 return whole
         max_tokens = min(layout.passage_tokens or longest, max(longest - BORDER_TOKENS, 1))
         texts = [documents[index][slice(*span)] for index, span in whole]
+        divided = self._passages_of(texts, max_tokens)
+        for index, spans in enumerate(divided):
+            if len(spans) > LONG_DOCUMENT_PASSAGES:
+                warn_caller(
+                    f"document {index} is read as {len(spans)} passages of {max_tokens} tokens, "
+                    f"which takes as long as {len(spans)} documents. Split it and rank its best "
+                    "parts, or set max_document_tokens",
+                    LongDocumentWarning,
+                )
         return [
             (index, span)
-            for (index, _), spans in zip(whole, self._passages_of(texts, max_tokens), strict=True)
+            for (index, _), spans in zip(whole, divided, strict=True)
             for span in spans
         ]
 
     def _passages_of(self, texts: Sequence[str], max_tokens: int) -> list[list[Span]]:
+        keys = {text: (text_key((text,)), max_tokens) for text in texts}
         with self._lock:
             found = {
-                text: self._passages[text, max_tokens]
-                for text in set(texts)
-                if (text, max_tokens) in self._passages
+                text: self._passages[key] for text, key in keys.items() if key in self._passages
             }
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         # The prompts of whole documents come first: most documents need no other tokenisation.
@@ -184,7 +210,8 @@ class WindowPlanner:
             found[text] = passages(text, offsets, max_tokens)
         with self._lock:
             for text in missing:
-                self._passages[text, max_tokens] = found[text]
+                if len(found[text]) <= self._passages.maxsize:
+                    self._passages[keys[text]] = found[text]
         return [found[text] for text in texts]
 
     def _truncated_pieces(

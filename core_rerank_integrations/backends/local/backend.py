@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from core_rerank_integrations._internal.cancellation import check_cancelled
 from core_rerank_integrations._internal.warnings import warn_caller
 from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
 from core_rerank_integrations.backends.local.prefix_cache import CachedPrefix, PrefixCache
@@ -16,7 +16,10 @@ from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
 from core_rerank_integrations.method.scoring import Mass
 
 MAX_LOADED_BYTES = 1 << 28
-"""Maximum size of the prefixes that are loaded from disk for one pass, if memory_bytes is lower."""
+"""Maximum size of the prefixes that are read ahead from disk, and of those of one pass if
+memory_bytes is lower."""
+MAX_QUESTION_TOKENS = 512
+"""Maximum number of tokens of the questions that run together after one prefix."""
 
 
 @dataclass
@@ -66,21 +69,29 @@ class LocalBackend(ABC):
         self, groups: Sequence[PromptGroup], weights: Mass | None = None
     ) -> list[GroupMass]:
         """See `AttentionBackend.attention_mass`."""
-        results: list[GroupMass | None] = [None] * len(groups)
+        jobs = [
+            (index, part) for index, group in enumerate(groups) for part in _parts(group.questions)
+        ]
+        baselines: dict[int, Mass] = {}
+        questions: list[list[Mass]] = [[] for _ in groups]
         keep = self._cache.memory_bytes > 0
-        with self._lock:
-            waiting = self._sorted([group.prefix for group in groups])
+        waiting = self._sorted([groups[index].prefix for index, _ in jobs])
+        loaded: dict[bytes, CachedPrefix] = {}
         while waiting:
+            self._read_ahead(waiting, loaded)
             with self._lock:
-                batch = self._next_batch(waiting, [group.questions for group in groups])
+                batch = self._next_batch(waiting, [part for _, part in jobs], loaded)
                 computed = self._run([run for _, run in batch], keep)
-            for (index, run), (baseline, masses) in zip(batch, computed, strict=True):
+            for (job, run), masses in zip(batch, computed, strict=True):
                 stop = run.prefix.context_length + 1
-                result = [mass[:, :stop] for mass in (baseline, *masses)]
-                if weights is not None:
-                    result = [weights @ mass for mass in result]
-                results[index] = GroupMass(result[0], result[1:])
-        return cast(list[GroupMass], results)
+                baseline, *own = (
+                    mass[:, :stop] if weights is None else weights @ mass[:, :stop]
+                    for mass in masses
+                )
+                index = jobs[job][0]
+                baselines.setdefault(index, baseline)
+                questions[index] += own
+        return [GroupMass(baselines[index], masses) for index, masses in enumerate(questions)]
 
     def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
         """See `AttentionBackend.cache_prefixes`.
@@ -100,23 +111,21 @@ class LocalBackend(ABC):
             )
         prefixes = list({prefix.key: prefix for prefix in prefixes}.values())
         written = dropped = 0
-        with self._lock:
-            prefixes = [prefix for prefix in prefixes if not self._cache.touch_file(prefix.key)]
-            waiting = self._sorted(prefixes)
+        prefixes = [prefix for prefix in prefixes if not self._cache.touch_file(prefix.key)]
+        waiting = self._sorted(prefixes)
         while waiting:
             with self._lock:
-                batch = self._next_batch(waiting, [()] * len(prefixes))
+                batch = self._next_batch(waiting, [()] * len(prefixes), {})
                 self._run([run for _, run in batch], keep=True)
-                for _, run in batch:
-                    assert run.cached is not None
-                    if self._cache.writes:
-                        written += self._cache.write(run.prefix.key, run.cached)
-                    else:
-                        # A baseline from the cached states cancels more of their rounding, so
-                        # the first question computes it again. Files need one at once.
-                        run.cached.baseline_mass = None
-                        self._cache.put(run.prefix.key, run.cached)
-                dropped += self._cache.trim() if self._cache.writes else 0
+            for _, run in batch:
+                assert run.cached is not None
+                if self._cache.writes:
+                    written += self._cache.write(run.prefix.key, run.cached)
+                else:
+                    # A baseline from the cached states cancels more of their rounding, so the
+                    # first question computes it again. Files need one at once.
+                    self._cache.put(run.prefix.key, replace(run.cached, baseline_mass=None))
+            dropped += self._cache.trim() if self._cache.writes else 0
         if dropped:
             warn_caller(
                 f"{dropped} cached documents were dropped, the least recently used first: the "
@@ -131,8 +140,8 @@ class LocalBackend(ABC):
 
     def close(self) -> None:
         """Free the model's memory."""
+        self._closed = True  # Waiting calls end before this one gets the lock.
         with self._lock:
-            self._closed = True
             self._cache.clear()
             self._free()
 
@@ -160,42 +169,73 @@ class LocalBackend(ABC):
         """Sort prefixes by whether they are cached, and by length.
 
         The order of the documents in a call then changes neither the batches nor the rounding.
+        Cached prefixes come first, before new ones take their place in memory.
         """
         return sorted(
             enumerate(prefixes),
-            key=lambda item: (item[1].key in self._cache, len(item[1].ids), item[1].ids.tobytes()),
+            key=lambda item: (item[1].key not in self._cache, len(item[1].ids), item[1].key),
         )
+
+    def _read_ahead(
+        self, waiting: list[tuple[int, SharedPrefix]], loaded: dict[bytes, CachedPrefix]
+    ) -> None:
+        """Add to ``loaded`` what the next passes need from disk, while others use the model."""
+        size = sum(cached.nbytes() for cached in loaded.values())
+        for _, prefix in waiting:
+            if size > MAX_LOADED_BYTES:
+                break
+            if prefix.key in loaded or self._cache.in_memory(prefix.key):
+                continue
+            cached = self._cache.get(prefix.key)
+            if cached is None:  # Nothing after it is cached either.
+                break
+            loaded[prefix.key] = cached
+            size += cached.nbytes()
 
     def _next_batch(
         self,
         waiting: list[tuple[int, SharedPrefix]],
         questions: Sequence[Sequence[TokenIds]],
+        loaded: dict[bytes, CachedPrefix],
     ) -> list[tuple[int, PrefixRun]]:
         """Take as many prefixes from ``waiting`` as one pass holds, at least one.
+
+        Args:
+            waiting: Index and prefix, sorted; this removes what it takes.
+            questions: The questions of each index.
+            loaded: Cached prefixes that were read ahead; this removes what it takes.
 
         Raises:
             ClosedError: The backend was closed.
         """
+        check_cancelled()
         if self._closed:
             raise ClosedError("the model was closed while a call was waiting for it")
         batch: list[tuple[int, PrefixRun]] = []
-        loaded = 0
+        size = 0
         while waiting:
             index, prefix = waiting[0]
-            cached = self._cache.get(prefix.key)
+            cached = loaded.get(prefix.key) or self._cache.get(prefix.key)
+            if batch and cached is None and prefix.key == batch[-1][1].prefix.key:
+                break  # It is computed once; its other questions run in the next pass.
             run = PrefixRun(prefix, list(questions[index]), cached)
             if cached is None or cached.baseline_mass is None:
                 run.questions.append(prefix.baseline)
-            loaded += cached.nbytes() if cached else 0
-            has_room = loaded <= max(self._cache.memory_bytes, MAX_LOADED_BYTES)
+            size += cached.nbytes() if cached else 0
+            has_room = size <= max(self._cache.memory_bytes, MAX_LOADED_BYTES)
             if batch and not (has_room and self._fits([run for _, run in batch] + [run])):
                 break
             batch.append((index, run))
             waiting.pop(0)
+            loaded.pop(prefix.key, None)
         return batch
 
-    def _run(self, runs: Sequence[PrefixRun], keep: bool) -> list[tuple[Mass, list[Mass]]]:
-        """Run one pass and cache its prefixes; return baseline and question masses per run."""
+    def _run(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
+        """Run one pass and cache its prefixes.
+
+        Returns:
+            For each run, the mass of the baseline and of each question.
+        """
         needed = [run for run in runs if run.questions]
         cached_baselines = [run.cached.baseline_mass if run.cached else None for run in runs]
         self._tokens_run += sum(run.tokens for run in needed)
@@ -209,5 +249,20 @@ class LocalBackend(ABC):
             if keep and run.cached is not None:
                 run.cached.baseline_mass = baseline
                 self._cache.put(run.prefix.key, run.cached)
-            results.append((baseline, masses))
+            results.append([baseline, *masses])
         return results
+
+
+def _parts(questions: Sequence[TokenIds]) -> Iterator[Sequence[TokenIds]]:
+    """Divide the questions of a prefix among passes.
+
+    Yields:
+        Questions that run together; if there are none, an empty part.
+    """
+    start = tokens = 0
+    for index, question in enumerate(questions):
+        tokens += len(question)
+        if tokens > MAX_QUESTION_TOKENS and index > start:
+            yield questions[start:index]
+            start, tokens = index, len(question)
+    yield questions[start:]

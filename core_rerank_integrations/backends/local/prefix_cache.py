@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Cached prefixes by their keys, in memory and on disk. Not thread-safe.
+    """Cached prefixes by their keys, in memory and on disk. Thread-safe.
 
     Args:
         config: Sizes and folder.
@@ -78,6 +79,7 @@ class PrefixCache:
         self.memory_bytes = config.memory_bytes
         self.writes = config.disk_bytes > 0
         self._file_format = file_format
+        self._lock = threading.Lock()
         self._memory: LRUCache[bytes, CachedPrefix] = LRUCache(
             config.memory_bytes, getsizeof=CachedPrefix.nbytes
         )
@@ -95,19 +97,26 @@ class PrefixCache:
 
     def get(self, key: bytes) -> CachedPrefix | None:
         """Return a prefix from memory or disk."""
-        cached = self._memory.get(key)
+        with self._lock:
+            cached = self._memory.get(key)
         if cached is None and (content := self._store.get(key)) is not None:
-            cached = CachedPrefix.from_bytes(bytes(content), self._file_format)
+            cached = CachedPrefix.from_bytes(content, self._file_format)
             self.put(key, cached)
         return cached
+
+    def in_memory(self, key: bytes) -> bool:
+        """Return whether a prefix is in memory."""
+        with self._lock:
+            return key in self._memory
 
     def put(self, key: bytes, cached: CachedPrefix) -> None:
         """Add a prefix to memory, unless it is larger than the whole cache."""
         if cached.nbytes() <= self._memory.maxsize:
-            self._memory[key] = cached
+            with self._lock:
+                self._memory[key] = cached
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._memory or key in self._store
+        return self.in_memory(key) or key in self._store
 
     def touch_file(self, key: bytes) -> bool:
         """Return whether a prefix is on disk, and mark it as used now."""
@@ -129,4 +138,5 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all prefixes from memory."""
-        self._memory.clear()
+        with self._lock:
+            self._memory.clear()

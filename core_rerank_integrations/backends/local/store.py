@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.errors import StorageError
 
 CHECKSUM_BYTES = 4
+KEPT_SHARE = 0.95
+"""Share of the limit that remains when entries are dropped."""
 ABANDONED_SECONDS = 3600
 """A partial file of this age belongs to a process that died."""
 
@@ -34,6 +37,8 @@ class DocumentStore:
         self.folder = folder
         self._limit = limit
         self._entries = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._lock = threading.Lock()
+        self._until_scan = 0
 
     def __contains__(self, key: bytes) -> bool:
         return self._limit > 0 and self._path(key).exists()
@@ -46,17 +51,17 @@ class DocumentStore:
             os.utime(self._path(key))
         return True
 
-    def get(self, key: bytes) -> memoryview | None:
+    def get(self, key: bytes) -> bytes | None:
         """Return an entry's content, or ``None`` if it is absent or damaged."""
         if not self._limit:
             return None
         path = self._path(key)
         try:
-            content = memoryview(path.read_bytes())
+            with path.open("rb") as file:
+                checksum, content = file.read(CHECKSUM_BYTES), file.read()
         except OSError:
             return None
-        checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
-        is_whole = bytes(checksum) == _checksum(content)
+        is_whole = checksum == _checksum(content)
         with suppress(OSError):  # Reading must also work in a read-only folder.
             if is_whole:
                 os.utime(path)
@@ -75,25 +80,36 @@ class DocumentStore:
                 f"a document takes {len(content)} bytes on disk, and the limit is {self._limit}: "
                 "raise DocumentCache(disk_bytes=...), or set it to 0"
             )
-        write_atomically(self._path(key), _checksum(content) + content)
+        write_atomically(self._path(key), _checksum(content) + content, private=True)
+        with self._lock:
+            self._until_scan -= len(content)
 
     def trim(self) -> int:
-        """Drop the least recently used entries until the rest is within the limit.
+        """Drop the least recently used entries if all together exceed the limit.
+
+        The folder is only scanned when this process may have filled half of the room that the
+        last scan found; other processes may fill the other half. A scan that finds no room makes
+        some, so that not every call scans.
 
         Returns:
             Number of dropped entries.
         """
-        files = sorted(self._files())
-        excess = sum(size for _, size, _ in files) - self._limit
-        dropped = 0
-        for _, size, path in files:
-            if excess <= 0:
-                break
-            with suppress(OSError):
-                path.unlink()
-                dropped += 1
-            excess -= size
-        return dropped
+        with self._lock:
+            if self._until_scan > 0:
+                return 0
+            files = sorted(self._files())
+            size = sum(size for _, size, _ in files)
+            dropped = 0
+            if size > self._limit:
+                for _, file_size, path in files:
+                    if size <= self._limit * KEPT_SHARE:
+                        break
+                    with suppress(OSError):
+                        path.unlink()
+                        dropped += 1
+                    size -= file_size
+            self._until_scan = (self._limit - size) // 2
+            return dropped
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Yield the time of last use, the size and the path of each entry."""
@@ -113,5 +129,5 @@ class DocumentStore:
         return self._entries / name[:2] / name
 
 
-def _checksum(content: bytes | memoryview) -> bytes:
+def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(CHECKSUM_BYTES)

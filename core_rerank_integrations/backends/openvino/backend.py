@@ -17,16 +17,17 @@ from core_rerank_integrations.backends.local.prefix_cache import (
 from core_rerank_integrations.backends.openvino.decoder import Decoder
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.method.prompt import TokenIds
 from core_rerank_integrations.method.scoring import Mass
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.settings import DocumentCache
 
 with requires_extra("cpu"):
-    import openvino
     import safetensors.numpy
 
     from core_rerank_integrations.backends.openvino.batch import Answer, Batch, Row, Workspace
     from core_rerank_integrations.backends.openvino.graph import build
+    from core_rerank_integrations.backends.openvino.runtime import openvino
     from core_rerank_integrations.backends.openvino.weights import Weights
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -36,8 +37,11 @@ MAX_LOGITS = 1 << 22
 """Maximum number of new tokens in a pass times the tokens that each may see."""
 MAX_TOKENS = 10240
 """Maximum number of cached and new tokens in a pass, with padding. Cached ones are copied."""
-MAX_PREFIX_TOKENS = 1024
-"""Longer prefixes are read in pieces of this length."""
+MAX_PIECE_TOKENS = 1024
+"""Longer prefixes and questions are read in pieces of at most this length."""
+MAX_PREPARED_SHAPES = 64
+"""Number of input shapes for which OpenVINO keeps what it has prepared, some 5 MB each. By default
+it keeps 5,000. Shapes seldom repeat, so the limit costs little: see benchmarks/README.md."""
 CACHE_FORMAT = 2
 """Increased when the meaning of cached prefixes changes."""
 
@@ -90,6 +94,7 @@ class OpenVINOBackend(LocalBackend):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.dtype == "int8" else 0,
+            "CPU_RUNTIME_CACHE_CAPACITY": MAX_PREPARED_SHAPES,
         }
         self._workspace = Workspace()
         self._request = core.compile_model(graph, "CPU", properties).create_infer_request()
@@ -100,16 +105,15 @@ class OpenVINOBackend(LocalBackend):
     def _fits(self, runs: Sequence[PrefixRun]) -> bool:
         if len({run.cached is None for run in runs}) > 1:
             return False
-        if max(len(run.prefix.ids) for run in runs) > MAX_PREFIX_TOKENS:
+        if any(_needs_pieces(run) for run in runs):
             return False
         new = len(runs) * max(run.tokens for run in runs)
         seen = max(len(run.prefix.ids) + sum(map(len, run.questions)) for run in runs)
         return new <= MAX_NEW_TOKENS and new * seen <= MAX_LOGITS and len(runs) * seen <= MAX_TOKENS
 
     def _forward(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
-        for run in runs:
-            if run.cached is None and len(run.prefix.ids) > MAX_PREFIX_TOKENS:
-                run.cached = self._read_in_pieces(run)
+        if len(runs) == 1 and _needs_pieces(runs[0]):
+            return [self._read_in_pieces(runs[0])]
         rows = [
             Row(self._empty_states(), run.prefix.ids, run.prefix.instruction_length, run.questions)
             if run.cached is None
@@ -121,26 +125,48 @@ class OpenVINOBackend(LocalBackend):
             cached = run.cached or CachedPrefix(answer.instruction_mass, [answer.states])
             if keep:
                 run.cached = cached
-            border = len(run.prefix.ids)
-            for mass in answer.question_masses:
-                mass[:, :border] += cached.instruction_mass
-                mass /= run.prefix.instruction_length + mass.shape[1] - border
-            masses.append(answer.question_masses)
+            masses.append([_mean(run, cached, mass) for mass in answer.question_masses])
         return masses
 
-    def _read_in_pieces(self, run: PrefixRun) -> CachedPrefix:
-        """Read a long prefix, each piece with the keys and values of the pieces before it."""
-        ids, length = run.prefix.ids, len(run.prefix.ids)
-        states = self._empty_states()
-        mass = np.zeros((len(self._head_order), length), dtype=np.float32)
-        for start in range(0, length, MAX_PREFIX_TOKENS):
-            piece = ids[start : start + MAX_PREFIX_TOKENS]
-            stop = start + len(piece)
-            rows = min(max(stop - run.prefix.context_length, 0), len(piece))
+    def _read_in_pieces(self, run: PrefixRun) -> list[Mass]:
+        """Read a run alone, each piece with the keys and values of the pieces before it."""
+        if run.cached is None:
+            mass, states = self._read_after(
+                self._empty_states(), run.prefix.ids, run.prefix.instruction_length
+            )
+            run.cached = CachedPrefix(mass, [states])
+        return [
+            _mean(run, run.cached, self._read_after(run.cached.states[0], ids, len(ids))[0])
+            for ids in run.questions
+        ]
+
+    def _read_after(
+        self, states: npt.NDArray[Any], ids: TokenIds, query_rows: int
+    ) -> tuple[Mass, npt.NDArray[Any]]:
+        """Read tokens after cached ones, in pieces that keep the memory of a pass bounded.
+
+        Args:
+            states: Keys and values of the cached tokens.
+            ids: The tokens.
+            query_rows: Number of tokens at the end of ``ids`` whose attention is summed.
+
+        Returns:
+            The sum, [heads, all tokens], and keys and values of all tokens.
+        """
+        before = states.shape[2]
+        total = before + len(ids)
+        mass = np.zeros((len(self._head_order), total), dtype=np.float32)
+        start = before
+        while start < total:
+            length = min(MAX_PIECE_TOKENS, max(MAX_LOGITS // (start + MAX_PIECE_TOKENS), 1))
+            stop = min(start + length, total)
+            rows = min(max(stop - (total - query_rows), 0), stop - start)
+            piece = ids[start - before : stop - before]
             (answer,) = self._run_rows([Row(states, piece, rows, ())])
             mass[:, :stop] += answer.instruction_mass
             states = np.concatenate((states, answer.states), axis=2)
-        return CachedPrefix(mass, [states])
+            start = stop
+        return mass, states
 
     def _run_rows(self, rows: Sequence[Row]) -> list[Answer]:
         batch = Batch(self._decoder, rows)
@@ -153,6 +179,19 @@ class OpenVINOBackend(LocalBackend):
         decoder = self._decoder
         shape = (2 * decoder.layers - 1, decoder.key_heads, 0, decoder.head_size)
         return np.zeros(shape, dtype=self._state_type)
+
+
+def _needs_pieces(run: PrefixRun) -> bool:
+    is_long = run.cached is None and len(run.prefix.ids) > MAX_PIECE_TOKENS
+    return is_long or any(len(question) > MAX_PIECE_TOKENS for question in run.questions)
+
+
+def _mean(run: PrefixRun, cached: CachedPrefix, mass: Mass) -> Mass:
+    """Add the instruction's rows to those of a question, [heads, tokens]; return their mean."""
+    border = len(run.prefix.ids)
+    mass[:, :border] += cached.instruction_mass
+    mass /= run.prefix.instruction_length + mass.shape[1] - border
+    return mass
 
 
 def _to_file(tensors: dict[str, npt.NDArray[Any]]) -> bytes:

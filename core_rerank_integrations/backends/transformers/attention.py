@@ -99,19 +99,20 @@ def question_attention(
     key_heads, prefix, length = len(prefix_keys), prefix_keys.shape[-1], query.shape[1]
     tokens = prefix + length
     grouped = query.float().view(key_heads, -1, length, query.shape[2])
-    visible = _visible(length, 0, tokens, window, query.device)
     outputs: list[Tensor] = []
     sums = None if heads is None else query.new_zeros(len(heads.heads), tokens).float()
     for row in range(0, length, MAX_PROBED_ROWS):
         rows = grouped[:, :, row : row + MAX_PROBED_ROWS]
-        logits = torch.cat((rows @ prefix_keys, rows @ own_keys), dim=-1) * scale
-        hidden = ~visible[row : row + MAX_PROBED_ROWS]
-        attention = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        stop = row + rows.shape[2]
+        logits = torch.cat((rows @ prefix_keys, rows @ own_keys[..., :stop]), dim=-1) * scale
+        visible = _visible(rows.shape[2], 0, prefix + stop, window, query.device)
+        attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
         if heads is not None and sums is not None:
-            sums += attention.flatten(0, 1)[heads.heads].sum(dim=1)
+            sums[:, : prefix + stop] += attention.flatten(0, 1)[heads.heads].sum(dim=1)
         if values is not None:
             prefix_values, own_values = (part.float()[:, None] for part in values)
-            output = attention[..., :prefix] @ prefix_values + attention[..., prefix:] @ own_values
+            before, own = attention[..., :prefix], attention[..., prefix:]
+            output = before @ prefix_values + own @ own_values[:, :, :stop]
             outputs.append(output.flatten(0, 1))
     return torch.cat(outputs, dim=1).to(query.dtype) if outputs else None, sums
 

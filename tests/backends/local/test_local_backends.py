@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from core_rerank_integrations import DocumentCache, HeadSet
 from core_rerank_integrations.backends.base import PromptGroup
+from core_rerank_integrations.backends.local import backend as backend_module
 from core_rerank_integrations.backends.local.backend import LocalBackend, PrefixRun
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
@@ -129,6 +132,74 @@ def test_the_cache_in_memory_is_bounded(load: Load, tmp_path: Path) -> None:
     keys_and_values = (4 + 3) * 2 * 8 * 4  # Layers, key heads, head size, bytes.
     masses_bytes = sum(prefix.context_length + 1 for prefix in prefixes) + tokens
     assert stats[2][1:] == (3, tokens * keys_and_values + masses_bytes * len(HEADS.heads) * 4)
+
+
+def requests(count: int, tokens: int, questions: int = 1, length: int = 5) -> list[PromptGroup]:
+    draw = np.random.default_rng(0)
+    return [
+        PromptGroup(
+            prefix(draw.integers(3, VOCABULARY, tokens), 2, draw.integers(3, VOCABULARY, 3)),
+            [draw.integers(3, VOCABULARY, length) for _ in range(questions)],
+        )
+        for _ in range(count)
+    ]
+
+
+def test_a_list_larger_than_memory_uses_what_is_in_memory(load: Load, tmp_path: Path) -> None:
+    backend = load(tiny(tmp_path, "llama"), document_cache=DocumentCache(memory_bytes=100_000))
+    documents = requests(20, 30)
+    new = tokens_run(backend, documents)
+    cached = backend.stats.prefixes_cached
+    assert 5 < cached < 20
+    for _ in range(2):
+        assert tokens_run(backend, documents) == new - cached * 33
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_many_questions_are_divided_among_passes(
+    load: Load, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their attention takes memory by the square of their tokens."""
+    monkeypatch.setattr(backend_module, "MAX_QUESTION_TOKENS", 12)
+    backend = load(tiny(tmp_path, "llama"), document_cache=DocumentCache(memory_bytes=memory))
+    ran: list[int] = []
+    forward = backend._forward
+
+    def recorded(runs: Sequence[PrefixRun], keep: bool) -> Any:
+        ran.extend(sum(map(len, run.questions)) for run in runs)
+        return forward(runs, keep)
+
+    backend._forward = recorded
+    (group,) = requests(1, 30, questions=7)
+    computed = masses(backend, [group])
+    assert max(ran) <= 12 + len(group.prefix.baseline)
+    assert len(computed) == 8
+    for question, mass in zip(group.questions, computed[1:], strict=True):
+        assert_close(masses(backend, [PromptGroup(group.prefix, [question])])[1:], [mass])
+
+
+def test_files_are_read_while_another_call_uses_the_model(load: Load, tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama")
+    cache = DocumentCache(folder=tmp_path / "documents")
+    first, second = requests(2, 30)
+    load(model, document_cache=cache).cache_prefixes([first.prefix])
+    backend = load(model, document_cache=cache)
+    read = backend._cache._store.get
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(key: bytes) -> bytes | None:
+        reading.set()
+        assert key != first.prefix.key or go_on.wait(60)
+        return read(key)
+
+    backend._cache._store.get = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(backend.attention_mass, [first])
+        assert reading.wait(60)
+        backend.attention_mass([second])
+        assert not waiting.done()
+        go_on.set()
+        waiting.result(60)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])

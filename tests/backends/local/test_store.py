@@ -92,6 +92,20 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
         store.put(b"large", b"x" * 4000)
 
 
+def test_the_folder_is_seldom_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan after every write would take time by the square of the number of entries."""
+    scans = []
+    all_files = DocumentStore._files
+    monkeypatch.setattr(DocumentStore, "_files", lambda store: scans.append(1) or all_files(store))
+    store = DocumentStore(tmp_path, 100_000, "model")
+    for number in range(500):
+        store.put(b"%d" % number, bytes(1000))
+        store.trim()
+        if number % 50 == 49:
+            assert sum(path.stat().st_size for path in files(tmp_path)) <= 102_000
+    assert len(scans) < 250
+
+
 def test_no_space_at_all_is_no_store(tmp_path: Path) -> None:
     DocumentStore(tmp_path, LIMIT, "model").put(b"a", b"content")
     off = DocumentStore(tmp_path, 0, "model")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import pytest
 import transformers
 from support.tiny_models import (
@@ -18,14 +17,17 @@ from support.tiny_models import (
     expected_masses,
     groups,
     masses,
+    prefix,
     saved,
     tiny,
 )
 
 from core_rerank_integrations import HeadSet
+from core_rerank_integrations.backends.base import PromptGroup
 from core_rerank_integrations.backends.loading import chosen_backend, load_backend
 from core_rerank_integrations.backends.openvino import backend as backend_module
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+from core_rerank_integrations.backends.openvino.runtime import openvino
 from core_rerank_integrations.errors import (
     InvalidInputError,
     ModelError,
@@ -48,19 +50,42 @@ FAMILIES = [
 HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@pytest.mark.parametrize("max_prefix_tokens", [1024, 25])
+@pytest.mark.parametrize("max_piece_tokens", [1024, 25])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_mass(
-    family: str, max_prefix_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, max_piece_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New and cached documents, read at once and in pieces."""
-    monkeypatch.setattr(backend_module, "MAX_PREFIX_TOKENS", max_prefix_tokens)
+    monkeypatch.setattr(backend_module, "MAX_PIECE_TOKENS", max_piece_tokens)
     model = tiny(tmp_path, family)
     backend = OpenVINOBackend(model, HEADS, dtype="float32")
     for _ in ("new documents", "cached documents"):
         computed = masses(backend, groups())
         assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
         assert_close(computed, expected_masses(model, groups()), 3e-6)
+
+
+def test_a_long_question_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(tmp_path, "llama")
+    draw = np.random.default_rng(0)
+    group = PromptGroup(
+        prefix(draw.integers(3, 97, 60), 4, draw.integers(3, 97, 3)),
+        [draw.integers(3, 97, 300), draw.integers(3, 97, 8)],
+    )
+    monkeypatch.setattr(backend_module, "MAX_PIECE_TOKENS", 50)
+    monkeypatch.setattr(backend_module, "MAX_LOGITS", 8000)
+    backend = OpenVINOBackend(model, HEADS, dtype="float32")
+    new: list[int] = []
+    run = backend._run_rows
+
+    def recorded(rows: Any) -> Any:
+        new.append(max(row.new_tokens * (row.cached_tokens + row.new_tokens) for row in rows))
+        return run(rows)
+
+    monkeypatch.setattr(backend, "_run_rows", recorded)
+    for _ in ("new document", "cached document"):
+        assert_close(masses(backend, [group]), expected_masses(model, [group]), 3e-6)
+    assert max(new) <= 8000
 
 
 @pytest.mark.parametrize(
