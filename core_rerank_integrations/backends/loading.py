@@ -48,6 +48,7 @@ def load_backend(
 
     Raises:
         InvalidInputError: The device does not belong to the backend.
+        UnsupportedModelError: The backend cannot read the attention of the model.
     """
     dtype = settings.dtype
     if backend == "openvino":
@@ -56,7 +57,9 @@ def load_backend(
                 f"the OpenVINO backend runs on the CPU, not on {settings.device!r}"
             )
         from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+        from core_rerank_integrations.backends.openvino.self_test import check_attention
 
+        check_attention(model, heads.highest_layer + 1)
         return OpenVINOBackend(model, heads, dtype=dtype, document_cache=settings.document_cache)
     if backend == "vllm-shared":
         from core_rerank_integrations.backends.vllm.caller.shared import SharedVLLMBackend

@@ -110,6 +110,11 @@ class Decoder:
                 f"the OpenVINO backend runs models of type {', '.join(MODEL_TYPES)}, not "
                 f"{config.model_type!r}; try backend='transformers'"
             )
+        if getattr(config, "quantization_config", None):
+            raise UnsupportedModelError(
+                "the OpenVINO backend reads plain weights, not those of a quantised checkpoint; "
+                "use the model's original checkpoint, or backend='transformers'"
+            )
         is_gemma = config.model_type == "gemma3_text"
         is_granite = config.model_type == "granite"
         activation = config.hidden_activation if is_gemma else config.hidden_act

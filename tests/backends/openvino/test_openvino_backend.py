@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from support.tiny_models import (
 from core_rerank_integrations import HeadSet
 from core_rerank_integrations.backends.base import PromptGroup
 from core_rerank_integrations.backends.loading import chosen_backend, load_backend
-from core_rerank_integrations.backends.openvino import backend as backend_module
+from core_rerank_integrations.backends.openvino import backend as backend_module, self_test
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+from core_rerank_integrations.backends.openvino.decoder import Decoder
 from core_rerank_integrations.backends.openvino.runtime import openvino
+from core_rerank_integrations.backends.openvino.self_test import check_attention
 from core_rerank_integrations.errors import (
     InvalidInputError,
     ModelError,
@@ -140,6 +143,7 @@ def test_less_precision_stays_close(dtype: str, tmp_path: Path) -> None:
             "RoPE of type 'dynamic'",
         ),
         ("LlamaConfig", {"hidden_act": "relu"}, "no activation 'relu'"),
+        ("LlamaConfig", {"quantization_config": {"quant_method": "awq"}}, "quantised checkpoint"),
     ],
 )
 def test_what_it_does_not_know_is_refused_by_name(
@@ -165,6 +169,29 @@ def test_the_backend_that_auto_selects(tmp_path: Path) -> None:
         load_backend("openvino", RerankerSettings(device="cuda"), model, HEADS)
     (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
     assert chosen(device="cpu") == "transformers"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_compared_with_the_models_own_once(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORE_RERANK_CACHE", str(tmp_path / "cache"))
+    model = tiny(tmp_path / "model", family)
+    check_attention(model, 4)
+    monkeypatch.setattr(self_test, "_eager_mass", None)
+    check_attention(model, 4)
+
+
+def test_attention_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORE_RERANK_CACHE", str(tmp_path / "cache"))
+    model = tiny(tmp_path / "model", "llama")
+    read = Decoder.from_config
+    monkeypatch.setattr(
+        Decoder, "from_config", lambda *args: replace(read(*args), attention_scale=0.3)
+    )
+    for _ in ("first", "again"):
+        with pytest.raises(UnsupportedModelError, match="use backend='transformers'"):
+            load_backend("openvino", RerankerSettings(), model, HEADS)
 
 
 def test_wrong_dtype_and_missing_weights(tmp_path: Path) -> None:
