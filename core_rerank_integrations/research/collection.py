@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, Field
 
 from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations._internal.text import parsed_json, read_lines, record_of
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.method.windows import Candidates
 
@@ -19,6 +21,15 @@ Run = dict[str, list[str]]
 """Document ids per query id, best first."""
 ScoredRun = dict[str, list[tuple[str, float]]]
 """Document ids and scores per query id, best first."""
+
+
+class _Record(BaseModel):
+    """A document or a query of a collection; other keys are ignored."""
+
+    id: str | int = Field(validation_alias="_id")
+    text: str
+    title: str | None = None
+    answers: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,10 @@ class Collection:
                 unless ``partial``, a document that the folder lacks.
         """
         passages = {
-            record["_id"]: Passage(record["_id"], record.get("title", ""), record["text"])
-            for record in _records(folder / "corpus.jsonl")
+            name: Passage(name, record.title or "", record.text)
+            for name, record in _records(folder / "corpus.jsonl")
         }
-        records = {record["_id"]: record for record in _records(folder / "queries.jsonl")}
+        records = dict(_records(folder / "queries.jsonl"))
         qrels: Qrels = {}
         path = folder / "qrels" / f"{split}.tsv"
         for query, document, grade in _judgments(path):
@@ -86,9 +97,9 @@ class Collection:
         judged = {query: record for query, record in records.items() if query in qrels}
         return cls(
             passages,
-            {query: record["text"] for query, record in judged.items()},
+            {query: record.text for query, record in judged.items()},
             qrels,
-            {query: record["answers"] for query, record in judged.items() if "answers" in record},
+            {query: record.answers for query, record in judged.items() if record.answers},
         )
 
     def candidates(self, query: str, documents: Iterable[str]) -> Candidates:
@@ -98,7 +109,8 @@ class Collection:
 
     def has_answer(self, query: str, text: str) -> bool:
         """Return whether a text contains an answer to a query, in any case."""
-        return any(answer.casefold() in text.casefold() for answer in self.answers.get(query, ()))
+        answers = (answer.casefold() for answer in self.answers.get(query, ()) if answer.strip())
+        return any(answer in text.casefold() for answer in answers)
 
 
 def has_contrast(grades: Iterable[float]) -> bool:
@@ -118,24 +130,26 @@ def load_scored_run(path: Path, collection: Collection) -> ScoredRun:
     Raises:
         InvalidInputError: A line is malformed, or names a query or document that is missing.
     """
-    scored: dict[str, list[tuple[float, int, str]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read the run {path}: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    scored: dict[str, dict[str, tuple[float, int, str]]] = {}
+    for number, line in read_lines(path):
         try:
             query, _, document, rank, score, _ = line.split()
             entry = (-float(score), int(rank), document)
-        except ValueError as error:
+        except ValueError:
+            entry = (math.nan, 0, "")
+        if math.isnan(entry[0]):
             raise InvalidInputError(
                 f"{path}, line {number}: expected 'query Q0 document rank score tag', got {line!r}"
-            ) from error
+            )
         if document not in collection.passages:
             raise InvalidInputError(
                 f"{path}, line {number}: the document {document!r} is not in the corpus"
             )
-        scored.setdefault(query, []).append(entry)
+        if document in scored.setdefault(query, {}):
+            raise InvalidInputError(
+                f"{path}, line {number}: the query {query!r} has the document {document!r} twice"
+            )
+        scored[query][document] = entry
     if unknown := set(scored) - set(collection.queries):
         raise InvalidInputError(
             f"{path} ranks {len(unknown)} queries that this split does not judge, such as "
@@ -145,7 +159,7 @@ def load_scored_run(path: Path, collection: Collection) -> ScoredRun:
         raise InvalidInputError(f"the run {path} is empty")
     # The order of trec_eval: by score, and by the written rank for equal scores.
     return {
-        query: [(document, -negative) for negative, _, document in sorted(entries)]
+        query: [(document, -negative) for negative, _, document in sorted(entries.values())]
         for query, entries in scored.items()
     }
 
@@ -160,27 +174,47 @@ def save_run(path: Path, scores: Mapping[str, Sequence[tuple[str, float]]], tag:
     write_atomically(path, "".join(lines))
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                record = json.loads(line)
-                if not isinstance(record, dict) or not {"_id", "text"} <= record.keys():
-                    raise InvalidInputError(f"{path}, line {number}: needs '_id' and 'text'")
-                yield record
-    except (OSError, json.JSONDecodeError) as error:
-        raise InvalidInputError(f"cannot read {path}: {error}") from error
+def _records(path: Path) -> Iterator[tuple[str, _Record]]:
+    """Yield the records of a JSONL file by id.
+
+    Raises:
+        InvalidInputError: A line is malformed, or repeats an id.
+    """
+    lines: dict[str, int] = {}
+    for number, line in read_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            value = parsed_json(line)
+        except ValueError as error:
+            raise InvalidInputError(f"{place} is not JSON: {error}") from error
+        record = record_of(_Record, value, place)
+        name = str(record.id)
+        if name in lines:
+            raise InvalidInputError(f"{place} has the id {name!r} of line {lines[name]}")
+        lines[name] = number
+        yield name, record
 
 
 def _judgments(path: Path) -> Iterator[tuple[str, str, int]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            if missing := {"query-id", "corpus-id", "score"} - set(rows.fieldnames or ()):
-                raise ValueError(f"no column {', '.join(sorted(missing))}")
-            for row in rows:
-                yield row["query-id"], row["corpus-id"], int(row["score"])
-    except (OSError, KeyError, ValueError) as error:
+    """Yield the query id, the document id and the grade of each line.
+
+    Raises:
+        InvalidInputError: A column is missing, or a line is malformed.
+    """
+    lines = read_lines(path)
+    rows = csv.DictReader((line for _, line in lines), delimiter="\t")
+    columns = ("query-id", "corpus-id", "score")
+    if missing := set(columns) - set(rows.fieldnames or ()):
         raise InvalidInputError(
-            f"cannot read {path}: {error!r}; it needs tab-separated query-id, corpus-id, score"
+            f"cannot read {path}: no column {', '.join(sorted(missing))}; it needs tab-separated "
+            f"{', '.join(columns)}"
+        )
+    try:
+        for row in rows:
+            yield row["query-id"], row["corpus-id"], int(row["score"])
+    except (TypeError, ValueError, csv.Error) as error:
+        number, line = lines[rows.line_num - 1]
+        raise InvalidInputError(
+            f"{path}, line {number}: expected tab-separated {', '.join(columns)}, the score an "
+            f"integer, got {line!r}"
         ) from error

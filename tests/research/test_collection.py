@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from core_rerank_integrations.research.collection import (
     load_run,
     save_run,
 )
+
+DOCUMENT = '{"_id": "d", "text": "t"}'
+COLUMNS = "query-id\tcorpus-id\tscore"
 
 
 def test_demo_collection_is_complete() -> None:
@@ -37,19 +41,56 @@ def test_unjudged_queries_are_left_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("corpus.jsonl", '{"_id": "d"}', "line 1: needs '_id' and 'text'"),
-        ("corpus.jsonl", "[]", "line 1: needs '_id' and 'text'"),
-        ("queries.jsonl", "nonsense", "cannot read"),
-        ("queries.jsonl", '{"_id": "q", "answers": []}', "line 1: needs '_id' and 'text'"),
+        ("corpus.jsonl", '{"_id": "d"}', "corpus.jsonl, line 1: text: Field required"),
+        ("corpus.jsonl", '{"text": "d"}', "line 1: _id: Field required"),
+        ("corpus.jsonl", "[]", "line 1: Input should be"),
+        ("corpus.jsonl", f"{DOCUMENT}\n\n{DOCUMENT}", "line 3 has the id 'd' of line 1"),
+        ("corpus.jsonl", '{"_id": "d", "text": 5}', "line 1: text: .*string, got 5"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d", "text": "a", "title": []}',
+            "line 1: title: .*string",
+        ),
+        ("corpus.jsonl", f"{DOCUMENT}\n{{", "line 2 is not JSON: Expecting property name"),
+        ("corpus.jsonl", "[" * 100_000, "line 1 is not JSON: nested too deeply"),
+        ("corpus.jsonl", f"{DOCUMENT}\n\udcff", "line 2: bytes that are not UTF-8"),
+        ("queries.jsonl", "nonsense", "queries.jsonl, line 1 is not JSON"),
+        ("queries.jsonl", '{"_id": "q", "answers": []}', "line 1: text: Field required"),
+        ("queries.jsonl", '{"_id": "q", "text": "", "answers": "a"}', "line 1: answers: .*list"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\te\t1\n", "document 'e', which is miss"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\np\td\t1\n", "query 'p', which is missing"),
         ("qrels/test.tsv", "q d 1\n", "tab-separated"),
+        ("qrels/test.tsv", f"{COLUMNS}\nq\td\t1\nq\td", "line 3: expected tab-separated"),
+        (
+            "qrels/test.tsv",
+            f"{COLUMNS}\n\nq\td\t0.5",
+            "line 3: expected .*integer, got 'q.td.t0.5'",
+        ),
+        ("qrels/test.tsv", f"{COLUMNS}\nq\td\t1\0", "line 2: a NUL character"),
     ],
 )
 def test_malformed_files_are_named(folder: Path, file: str, content: str, message: str) -> None:
-    (folder / file).write_text(content)
+    (folder / file).write_text(content, errors="surrogateescape")
     with pytest.raises(InvalidInputError, match=message):
         Collection.load(folder)
+
+
+def test_marks_line_ends_separators_and_null_are_read_as_they_are_meant(folder: Path) -> None:
+    records = [
+        {"_id": "d", "title": None, "text": "one\u2028two\x85three", "answers": None},
+        {"_id": 7, "title": "Seven", "text": "t", "url": []},
+    ]
+    lines = "\r\n\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "corpus.jsonl").write_bytes(f"\ufeff{lines}".encode())
+    (folder / "qrels/test.tsv").write_bytes(f"\ufeff{COLUMNS}\r\nq\t7\t1\r\n\r\n".encode())
+    collection = Collection.load(folder)
+    assert [passage.content for passage in collection.passages.values()] == [
+        "one\u2028two\x85three",
+        "Seven t",
+    ]
+    assert collection.qrels == {"q": {"7": 1}}
+    (folder / "corpus.jsonl").write_bytes(lines.encode("utf-16"))
+    assert Collection.load(folder).passages == collection.passages
 
 
 def test_a_partial_corpus_keeps_all_judgments(folder: Path) -> None:
@@ -66,6 +107,8 @@ def test_answers_are_found_in_any_case(folder: Path) -> None:
     assert collection.has_answer("q", "Alexander Bell")
     assert not collection.has_answer("q", "Edison")
     assert not collection.has_answer("other", "BELL")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "t", "answers": [""]}')
+    assert not Collection.load(folder).has_answer("q", "Edison"), "every text contains nothing"
 
 
 def test_contrast_needs_both_relevant_and_irrelevant_documents() -> None:
@@ -94,6 +137,8 @@ def test_runs_are_ordered_by_score_then_rank(folder: Path, tmp_path: Path) -> No
     [
         ("q Q0 d 1 1.0", "line 1: expected 'query Q0 document rank score tag'"),
         ("q Q0 d first 1.0 x", "line 1: expected"),
+        ("q Q0 d 1 nan x", "line 1: expected"),
+        ("q Q0 d 1 1.0 x\n\nq Q0 d 2 0.5 x", "line 3: the query 'q' has the document 'd' twice"),
         ("q Q0 e 1 1.0 x", "document 'e' is not in the corpus"),
         ("other Q0 d 1 1.0 x", "'other'; is it the run of another split?"),
         ("", "is empty"),
