@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.backends.base import BackendStats
 from core_rerank_integrations.backends.loading import chosen_backend
@@ -50,7 +49,7 @@ class CoReReranker:
 
     One forward pass over the documents and the query, up to the layer of the highest head; no
     generation (arXiv 2510.02219). Instances are thread-safe, work with any event loop, and are
-    context managers.
+    context managers (``with`` and ``async with``). A process does not inherit them by a fork.
 
     Examples:
         >>> reranker = CoReReranker()
@@ -264,15 +263,15 @@ class CoReReranker:
         first_stage_scores: Sequence[float] | None = None,
         **options: Unpack[RerankKeywords],
     ) -> RerankResults:
-        """Rank documents without blocking the event loop; see `rerank`."""
+        """Rank documents without blocking the event loop; see `rerank`.
+
+        A cancelled call stops after the model's current pass.
+        """
         _ = self.scorer  # After close() the executor would raise a RuntimeError.
         call = partial(
             self.rerank, query, documents, first_stage_scores=first_stage_scores, **options
         )
-        # The caller's context makes traces show the caller's span as the parent.
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, copy_context().run, call
-        )
+        return await run_in_thread(call, self._executor)
 
     def score(
         self,
@@ -335,18 +334,40 @@ class CoReReranker:
     def restart(self) -> None:
         """Load the model again, for example after vLLM's engine died.
 
-        Waiting calls end with an error.
+        Waiting calls end with an error. Threads that call this at the same time share one restart.
+        If it fails, later calls raise a `BackendError` that says why, and it can be called again.
 
         Raises:
             ClosedError: The reranker is closed.
             InvalidInputError: The scorer or its engine is the caller's own.
+            BackendError: The restart that another thread had begun failed.
         """
         self._handle.restart()
 
     def close(self) -> None:
-        """Free the model. Later calls raise `ClosedError`; closing twice has no effect."""
-        self._executor.shutdown()
-        self._handle.close()
+        """Free the model.
+
+        Waiting and later calls raise `ClosedError`. Closing twice has no effect, and neither has
+        closing in a fork of the process.
+        """
+        if not self._handle.is_in_fork:
+            self._handle.close()  # Ends waiting calls. They may need the loop that runs this.
+            self._executor.shutdown(wait=False)
+
+    async def aclose(self) -> None:
+        """Free the model without blocking the event loop; see `close`."""
+        await run_in_thread(self.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
     def __enter__(self) -> Self:
         return self
@@ -360,8 +381,17 @@ class CoReReranker:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings; the model is loaded again after unpickling."""
-        return _rebuild, ({**dict(self.settings), "engine": self._engine},)
+        """Pickle the settings; the model is loaded again after unpickling.
+
+        Raises:
+            InvalidInputError: The reranker uses an engine of the caller.
+        """
+        if self._engine is not None:
+            raise InvalidInputError(
+                "a reranker on a running engine of your own cannot be pickled: other processes "
+                "need an engine and a reranker of their own"
+            )
+        return _rebuild, (dict(self.settings),)
 
     def __copy__(self) -> Self:
         return self

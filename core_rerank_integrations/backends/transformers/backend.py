@@ -30,6 +30,7 @@ with requires_extra("transformers"):
 
     from core_rerank_integrations.backends.transformers.attention import LayerHeads
     from core_rerank_integrations.backends.transformers.checks import (
+        check_fork,
         check_layer_types,
         rope_depends_on_length,
         torch_dtype,
@@ -64,6 +65,7 @@ class TransformersBackend(LocalBackend):
         UnsupportedModelError: The model's attention cannot be read exactly.
         InvalidInputError: The dtype is unknown.
         ModelError: The model cannot be loaded, or weights are missing.
+        BackendError: The process is a fork of one that has used PyTorch's threads.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class TransformersBackend(LocalBackend):
         document_cache: DocumentCache | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_fork(self.device)
         self.dtype = torch_dtype(dtype, self.device)
         self._max_batch_tokens = max_batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         config = model.config()

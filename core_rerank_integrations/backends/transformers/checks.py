@@ -1,15 +1,20 @@
-"""Dtypes, and models whose attention cannot be read."""
+"""Dtypes, models whose attention cannot be read, and forks."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from transformers import PretrainedConfig
 
-from core_rerank_integrations.errors import InvalidInputError, UnsupportedModelError
+from core_rerank_integrations.errors import (
+    BackendError,
+    InvalidInputError,
+    UnsupportedModelError,
+)
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -20,6 +25,24 @@ UNSUPPORTED_ARGUMENTS = {
     "position_bias": "adds a position bias to its attention logits",
 }
 """Arguments of Transformers' attention interface that this backend cannot read exactly."""
+
+PROCESS = os.getpid()
+"""Process that imported this module, which happens when a model is loaded."""
+
+
+def check_fork(device: torch.device) -> None:
+    """Check that PyTorch can run here: on a CPU, its threads do not survive a fork.
+
+    Raises:
+        BackendError: The process is a fork of one that has loaded a model, so PyTorch would wait
+            for threads that do not exist.
+    """
+    if os.getpid() != PROCESS and device.type == "cpu" and torch.get_num_threads() > 1:
+        raise BackendError(
+            f"process {os.getpid()} cannot run PyTorch: it was forked from process {PROCESS}, "
+            "which has used PyTorch's threads. Start processes by multiprocessing's method "
+            "'spawn', load no model before the fork, or call torch.set_num_threads(1)"
+        )
 
 
 def check_layer_types(config: PretrainedConfig, num_layers: int) -> None:
