@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import threading
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
+from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.method.extraction import ExtractBy
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
-# Not an attribute of the adapters, because a lock can be neither pickled nor copied.
-_loading = threading.Lock()
+# Not attributes of the adapters, because a lock can be neither pickled nor copied.
+_locks: dict[tuple[int, str], threading.Lock] = {}
+"""For each process, because a fork may inherit a lock that is held, and each model."""
 
 
 class ModelFields(RerankerSettings):
@@ -48,14 +50,32 @@ class ModelFields(RerankerSettings):
         state["__pydantic_private__"] = {"_own_reranker": None}
         return state
 
+    def close(self) -> None:
+        """Free the model that this object has loaded; a later call loads it again.
+
+        A shared ``reranker`` stays open. Copies of this object that share its model are closed too.
+        """
+        reranker, self._own_reranker = self._own_reranker, None
+        if reranker is not None:
+            reranker.close()
+
+    async def aclose(self) -> None:
+        """Free the model without blocking the event loop; see `close`."""
+        await run_in_thread(self.close)
+
     def _loaded_reranker(self) -> CoReReranker:
-        if self.reranker is not None:
-            return self.reranker
-        with _loading:
-            if self._own_reranker is None:
-                settings = {name: getattr(self, name) for name in RerankerSettings.model_fields}
-                self._own_reranker = CoReReranker(**settings)
-            return self._own_reranker
+        reranker = self.reranker or self._own_reranker
+        if reranker is None:
+            settings = {name: getattr(self, name) for name in RerankerSettings.model_fields}
+            with _locks.setdefault((os.getpid(), repr(settings)), threading.Lock()):
+                reranker = self._own_reranker
+                if reranker is None:
+                    reranker = self._own_reranker = CoReReranker(**settings)
+        return reranker
+
+    async def _aloaded_reranker(self) -> CoReReranker:
+        loaded = self.reranker or self._own_reranker
+        return loaded or await run_in_thread(self._loaded_reranker)
 
 
 class RerankerFields(ModelFields, RerankOptions):
@@ -81,7 +101,7 @@ class RerankerFields(ModelFields, RerankOptions):
         return self._loaded_reranker().rerank(query, texts, **self._options(changes))
 
     async def _arerank(self, query: str, texts: list[str], **changes: Any) -> RerankResults:
-        reranker = await asyncio.to_thread(self._loaded_reranker)
+        reranker = await self._aloaded_reranker()
         return await reranker.arerank(query, texts, **self._options(changes))
 
     def _options(self, changes: dict[str, Any]) -> dict[str, Any]:
