@@ -67,7 +67,7 @@ def read_documents(path: Path) -> tuple[list[str], list[str]]:
         if name in places:
             raise InvalidInputError(f"{place} has the id {name!r} of {places[name]}")
         places[name] = place
-        texts.append(f"{document.title or ''} {document.text}".strip())
+        texts.append(f"{document.title} {document.text}" if document.title else document.text)
     if not texts:
         raise InvalidInputError(f"{path} holds no documents")
     return list(places), texts
