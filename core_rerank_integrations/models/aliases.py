@@ -23,6 +23,11 @@ class Wheel:
     member: str
     sha256: str
 
+    @property
+    def file_name(self) -> str:
+        """Name of the wheel's file."""
+        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
 
 @dataclass(frozen=True)
 class ModelAlias:
@@ -32,7 +37,7 @@ class ModelAlias:
         name: The short name.
         hub_id: Hub id of the model.
         licence: Licence of the model.
-        wheel: A wheel that holds the model, if there is one.
+        wheel: The wheel that holds the model. Without one, the name means the hub's model.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
-from core_rerank_integrations.errors import ModelError, UnsupportedModelError, requires_extra
+from core_rerank_integrations._internal.files import expand_user
+from core_rerank_integrations.errors import (
+    ModelError,
+    StorageError,
+    UnsupportedModelError,
+    requires_extra,
+)
 from core_rerank_integrations.heads.head_set import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+MAX_HASHED_BYTES = 300_000_000
+"""Maximum of a model's weights that are hashed when it is loaded, which takes 0.3 s."""
+HASHED_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class LocalModel:
         Raises:
             ModelError: The configuration cannot be read.
         """
-        with requires_extra("transformers"), _without_advice():
+        with requires_extra("transformers"), without_advice():
             from transformers import AutoConfig
         try:
             config = AutoConfig.from_pretrained(self.path)
@@ -48,15 +58,21 @@ class LocalModel:
         return config.get_text_config()
 
     def fingerprint(self) -> str:
-        """Return a digest of the configuration and of the weight files' names, sizes and times.
+        """Return a digest of the configuration and the weights.
 
-        Hashing the content of the weights would take longer than loading them.
+        It depends on content alone, so that a copy of the folder has the same one. Weights of
+        more than `MAX_HASHED_BYTES` are represented by blocks at even distances, unless their
+        checksum is known from the hub.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for path in sorted(self.path.iterdir()):
-            if path.suffix in WEIGHT_SUFFIXES:
-                status = path.stat()
-                digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+        weights = sorted(path for path in self.path.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+        total = sum(path.stat().st_size for path in weights)
+        for path in weights:
+            blob = path.resolve()
+            # The hub's cache names a file by its checksum.
+            is_named = path.is_symlink() and blob.parent.name == "blobs"
+            content = blob.name if is_named else _hash(path, total)
+            digest.update(f"{path.name}={content}\n".encode())
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -77,7 +93,7 @@ class LocalModel:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Hide the warning of Transformers that no model can run without PyTorch."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     given = os.environ.get(name)
@@ -123,7 +139,60 @@ def cache_folder(kind: str = "models") -> Path:
     """Return the package's cache folder for one kind of files.
 
     It is inside ``$CORE_RERANK_CACHE``, or inside the user's cache folder if that is not set.
+
+    Raises:
+        StorageError: ``CORE_RERANK_CACHE`` is not set, and the user has no home folder.
     """
     override = os.environ.get("CORE_RERANK_CACHE")
-    folder = Path(override) if override else user_cache_path("core-rerank")
-    return folder / kind
+    if override:
+        return expand_user(override) / kind
+    try:
+        return user_cache_path("core-rerank").expanduser() / kind
+    except RuntimeError as error:
+        raise StorageError(
+            "this user has no home folder for models and cached documents: set the environment "
+            "variable CORE_RERANK_CACHE to a folder"
+        ) from error
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        Type, shape and offsets of each tensor by its name, and where the first tensor begins.
+
+    Raises:
+        ModelError: The file cannot be read or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        start = 8 + length
+        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except OSError as error:
+        raise ModelError(f"cannot read the weights in {path}: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: delete it and fetch the model again") from error
+    if size != expected:
+        raise ModelError(
+            f"{path} is damaged: it has {size} bytes instead of {expected}. Delete it and fetch "
+            "the model again"
+        )
+    return header, start
+
+
+def _hash(path: Path, total: int) -> str:
+    if total <= MAX_HASHED_BYTES:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    step = max(total * HASHED_BLOCK // MAX_HASHED_BYTES, HASHED_BLOCK)
+    with path.open("rb") as file:
+        for start in (*range(0, size, step), max(size - HASHED_BLOCK, 0)):
+            file.seek(start)
+            digest.update(file.read(HASHED_BLOCK))
+    return digest.hexdigest()

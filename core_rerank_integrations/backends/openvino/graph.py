@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from openvino import Model, Node, PartialShape, Type, opset15 as ops
 
 from core_rerank_integrations.backends.openvino.decoder import Decoder, Rotary
+from core_rerank_integrations.backends.openvino.runtime import Model, Node, PartialShape, Type, ops
 from core_rerank_integrations.backends.openvino.weights import Weights
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from openvino import Node, Shape, Tensor, Type, opset15 as ops
-from openvino.op import Constant
 
+from core_rerank_integrations.backends.openvino.runtime import (
+    Constant,
+    Node,
+    Shape,
+    Tensor,
+    Type,
+    ops,
+)
 from core_rerank_integrations.errors import ModelError
+from core_rerank_integrations.models.local_model import safetensors_header
 
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 """Prefixes of the names of a decoder's weights in different checkpoints."""
@@ -109,11 +115,7 @@ def _mapped(stored: _Stored) -> npt.NDArray[np.generic]:
 
 
 def _index(path: Path) -> Iterator[tuple[str, _Stored]]:
-    """Yield the tensors of a safetensors file: 8 bytes of length, a JSON header, the numbers."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header, start = safetensors_header(path)
     for name, entry in header.items():
         if kind := KINDS.get(entry["dtype"]):
-            yield name, _Stored(path, kind, entry["shape"], 8 + length + entry["data_offsets"][0])
+            yield name, _Stored(path, kind, entry["shape"], start + entry["data_offsets"][0])

@@ -75,6 +75,7 @@ def is_guarded(path: Path, line: int) -> bool:
 def owned_engine() -> Iterator[None]:
     """Make an engine that starts in the block end with this program; see `end_with_owner`."""
     os.environ[OWNER] = str(os.getpid())
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports to a server otherwise.
     try:
         yield
     finally:
