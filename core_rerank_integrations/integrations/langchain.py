@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import Field
 
-from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations._internal.cancellation import run_in_thread
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
 from core_rerank_integrations.integrations.outputs import (
     METADATA_KEY,
@@ -25,8 +27,9 @@ with requires_extra("langchain"):
     )
     from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
     from langchain_core.prompts import BasePromptTemplate
-    from langchain_core.retrievers import BaseRetriever
-    from langchain_core.runnables import RunnableConfig, RunnableLambda
+    from langchain_core.retrievers import BaseRetriever, RetrieverLike
+    from langchain_core.runnables import RunnableConfig, RunnableLambda, ensure_config
+    from langchain_core.runnables.config import set_config_context
     from langchain_core.tools import BaseTool, create_retriever_tool
 
 Output = TypeVar("Output")
@@ -125,7 +128,32 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         >>> retriever.invoke("who invented the telephone?")
     """
 
-    retriever: BaseRetriever = Field(description="Finds the candidates, more than are needed.")
+    retriever: RetrieverLike = Field(
+        description="Finds the candidates, more than are needed: a retriever, or anything that "
+        "takes a query and returns documents."
+    )
+
+    def invoke(
+        self,
+        input: str,  # noqa: A002  The name in LangChain.
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Find and rank documents for a query; see `CoReReranker.rerank` for the errors."""
+        # LangChain's method passes on the callbacks alone; the inner retriever may be configurable.
+        with set_config_context(_inherited(config)) as context:
+            return context.run(super().invoke, input, config, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: str,  # noqa: A002
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Find and rank documents without blocking the event loop; see `invoke`."""
+        with set_config_context(_inherited(config)) as context:
+            call = super().ainvoke(input, config, **kwargs)
+            return await asyncio.create_task(call, context=context)
 
     def _get_relevant_documents(
         self,
@@ -155,7 +183,7 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
 
 
 def create_reranked_search_tool(
-    retriever: BaseRetriever,
+    retriever: RetrieverLike,
     name: str = "search",
     description: str = "Searches the knowledge base for passages that answer a question.",
     *,
@@ -212,7 +240,15 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
         self, documents: Sequence[Document], **kwargs: Any
     ) -> Sequence[Document]:
         """Cache documents without blocking the event loop; see `transform_documents`."""
-        return await asyncio.to_thread(self.transform_documents, documents, **kwargs)
+        return await run_in_thread(partial(self.transform_documents, documents, **kwargs))
+
+
+def _inherited(config: RunnableConfig | None) -> RunnableConfig:
+    """Return what the runs below a run inherit: all but its name and its id."""
+    inherited = ensure_config(config)
+    inherited.pop("run_name", None)
+    inherited.pop("run_id", None)
+    return inherited
 
 
 def _arguments(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -223,4 +259,13 @@ def _arguments(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:
+    """Return the texts of documents.
+
+    Raises:
+        InvalidInputError: They are not a list of documents; a retriever may return anything.
+    """
+    items = documents if isinstance(documents, Sequence) else [documents]
+    for item in items:
+        if not isinstance(item, Document):
+            raise InvalidInputError(f"documents must be a list of Documents, got {item!r:.200}")
     return [document.page_content for document in documents]

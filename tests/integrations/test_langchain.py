@@ -5,7 +5,7 @@ import json
 import pickle
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -13,6 +13,7 @@ from langchain_classic.retrievers.document_compressors import DocumentCompressor
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
 from support.head_sets import CALIBRATED, HEADS
@@ -283,6 +284,68 @@ def test_a_retriever_that_reranks(reranker: CoReReranker) -> None:
     assert recorder.parents[0] is not None, "the run hangs below the retriever's"
     with pytest.raises(ValidationError, match="retriever"):
         CoReRetriever(reranker=reranker)
+
+
+class FailingRetriever(FixedRetriever):
+    def _get_relevant_documents(self, _: str, **__: Any) -> list[Document]:
+        raise ConnectionError
+
+
+def retrievers() -> dict[str, Any]:
+    """Return what LangChain takes for a retriever."""
+    documents = ConfigurableField("documents")
+    return {
+        "configurable fields": FixedRetriever(documents=[]).configurable_fields(
+            documents=documents
+        ),
+        "with_config": FixedRetriever().with_config(tags=["inner"]),
+        "fallbacks": FailingRetriever().with_fallbacks([FixedRetriever()]),
+        "a function": RunnableLambda(lambda _: DOCUMENTS),
+        "a chain": FixedRetriever() | (lambda documents: documents[::-1]),
+        "a compressor": ContextualCompressionRetriever(
+            base_compressor=DocumentCompressorPipeline(transformers=[]),
+            base_retriever=FixedRetriever(),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", retrievers())
+def test_whatever_langchain_takes_for_a_retriever(reranker: CoReReranker, name: str) -> None:
+    inner = retrievers()[name]
+    recorder = Recorder()
+    config: Any = {"configurable": {"documents": DOCUMENTS}, "callbacks": [recorder]}
+    config |= {"run_name": "outer", "run_id": uuid4()}
+    retriever = CoReRetriever(retriever=inner, reranker=reranker, top_n=2)
+    assert retriever.invoke(QUERY, config)[0].id == "bell"
+    assert ("start", "CoReReranker") in recorder.events
+    assert None not in recorder.parents, "all runs hang below the retriever's"
+    assert asyncio.run(retriever.ainvoke(QUERY, {**config, "run_id": None}))[0].id == "bell"
+    del config["run_id"]
+    (found,) = retriever.batch([QUERY], config)
+    (afound,) = asyncio.run(retriever.abatch([QUERY], config))
+    assert (found[0].id, afound[0].id) == ("bell", "bell")
+    in_a_chain = retriever | (lambda documents: documents[0].id)
+    assert in_a_chain.invoke(QUERY, config) == "bell"
+    assert "".join(in_a_chain.stream(QUERY, config)) == "bell"
+
+    tool = create_reranked_search_tool(inner, reranker=reranker, top_n=1)
+    assert tool.invoke({"query": QUERY}, config) == DOCUMENTS[1].page_content
+    assert asyncio.run(tool.ainvoke({"query": QUERY}, config)) == DOCUMENTS[1].page_content
+
+
+def test_an_asynchronous_function_as_a_retriever(reranker: CoReReranker) -> None:
+    async def find(_: str) -> list[Document]:
+        return DOCUMENTS
+
+    retriever = CoReRetriever(retriever=RunnableLambda(find), reranker=reranker)
+    assert asyncio.run(retriever.ainvoke(QUERY))[0].id == "bell"
+
+
+@pytest.mark.parametrize("found", [["a text"], "a text", None, {"documents": DOCUMENTS}])
+def test_what_a_retriever_must_return(reranker: CoReReranker, found: Any) -> None:
+    retriever = CoReRetriever(retriever=RunnableLambda(lambda _: found), reranker=reranker)
+    with pytest.raises(InvalidInputError, match="must be a list of Documents, got"):
+        retriever.invoke(QUERY)
 
 
 def test_a_search_tool_for_agents(reranker: CoReReranker) -> None:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.ranking import check_options
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.settings import RerankKeywords, RerankOptions
+from core_rerank_integrations.settings import RerankOptions
 
 
-def checked_options(
-    reranker: CoReReranker | None, **options: Unpack[RerankKeywords]
+def with_reranker(
+    reranker: CoReReranker | None, options: RerankOptions
 ) -> tuple[CoReReranker, RerankOptions]:
     """Return the reranker of a chain, the default one if ``None``, and the options of its calls.
 
     ``score_threshold="auto"`` becomes ``None`` if the heads do not know a list's answerability.
 
     Raises:
-        InvalidInputError: An option is invalid, or the heads do not support it.
+        InvalidInputError: The heads do not support an option.
     """
-    checked = RerankOptions.checked(**options)
     reranker = reranker or CoReReranker()
-    if checked.score_threshold == "auto" and reranker.heads.scoring.abstention is None:
-        checked = checked.model_copy(update={"score_threshold": None})
-    check_options(checked, reranker.heads.scoring)
-    return reranker, checked
+    if options.score_threshold == "auto" and reranker.heads.scoring.abstention is None:
+        options = options.model_copy(update={"score_threshold": None})
+    check_options(options, reranker.heads.scoring)
+    return reranker, options
 
 
 def check_question(question: Any) -> None:

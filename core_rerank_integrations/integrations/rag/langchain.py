@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add, itemgetter
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
-from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.integrations.langchain import DocumentRanker
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
-from core_rerank_integrations.integrations.rag.inputs import check_question, checked_options
+from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
     HISTORY_MESSAGES,
@@ -30,18 +30,27 @@ from core_rerank_integrations.settings import RerankOptions, Threshold
 with requires_extra("langchain"):
     from langchain_core.documents import Document
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+    from langchain_core.messages import (
+        BaseMessage,
+        HumanMessage,
+        MessageLikeRepresentation,
+        SystemMessage,
+        convert_to_messages,
+    )
     from langchain_core.output_parsers import StrOutputParser
-    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.retrievers import RetrieverLike
     from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda
     from langchain_core.runnables.utils import AddableDict
 
 
 class RagInput(TypedDict):
-    """A question, and the conversation before it."""
+    """A question, and the conversation before it: messages, or what LangChain takes for messages.
+
+    `create_rag_chain` also takes the question alone, as a string.
+    """
 
     question: str
-    history: Sequence[BaseMessage]
+    history: NotRequired[Sequence[MessageLikeRepresentation]]
 
 
 class RagOutput(TypedDict, total=False):
@@ -69,7 +78,7 @@ class RagOutput(TypedDict, total=False):
 
 
 def create_rag_chain(
-    retriever: BaseRetriever,
+    retriever: RetrieverLike,
     llm: BaseChatModel | None = None,
     *,
     reranker: CoReReranker | None = None,
@@ -79,7 +88,7 @@ def create_rag_chain(
     top_n: int = 5,
     score_threshold: Threshold | None = "auto",
     extract: float | None = None,
-) -> Runnable[RagInput, RagOutput]:
+) -> Runnable[RagInput | str, RagOutput]:
     """Create a chain that answers questions from reranked documents.
 
     The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
@@ -90,6 +99,7 @@ def create_rag_chain(
         >>> chain = create_rag_chain(store.as_retriever(search_kwargs={"k": 20}), ChatOpenAI())
         >>> for part in chain.stream({"question": "Who founded the museum?", "history": []}):
         ...     print(part.get("answer", ""), end="")
+        >>> chain.invoke("Who founded the museum?")["answer"]
 
     Args:
         retriever: Finds the candidates; it should find more than ``top_n``.
@@ -108,24 +118,28 @@ def create_rag_chain(
             sentences; ``None`` for the whole document.
 
     Returns:
-        A runnable that takes a `RagInput` and streams a `RagOutput`.
+        A runnable that takes a question or a `RagInput`, and streams a `RagOutput`.
 
     Raises:
         InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
-            Calls raise it if the question is empty.
+            Calls raise it if the question is empty, or the history is not one of messages.
     """
-    reranker, options = checked_options(
-        reranker, top_n=top_n, score_threshold=score_threshold, first_stage=first_stage
+    options = RerankOptions.checked(
+        top_n=top_n, score_threshold=score_threshold, first_stage=first_stage
     )
-    ranker = _CandidateRanker(
-        reranker=reranker,
-        first_stage=first_stage,
-        evidence=True,
-        extract=extract if llm else None,
-        limits=options,
-    )
+    ranking: list[tuple[str, Callable[[AddableDict], Any], Runnable[Any, Any]]] = []
+    if rerank:
+        reranker, limits = with_reranker(reranker, options)
+        ranker = _CandidateRanker(
+            reranker=reranker,
+            first_stage=first_stage,
+            evidence=True,
+            extract=extract if llm else None,
+            limits=limits,
+        )
+        ranking = [("reranked", _ranking_inputs, ranker.runnable())]
 
-    def search(state: RagInput) -> Any:
+    def search(state: dict[str, Any]) -> Any:
         if not (llm and rewrite and state["history"]):
             return _joined_search(state)
         rewritten = RunnableLambda(_rewrite_prompt) | llm | StrOutputParser()
@@ -139,7 +153,6 @@ def create_rag_chain(
             return NO_ANSWER
         return RunnableLambda(_answer_prompt) | llm | StrOutputParser() if llm else _extracts(state)
 
-    ranking = [("reranked", _ranking_inputs, ranker.runnable())] if rerank else []
     # Stages: key of the output, input, runnable. Runnables that a function returns are run, too.
     stages: list[tuple[str, Callable[[AddableDict], Any], Runnable[Any, Any]]] = [
         ("search", _keys("question", "history"), RunnableLambda(search)),
@@ -148,7 +161,7 @@ def create_rag_chain(
         ("answer", _keys("question", "history", "documents"), RunnableLambda(answer)),
     ]
 
-    def stream(chunks: Iterator[RagInput]) -> Iterator[AddableDict]:
+    def stream(chunks: Iterator[RagInput | str]) -> Iterator[AddableDict]:
         state = _checked_input(chunks)
         for name, select, runnable in stages:
             start = time.perf_counter()
@@ -158,7 +171,7 @@ def create_rag_chain(
                 yield part
             yield _time(name, start)
 
-    async def astream(chunks: AsyncIterator[RagInput]) -> AsyncIterator[AddableDict]:
+    async def astream(chunks: AsyncIterator[RagInput | str]) -> AsyncIterator[AddableDict]:
         state = _checked_input([chunk async for chunk in chunks])
         for name, select, runnable in stages:
             start = time.perf_counter()
@@ -169,7 +182,7 @@ def create_rag_chain(
             yield _time(name, start)
 
     chain = RunnableGenerator[Any, Any](stream, astream, name="CoReRag")
-    return cast("Runnable[RagInput, RagOutput]", chain)
+    return cast("Runnable[RagInput | str, RagOutput]", chain)
 
 
 class _CandidateRanker(DocumentRanker):
@@ -205,12 +218,36 @@ def _time(name: str, start: float) -> AddableDict:
     return AddableDict(milliseconds=AddableDict({name: milliseconds}))
 
 
-def _checked_input(chunks: Iterable[RagInput]) -> AddableDict:
-    """Return the input of the chain, which arrives in pieces if another runnable streams it."""
-    state = reduce(add, chunks)
-    check_question(state.get("question"))
-    history = list(state.get("history") or [])
-    return AddableDict(question=state["question"].strip(), history=history)
+def _checked_input(chunks: Iterable[RagInput | str]) -> AddableDict:
+    """Return the input of the chain, which arrives in pieces if another runnable streams it.
+
+    Raises:
+        InvalidInputError: It is not a question or a `RagInput`.
+    """
+    whole: Any = reduce(add, chunks)
+    if isinstance(whole, str):
+        whole = {"question": whole}
+    if not isinstance(whole, Mapping) or "question" not in whole:
+        raise InvalidInputError(
+            "the input must be a question, or a dictionary with the key 'question' and perhaps "
+            f"'history', got {whole!r}"
+        )
+    check_question(whole["question"])
+    return AddableDict(
+        question=whole["question"].strip(), history=_messages(whole.get("history") or [])
+    )
+
+
+def _messages(history: Any) -> list[BaseMessage]:
+    try:
+        if isinstance(history, str | Mapping):  # Its characters or keys would become messages.
+            raise TypeError
+        return convert_to_messages(history)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InvalidInputError(
+            "history must be a list of messages, such as HumanMessage('...'), ('user', '...') or "
+            f"{{'role': 'user', 'content': '...'}}, got {history!r}"
+        ) from error
 
 
 def _keys(*names: str) -> Callable[[AddableDict], dict[str, Any]]:
@@ -221,12 +258,17 @@ def _ranking_inputs(state: AddableDict) -> dict[str, Any]:
     return {"query": state["search"], "documents": state["candidates"]}
 
 
-def _joined_search(state: RagInput) -> str:
-    earlier = [message.text for message in state["history"] if isinstance(message, HumanMessage)]
+def _joined_search(state: dict[str, Any]) -> str:
+    users = ("human", "user")
+    earlier = [
+        message.text
+        for message in state["history"]
+        if message.type in users or getattr(message, "role", None) in users
+    ]
     return follow_up_search(state["question"], earlier)
 
 
-def _rewrite_prompt(state: RagInput) -> list[BaseMessage]:
+def _rewrite_prompt(state: dict[str, Any]) -> list[BaseMessage]:
     history = state["history"][-HISTORY_MESSAGES:]
     return [SystemMessage(REWRITE_INSTRUCTION), *history, HumanMessage(state["question"])]
 

@@ -10,7 +10,7 @@ from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
-from core_rerank_integrations.integrations.rag.inputs import check_question, checked_options
+from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
     HISTORY_MESSAGES,
@@ -21,7 +21,7 @@ from core_rerank_integrations.integrations.rag.prompts import (
     question_with_passages,
 )
 from core_rerank_integrations.reranker import CoReReranker
-from core_rerank_integrations.settings import Threshold
+from core_rerank_integrations.settings import RerankOptions, Threshold
 
 with requires_extra("llama-index"):
     from llama_index.core.base.base_retriever import BaseRetriever
@@ -90,13 +90,13 @@ def create_rag_chat_engine(
         InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
             Calls raise it if the question is empty.
     """
-    reranker, options = checked_options(
-        reranker,
+    options = RerankOptions.checked(
         top_n=top_n,
         score_threshold=score_threshold,
         first_stage=first_stage,
         evidence=llm is None,
     )
+    reranker, options = with_reranker(reranker, options)
     postprocessor = CoReNodePostprocessor(
         reranker=reranker, extract=extract if llm else None, **dict(options)
     )

@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+)
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableLambda
+from langchain_core.prompt_values import ChatPromptValue
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from pydantic import Field
@@ -179,6 +188,92 @@ def test_without_a_model_a_follow_up_is_searched_with_the_question_before_it(
     chain = create_rag_chain(retriever, reranker=default_reranker)
     out = chain.invoke(chain_input("and in winter?", HumanMessage("When does the ferry go?")))
     assert out["search"] == "When does the ferry go? and in winter?"
+
+
+HISTORIES: list[Any] = [
+    [HumanMessage("When does the ferry go?"), AIMessage("At six.")],
+    [("user", "When does the ferry go?"), ("assistant", "At six.")],
+    [("human", "When does the ferry go?"), ("ai", "At six.")],
+    [
+        {"role": "user", "content": "When does the ferry go?"},
+        {"role": "assistant", "content": "At six."},
+    ],
+    [{"type": "human", "content": "When does the ferry go?"}],
+    [HumanMessage([{"type": "text", "text": "When does the ferry go?"}])],
+    [ChatMessage("When does the ferry go?", role="user")],
+    ChatPromptValue(messages=[HumanMessage("When does the ferry go?")]),
+]
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=str)
+def test_a_history_of_messages_of_every_form(retriever: Any, history: Any) -> None:
+    question: Any = {"question": "and in winter?", "history": history}
+    chain = create_rag_chain(retriever, rerank=False)
+    assert chain.invoke(question)["search"] == "When does the ferry go? and in winter?"
+    llm = Echo()
+    create_rag_chain(retriever, llm, rerank=False).invoke(question)
+    assert llm.prompts[0][1].text == "When does the ferry go?"
+
+
+@pytest.mark.parametrize(
+    "history", ["text", {"role": "user", "content": "x"}, [("who?", "me")], [1], 1, [{"text": "x"}]]
+)
+def test_other_histories_are_refused(retriever: Any, history: Any) -> None:
+    chain = create_rag_chain(retriever, rerank=False)
+    with pytest.raises(InvalidInputError, match="history must be a list of messages"):
+        chain.invoke({"question": QUESTION, "history": history})
+
+
+async def test_the_question_alone_is_an_input(retriever: Any) -> None:
+    chain = create_rag_chain(retriever, rerank=False)
+    asked: list[Any] = [QUESTION, {"question": QUESTION}, {"question": QUESTION, "history": None}]
+    for question in asked:
+        assert chain.invoke(question)["search"] == QUESTION
+        assert (await chain.ainvoke(question))["search"] == QUESTION
+    found = chain.batch(asked[:2])
+    assert [out["search"] for out in found] == [QUESTION] * 2
+    streamed = FakeListChatModel(responses=[QUESTION]) | StrOutputParser() | chain
+    assert streamed.invoke("Ask something.")["search"] == QUESTION
+    for wrong in ({"input": QUESTION}, 7, [HumanMessage(QUESTION)]):
+        with pytest.raises(InvalidInputError, match="a dictionary with the key 'question'"):
+            chain.invoke(wrong)
+
+
+async def test_whatever_langchain_takes_for_a_retriever(
+    retriever: Any, default_reranker: CoReReranker
+) -> None:
+    found = retriever.invoke(QUESTION)
+    configurable = retriever.configurable_fields(search_kwargs=ConfigurableField("search"))
+
+    async def find(_: str) -> list[Document]:
+        return found
+
+    for inner in (
+        RunnableLambda(lambda _: found),
+        RunnableLambda(lambda _: 1 / 0).with_fallbacks([retriever]),
+        retriever.with_config(tags=["inner"]),
+    ):
+        chain = create_rag_chain(inner, reranker=default_reranker)
+        assert len(chain.invoke(QUESTION)["candidates"]) == 20
+        assert len((await chain.ainvoke(QUESTION))["candidates"]) == 20
+    only_async = create_rag_chain(RunnableLambda(find), reranker=default_reranker)
+    assert len((await only_async.ainvoke(QUESTION))["candidates"]) == 20
+    chain = create_rag_chain(configurable, reranker=default_reranker)
+    three: Any = {"configurable": {"search": {"k": 3}}}
+    assert len(chain.invoke(QUESTION, three)["candidates"]) == 3
+    assert len((await chain.ainvoke(QUESTION, three))["candidates"]) == 3
+
+
+def test_without_reranking_no_model_is_loaded(
+    retriever: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*_: Any, **__: Any) -> None:
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(CoReReranker, "__init__", no_model)
+    assert create_rag_chain(retriever, rerank=False).invoke(QUESTION)["answer"]
+    with pytest.raises(InvalidInputError, match="top_n"):
+        create_rag_chain(retriever, rerank=False, top_n=0)
 
 
 def test_extraction_shortens_what_a_model_reads(
