@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +37,7 @@ from core_rerank_integrations.settings import (
     RerankKeywords,
     RerankOptions,
 )
-from core_rerank_integrations.tracing import rerank_span
+from core_rerank_integrations.tracing import rerank_spans
 
 MAX_CONCURRENT_CALLS = 32
 """Number of `arerank` calls that run at once; more calls wait."""
@@ -424,13 +423,7 @@ class CoReReranker:
     def _rank(self, lists: list[Candidates], options: RerankKeywords) -> list[RerankResults]:
         checked = RerankOptions.checked(**options)
         check_options(checked, self.heads.scoring)
-        with ExitStack() as spans:
-            finish = [
-                spans.enter_context(
-                    rerank_span(self.model, item.query, item.documents, checked.top_n)
-                )
-                for item in lists
-            ]
+        with rerank_spans(self.model, lists, checked.top_n) as finish:
             scored = self.scorer.score(
                 lists,
                 self.heads,
@@ -442,8 +435,7 @@ class CoReReranker:
                 rank(candidates, own, self.heads.scoring, checked)
                 for candidates, own in zip(lists, scored, strict=True)
             ]
-            for finish_span, own in zip(finish, results, strict=True):
-                finish_span(own)
+            finish(results)
         return results
 
 

@@ -19,6 +19,7 @@ from core_rerank_integrations.integrations.outputs import (
 )
 from core_rerank_integrations.method.extraction import evidence_within, extract
 from core_rerank_integrations.results import RerankResults
+from core_rerank_integrations.tracing import without_second_span
 
 with requires_extra("llama-index"):
     import llama_index.core.instrumentation as instrumentation
@@ -83,6 +84,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
             ranked_nodes += self._copies(nodes, results)
         return ranked_nodes
 
+    @_dispatcher.span  # LlamaIndex itself does this for the method above.
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
@@ -131,7 +133,8 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         }
         try:
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-                yield ranked_nodes
+                with without_second_span():
+                    yield ranked_nodes
                 event.on_end(payload={EventPayload.NODES: ranked_nodes})
         finally:
             _dispatcher.event(ReRankEndEvent(nodes=ranked_nodes))
