@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,11 @@ PASSAGE_SHARE = 0.75
 """Passages below this share of the best passage's relevance are not quoted."""
 SENTENCE_SHARE = 0.5
 """Sentences below this share of their passage's best sentence score are not quoted."""
+
+# A line of at most 120 characters with blank lines around it that does not end like a statement.
+_HEADING = re.compile(
+    r"(?:\A|\n\s*\n)[^\S\n]*(\S[^\n]{0,118}[^\s.!:…。！।])[^\S\n]*(?=\n\s*\n\s*\S)"  # noqa: RUF001
+)
 
 
 class RankedPassage(NamedTuple):
@@ -40,7 +46,8 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
     """Build an answer from the passages' best sentences, each with its citation.
 
     The first passage gives up to two sentences, in the order of the text. Each of the next ones
-    gives one, if it is nearly as relevant. Without any evidence, the first passage is the answer.
+    gives one, if it is nearly as relevant. Headings are not quoted, unless a passage has nothing
+    else. Without any evidence, the first passage is the answer.
 
     Args:
         passages: The passages, best first. Citations count them from 1.
@@ -52,14 +59,24 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
     for number, passage in enumerate(passages, start=1):
         if passage.relevance < PASSAGE_SHARE * best or not passage.evidence:
             continue
-        minimum = SENTENCE_SHARE * passage.evidence[0][2]
-        strong = [sentence for sentence in passage.evidence if sentence[2] >= minimum]
+        evidence = _without_headings(passage)
+        minimum = SENTENCE_SHARE * evidence[0][2]
+        strong = [sentence for sentence in evidence if sentence[2] >= minimum]
         limit = min(MAX_SENTENCES - len(sentences), 2 if number == 1 else 1)
         sentences += [
             _cited(passage.text[int(start) : int(stop)], number)
             for start, stop, _ in sorted(strong[:limit], key=lambda sentence: sentence[0])
         ]
     return " ".join(sentences)
+
+
+def _without_headings(passage: RankedPassage) -> Sequence[Sequence[float]]:
+    headings = [match.span(1) for match in _HEADING.finditer(passage.text)]
+    return [
+        sentence
+        for sentence in passage.evidence
+        if not any(start <= sentence[0] < stop for start, stop in headings)
+    ] or passage.evidence
 
 
 def _cited(text: str, number: int) -> str:

@@ -92,8 +92,7 @@ def create_rag_chain(
     """Create a chain that answers questions from reranked documents.
 
     The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
-    a short question is searched for together with the question before it, which is wrong if the
-    subject has changed.
+    a question whose words refer to the one before is searched for together with it.
 
     Examples:
         >>> chain = create_rag_chain(store.as_retriever(search_kwargs={"k": 20}), ChatOpenAI())

@@ -62,8 +62,7 @@ def create_rag_chat_engine(
     """Create a chat engine that answers questions from reranked nodes.
 
     The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
-    a short question is searched for together with the question before it, which is wrong if the
-    subject has changed.
+    a question whose words refer to the one before is searched for together with it.
 
     Examples:
         >>> engine = create_rag_chat_engine(index.as_retriever(similarity_top_k=20), Settings.llm)

@@ -25,3 +25,15 @@ def test_passages_that_are_nearly_as_relevant_add_their_best_sentence() -> None:
 def test_without_evidence_the_first_passage_answers() -> None:
     assert extracted_answer([RankedPassage("Some\ntext."), RankedPassage("x")]) == "Some text. [1]"
     assert extracted_answer([]) == ""
+
+
+def test_headings_are_not_quoted() -> None:
+    text = "Are dogs allowed?\n\nOn deck\n\nDogs may come on a lead. Cats may not."
+    dogs, deck = [0, 17, 0.9], [19, 26, 0.8]
+    lead, cats = [28, 52, 0.5], [53, 66, 0.1]
+    answer = extracted_answer([RankedPassage(text, 0.5, [dogs, deck, lead, cats])])
+    assert answer == "Dogs may come on a lead. [1]"
+    only_heading = RankedPassage(text, 0.5, [deck])
+    assert extracted_answer([only_heading]) == "On deck [1]"
+    statement = "Bring a towel.\n\nThe pool is cold."
+    assert extracted_answer([RankedPassage(statement, 0.5, [[0, 14, 0.9]])]) == "Bring a towel. [1]"
