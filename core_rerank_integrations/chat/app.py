@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,21 @@ from core_rerank_integrations.chat.conversation import ChatSettings, Turn, answe
 from core_rerank_integrations.chat.conversion import MAX_FILE_BYTES, SUFFIXES
 from core_rerank_integrations.chat.generators import Generator
 from core_rerank_integrations.chat.knowledge import HANDBOOK, KnowledgeBase, printable
-from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
+from core_rerank_integrations.chat.server import MAX_UPLOAD_BYTES, Guard
+from core_rerank_integrations.errors import CoReError, requires_extra
 from core_rerank_integrations.reranker import CoReReranker
 
 with requires_extra("chat"):
     import gradio as gr
+    from fastapi import FastAPI
 
 TITLE = "CoRe reranker"
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("citations.js")
 MAX_CONCURRENT_QUESTIONS = 8
 """Questions that are answered at once; more wait."""
+MAX_SESSIONS = 200
+"""Conversations in memory; a new one drops the one that was not used for longest."""
 QUESTIONS = (
     "What did they rub the glass with in the old days, when men still lived there?",
     "I've paid for the boat and the museum. What happens to my money if fog stops the crossing?",
@@ -31,19 +36,61 @@ QUESTIONS = (
 
 
 def build_app(
-    knowledge: KnowledgeBase, reranker: CoReReranker, generators: list[Generator]
-) -> gr.Blocks:
+    knowledge: KnowledgeBase,
+    reranker: CoReReranker,
+    generators: list[Generator],
+    host: str,
+    names: Sequence[str] = (),
+) -> Guard:
     """Return the page. Visitors share its documents; each has a conversation of their own.
 
     Args:
         knowledge: The documents.
         reranker: Ranks the candidates.
         generators: The generators that visitors can choose; the first is the default.
+        host: The address that the server listens on.
+        names: More names of the server.
     """
-    app = gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True)
-    with app:
-        _Page(knowledge, reranker, generators).connect(app)
-    return app
+    os.environ["GRADIO_TEMP_DIR"] = str(knowledge.uploads)  # Gradio has no other setting for it.
+    blocks = gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True)
+    blocks.state_session_capacity = MAX_SESSIONS
+    with blocks:
+        _Page(knowledge, reranker, generators).connect(blocks)
+    blocks.queue(default_concurrency_limit=MAX_CONCURRENT_QUESTIONS)
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        blocks,
+        path="/",
+        server_name=host,
+        run_history=False,
+        footer_links=[],
+        show_error=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        theme=_theme(),
+        css_paths=STYLE,
+    )
+    return Guard(app, host=host, names=names, uploads=knowledge.uploads)
+
+
+def _theme() -> gr.themes.Base:
+    # These fonts are on every machine, so no other server is asked for them.
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="stone",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+        radius_size="lg",
+    ).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        checkbox_background_color_selected="*primary_700",
+        slider_color="*primary_700",
+        slider_color_dark="*primary_400",
+    )
 
 
 class _Page:
@@ -98,6 +145,7 @@ class _Page:
             "</p>"
         )
         self._notice = _html()
+        self._stop = gr.Button("Stop adding", size="sm", visible=False)
         self._documents = gr.CheckboxGroup(label="In the knowledge base (passages)")
         self._remove_button = gr.Button("Remove selected documents", size="sm")
 
@@ -163,7 +211,9 @@ class _Page:
         empty = (), rendering.conversation([]), rendering.findings([])
         self._restart.click(lambda: empty, None, outputs[1:], **options)
         documents = [self._notice, self._documents]
-        self._upload.upload(self._add, self._upload, [*documents, self._upload], **options)
+        adding = [*documents, self._upload, self._stop]
+        upload = self._upload.upload(self._add, self._upload, adding, **options)
+        self._stop.click(self._stopped, None, adding, cancels=[upload], **options)
         self._remove_button.click(self._remove, self._documents, documents, **options)
         self._settings["generator"].change(
             lambda name: rendering.notice(self._generators[name].note),
@@ -185,18 +235,28 @@ class _Page:
             yield "", now, rendering.conversation(now), update
 
     def _add(self, paths: list[str] | None) -> Iterator[tuple[Any, ...]]:
+        files = [Path(path) for path in paths or []]
         errors, added = [], []
-        for path in map(Path, paths or []):
-            try:
-                for progress in self._knowledge.add_file(path):
-                    yield rendering.notice(str(progress)), gr.skip(), gr.skip()
-                added.append(printable(path.name))
-            except CoReError as error:
-                errors.append(rendering.notice(str(error), "error"))
-            finally:
+        try:
+            for path in files:
+                try:
+                    for progress in self._knowledge.add_file(path):
+                        notice = rendering.notice(str(progress))
+                        yield notice, gr.skip(), gr.skip(), gr.Button(visible=True)
+                    added.append(printable(path.name))
+                except CoReError as error:
+                    errors.append(rendering.notice(str(error), "error"))
+        finally:
+            for path in files:
                 path.unlink(missing_ok=True)
         notice = rendering.notice(f"Added {', '.join(added)}." if added else "")
-        yield notice + "".join(errors), self._document_choices(), None
+        yield notice + "".join(errors), *self._after_adding()
+
+    def _stopped(self) -> tuple[Any, ...]:
+        return rendering.notice("Stopped. The documents below can be asked."), *self._after_adding()
+
+    def _after_adding(self) -> tuple[Any, ...]:
+        return self._document_choices(), None, gr.Button(visible=False)
 
     def _remove(self, names: list[str]) -> tuple[str, gr.CheckboxGroup]:
         for name in names:
@@ -214,56 +274,6 @@ def warm_up(knowledge: KnowledgeBase, reranker: CoReReranker) -> None:
     question = "What is this about?"
     candidates = knowledge.search(question, ChatSettings.candidates)
     reranker.rerank(question, [document.page_content for document in candidates], evidence=True)
-
-
-def launch(app: gr.Blocks, host: str, port: int | None, opens: bool) -> None:
-    """Serve the page until the program is interrupted.
-
-    Args:
-        app: The page; see `build_app`.
-        host: The address to listen on. Other machines cannot reach ``127.0.0.1``.
-        port: The port; ``None`` selects the first free one from 7860.
-        opens: Whether to open a browser.
-
-    Raises:
-        InvalidInputError: The address is in use or does not exist.
-    """
-    # These fonts are on every machine, so no other server is asked for them.
-    theme = gr.themes.Base(
-        primary_hue="teal",
-        neutral_hue="stone",
-        font=("system-ui", "sans-serif"),
-        font_mono=("ui-monospace", "monospace"),
-        radius_size="lg",
-    ).set(
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700",
-        checkbox_background_color_selected="*primary_700",
-        slider_color="*primary_700",
-        slider_color_dark="*primary_400",
-    )
-    try:
-        app.queue(default_concurrency_limit=MAX_CONCURRENT_QUESTIONS).launch(
-            server_name=host,
-            server_port=port,
-            inbrowser=opens,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=4 * MAX_FILE_BYTES,
-            footer_links=[],
-            theme=theme,
-            css_paths=STYLE,
-        )
-    except OSError as error:
-        raise InvalidInputError(
-            f"cannot listen on {host}:{port or 'a free port'} ({error}); pass another --port or "
-            "--host"
-        ) from error
-    print(f"Open {app.local_url} in a browser; Ctrl+C ends.", flush=True)
-    app.block_thread()
 
 
 def _html(content: str = "", script: str | None = None) -> gr.HTML:

@@ -7,13 +7,24 @@ from dataclasses import dataclass, field
 
 from core_rerank_integrations.chat.generators import EXTRACTS, Generator
 from core_rerank_integrations.chat.knowledge import KnowledgeBase, KnowledgeRetriever
-from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
-from core_rerank_integrations.integrations.rag.langchain import RagOutput, create_rag_chain
+from core_rerank_integrations.errors import (
+    CoReError,
+    GeneratorError,
+    InvalidInputError,
+    requires_extra,
+)
+from core_rerank_integrations.integrations.rag.langchain import (
+    RagInput,
+    RagOutput,
+    create_rag_chain,
+)
 from core_rerank_integrations.reranker import CoReReranker
 
 with requires_extra("chat"):
     from langchain_core.documents import Document
+    from langchain_core.language_models import BaseChatModel
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+    from langchain_core.runnables import Runnable
 
 MAX_QUESTION_CHARACTERS = 2000
 
@@ -98,25 +109,45 @@ def answer(
     yield turn
     try:
         _check(turn.question, knowledge)
-        chain = create_rag_chain(
-            KnowledgeRetriever(knowledge=knowledge, k=settings.candidates),
-            generator.load(),
-            reranker=reranker,
-            rerank=settings.rerank,
-            rewrite=generator.rewrites,
-            top_n=settings.top_n,
-            score_threshold="auto" if settings.abstain else settings.min_probability or None,
-            extract=settings.extract if settings.extract < 1 else None,
-        )
         messages = [message for earlier in history for message in earlier.messages()]
-        with generator.clear_errors():
-            for part in chain.stream({"question": turn.question, "history": messages}):
-                turn.update(part)
-                yield turn
+        chain_input: RagInput = {"question": turn.question, "history": messages}
+        try:
+            with generator.clear_errors():
+                chain = _chain(knowledge, reranker, settings, generator.load())
+                for part in chain.stream(chain_input):
+                    turn.update(part)
+                    yield turn
+                if not turn.answer.strip():
+                    turn.error = str(generator.failure("the answer is empty"))
+        except GeneratorError as error:
+            turn.error = str(error)
+            if not turn.candidates:  # Rewriting the question has failed.
+                for part in _chain(knowledge, reranker, settings, None).stream(chain_input):
+                    part.pop("answer", None)
+                    turn.update(part)
+                    yield turn
     except CoReError as error:
         turn.error = str(error)
     turn.is_done = True
     yield turn
+
+
+def _chain(
+    knowledge: KnowledgeBase,
+    reranker: CoReReranker,
+    settings: ChatSettings,
+    llm: BaseChatModel | None,
+) -> Runnable[RagInput, RagOutput]:
+    return create_rag_chain(
+        KnowledgeRetriever(knowledge=knowledge, k=settings.candidates),
+        llm,
+        reranker=reranker,
+        rerank=settings.rerank,
+        rewrite=settings.generator.rewrites,
+        top_n=settings.top_n,
+        score_threshold="auto" if settings.abstain else settings.min_probability or None,
+        extract=settings.extract if settings.extract < 1 else None,
+    )
 
 
 def _check(question: str, knowledge: KnowledgeBase) -> None:

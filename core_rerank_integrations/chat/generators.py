@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from core_rerank_integrations.errors import GeneratorError, InvalidInputError, requires_extra
+from core_rerank_integrations.errors import (
+    CoReError,
+    GeneratorError,
+    InvalidInputError,
+    requires_extra,
+)
 from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 from core_rerank_integrations.models.resolve import resolve
 
@@ -48,14 +53,29 @@ class Generator:
 
         Raises:
             GeneratorError: The endpoint cannot be reached, refuses the request or stops early.
+            CoReError: Another error of this package, which is not changed.
         """
         try:
             yield
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            raise GeneratorError(
-                f"{self.name} did not answer, or stopped early ({error}). Check that it runs and "
-                "serves that model, or choose another generator under Settings"
-            ) from error
+        except CoReError:
+            raise
+        # The client raises the last three if an answer is not one of this API.
+        except (
+            openai.OpenAIError,
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise self.failure(error) from error
+
+    def failure(self, reason: object) -> GeneratorError:
+        """Return an error that names the generator, the reason and the remedy."""
+        return GeneratorError(
+            f"{self.name} did not answer, or stopped early ({reason}). Check that it runs and "
+            "serves that model, or choose another generator under Settings"
+        )
 
 
 EXTRACTS = Generator(

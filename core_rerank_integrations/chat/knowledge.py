@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from platformdirs import user_data_path
 
 from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations._internal.resources import resource_folder
-from core_rerank_integrations.chat.conversion import Chunk, chunk_file
+from core_rerank_integrations.chat.conversion import Chunk, Conversion
 from core_rerank_integrations.errors import StorageError, requires_extra
 from core_rerank_integrations.method.scoring import best_indices
 from core_rerank_integrations.reranker import CoReReranker
@@ -30,27 +32,47 @@ with requires_extra("chat"):
     from langchain_huggingface import HuggingFaceEmbeddings
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save
-    from tokenizers import Tokenizer
 
 HANDBOOK = "Skarholm Light Museum, handbook"
 EMBEDDING = "all-MiniLM-L6-v2"
 DIMENSIONS = 384
 BATCH = 8
 """Chunks that are read between two reports of progress."""
+POLL_SECONDS = 0.5
+"""Time between two reports of the progress of a conversion."""
+READ_AHEAD = 400
+"""Chunks of a document that the reranker reads before a question is asked. It reads further ones
+when they come up, which few chunks of a long document ever do."""
 
 Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How many chunks of a document have been read, and how many it has."""
+    """The progress of adding a document.
+
+    Attributes:
+        source: Name of the document.
+        step: What is being done.
+        done: Number of chunks that are done.
+        total: Number of chunks of this step; 0 if it is unknown.
+        seconds_left: Estimate of the time that this step still takes.
+    """
 
     source: str
-    done: int
-    total: int
+    step: str
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
 
     def __str__(self) -> str:
-        return f"Reading {self.source}: {self.done} of {self.total} passages"
+        text = f"{self.source}: {self.step}"
+        if self.total:
+            text += f", {self.done:,} of {self.total:,} passages"
+        if self.seconds_left:
+            minutes = round(self.seconds_left / 60)
+            text += f", {f'{minutes} min' if minutes else f'{self.seconds_left:.0f} s'} left"
+        return text
 
 
 class _Source(NamedTuple):
@@ -76,7 +98,8 @@ class KnowledgeBase:
 
     Attributes:
         folder: Folder of the documents.
-        is_new: Whether the folder held no knowledge base before.
+        uploads: Folder for files until they are read, empty at first.
+        is_new: Whether no document was ever added to the folder.
 
     Raises:
         StorageError: The folder is in use or cannot be written, or a file in it is damaged.
@@ -85,18 +108,18 @@ class KnowledgeBase:
     def __init__(self, folder: Path | None, reranker: CoReReranker) -> None:
         self.folder = folder or user_data_path("core-rerank-integrations") / "chat"
         self._files = self.folder / "documents"
+        self.uploads = self.folder / "uploads"
         self.is_new = not self._files.exists()
         self._reranker = reranker
         self._process_lock = _lock(self.folder)
         # For changes, and for the embedding model: its tokenizer is not thread-safe.
         self._lock = threading.Lock()
+        self._conversion_lock = threading.Lock()
+        shutil.rmtree(self.uploads, ignore_errors=True)
+        _make_private(self.uploads)
         self._embeddings = HuggingFaceEmbeddings(
             model_name=str(get_model_path()), model_kwargs={"device": "cpu"}
         )
-        self._tokenizer = Tokenizer.from_file(str(Path(get_model_path()) / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._files.mkdir(parents=True, exist_ok=True)
         self._sources = dict(_read(path) for path in sorted(self._files.glob("*.safetensors")))
         self._build_index()
 
@@ -127,6 +150,8 @@ class KnowledgeBase:
     def add_file(self, path: Path, name: str | None = None) -> Iterator[Progress]:
         """Add a file; it replaces a document of the same name.
 
+        The document can be found as soon as it is embedded. Closing the iterator stops the work.
+
         Args:
             path: Path of the file.
             name: Name of the document; ``None`` selects the name of the file.
@@ -135,11 +160,11 @@ class KnowledgeBase:
             The progress.
 
         Raises:
-            InvalidInputError: The file cannot be read; see `chunk_file`.
+            InvalidInputError: The file cannot be read; see `Conversion.chunks`.
             StorageError: The document cannot be written.
         """
         source = printable(name or path.name)
-        yield from self._add(source, chunk_file(path, source, self._count_tokens))
+        yield from self._add(source, (yield from self._convert(path, source)))
 
     def add_handbook(self) -> Iterator[Progress]:
         """Add the handbook of a fictional museum, which is part of the package.
@@ -160,28 +185,47 @@ class KnowledgeBase:
             self._build_index()
 
     def close(self) -> None:
-        """Release the folder for other processes."""
+        """Delete the uploads, and release the folder for other processes."""
+        shutil.rmtree(self.uploads, ignore_errors=True)
         self._process_lock.release()
 
+    def _convert(self, path: Path, source: str) -> Generator[Progress, None, list[Chunk]]:
+        # One at a time: a conversion may take much memory.
+        while not self._conversion_lock.acquire(timeout=POLL_SECONDS):
+            yield Progress(source, "waiting for another file")
+        try:
+            with Conversion(path, source) as conversion:
+                while not conversion.wait(POLL_SECONDS):
+                    yield Progress(source, f"converting, {conversion.seconds:.0f} s so far")
+                return conversion.chunks()
+        finally:
+            self._conversion_lock.release()
+
     def _add(self, source: str, chunks: list[Chunk]) -> Iterator[Progress]:
-        texts = [chunk.text for chunk in chunks]
-        if source in self._sources and self._sources[source].chunks == chunks:
-            self._reranker.cache_documents(texts)
-            yield Progress(source, len(chunks), len(chunks))
-            return
-        yield Progress(source, 0, len(chunks))
-        vectors = []
-        for start in range(0, len(chunks), BATCH):
-            batch = texts[start : start + BATCH]
-            with self._lock:
-                vectors += self._embeddings.embed_documents(batch)
+        if source not in self._sources or self._sources[source].chunks != chunks:
+            vectors: list[list[float]] = []
+            for start, progress in _batches(source, "indexing", len(chunks)):
+                yield progress
+                batch = [chunk.text for chunk in chunks[start : start + BATCH]]
+                with self._lock:
+                    vectors += self._embeddings.embed_documents(batch)
+            self._store(source, _Source(chunks, np.array(vectors, dtype=np.float32)))
+        total = min(len(chunks), READ_AHEAD)
+        for start, progress in _batches(source, "can be asked; reading ahead", total):
+            yield progress
+            if source not in self._sources:  # It has been removed in the meantime.
+                return
+            batch = [chunk.text for chunk in chunks[start : min(start + BATCH, total)]]
             self._reranker.cache_documents(batch)
-            yield Progress(source, start + len(batch), len(chunks))
-        added = _Source(chunks, np.array(vectors, dtype=np.float32))
-        document = {"source": source, "chunks": [asdict(chunk) for chunk in chunks]}
+        yield Progress(source, "added", len(chunks), len(chunks))
+
+    def _store(self, source: str, added: _Source) -> None:
+        document = {"source": source, "chunks": [asdict(chunk) for chunk in added.chunks]}
         header = {"embedding": EMBEDDING, "document": json.dumps(document)}
         with self._lock:
-            write_atomically(self._path(source), save({"vectors": added.vectors}, metadata=header))
+            _make_private(self._files)
+            content = save({"vectors": added.vectors}, metadata=header)
+            write_atomically(self._path(source), content, private=True)
             self._sources[source] = added
             self._build_index()
 
@@ -197,9 +241,6 @@ class KnowledgeBase:
     def _path(self, source: str) -> Path:
         name = hashlib.sha256(source.encode()).hexdigest()[:32]
         return self._files / f"{name}.safetensors"
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class KnowledgeRetriever(BaseRetriever):
@@ -218,10 +259,33 @@ def printable(name: str) -> str:
     return "".join(character for character in last if character.isprintable()) or "unnamed"
 
 
+def _batches(source: str, step: str, total: int) -> Iterator[tuple[int, Progress]]:
+    """Yield the start of each batch of chunks, and the progress before it."""
+    begun = time.monotonic()
+    for start in range(0, total, BATCH):
+        left = (time.monotonic() - begun) / start * (total - start) if start else None
+        yield start, Progress(source, step, start, total, left)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only its owner can read.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be made: {error}; pass another folder with --data"
+        ) from error
+
+
 def _lock(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise StorageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,6 @@ from core_rerank_integrations.settings import RerankerSettings
 
 if TYPE_CHECKING:
     from core_rerank_integrations.chat.knowledge import Progress
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @command
@@ -42,6 +41,13 @@ def chat(
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default only this machine has access.")
     ] = "127.0.0.1",
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name of this machine, or of a proxy, under which browsers open the page; "
+            "can be given several times."
+        ),
+    ] = None,
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860."),
@@ -51,25 +57,31 @@ def chat(
     ] = True,
 ) -> None:
     """Start a chatbot in the browser, over a handbook or your own documents."""
-    from core_rerank_integrations.chat.app import build_app, launch, warm_up
-    from core_rerank_integrations.chat.generators import generators
-    from core_rerank_integrations.chat.knowledge import KnowledgeBase
-    from core_rerank_integrations.reranker import CoReReranker
+    from core_rerank_integrations.chat.server import LOCAL_NAMES, listen, serve
 
-    choices = generators(llm_url, llm)
     console = Console(stderr=True, markup=False)
-    if host not in LOCAL_HOSTS:
-        console.print(f"Everyone who can reach {host} can read, add and remove the documents.")
-    # Documents are cached, which needs prompts with one document each.
-    own = {"documents_per_prompt": settings.documents_per_prompt or 1}
-    with CoReReranker(**dict(settings) | own) as reranker:
-        knowledge = KnowledgeBase(data, reranker)
-        if knowledge.is_new and not files:
-            _show(console, knowledge.add_handbook())
-        for path in files or []:
-            _show(console, knowledge.add_file(path))
-        warm_up(knowledge, reranker)
-        launch(build_app(knowledge, reranker, choices), host, port, open_browser)
+    with listen(host, port) as listener:  # Before anything is loaded, which takes a while.
+        from core_rerank_integrations.chat.app import build_app, warm_up
+        from core_rerank_integrations.chat.generators import generators
+        from core_rerank_integrations.chat.knowledge import KnowledgeBase
+        from core_rerank_integrations.reranker import CoReReranker
+
+        choices = generators(llm_url, llm)
+        if host not in LOCAL_NAMES:
+            console.print(f"Everyone who can reach {host} can read, add and remove the documents.")
+        # Documents are cached, which needs prompts with one document each.
+        own = {"documents_per_prompt": settings.documents_per_prompt or 1}
+        with (
+            CoReReranker(**dict(settings) | own) as reranker,
+            closing(KnowledgeBase(data, reranker)) as knowledge,
+        ):
+            if knowledge.is_new and not files:
+                _show(console, knowledge.add_handbook())
+            for path in files or []:
+                _show(console, knowledge.add_file(path))
+            warm_up(knowledge, reranker)
+            app = build_app(knowledge, reranker, choices, host, allowed_host or ())
+            serve(app, listener, open_browser)
 
 
 def _show(console: Console, reading: Iterator[Progress]) -> None:

@@ -1,5 +1,8 @@
+# ruff: noqa: RUF001  Texts in other scripts.
+
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,10 @@ import pytest
 
 from core_rerank_integrations.chat import conversion
 from core_rerank_integrations.chat.conversion import (
+    CHARACTERS_PER_TOKEN,
     CHUNK_TOKENS,
     Chunk,
+    Conversion,
     chunk_file,
     chunk_text,
 )
@@ -100,3 +105,97 @@ def test_errors_name_files_that_cannot_be_read(
     (tmp_path / "large.txt").write_bytes(b"x" * (3 << 20))
     with pytest.raises(InvalidInputError, match="has 3 MiB, and at most 1 are read"):
         read(tmp_path / "large.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes(range(256)) * 20,
+        b"PK\x03\x04" + bytes(100),
+        b"%PDF-1.4 " + bytes(range(1, 32)) * 20,
+        b"words, then a zero\0 and words",
+        "Greetings".encode("utf-16-le"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".html"])
+def test_binary_data_is_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InvalidInputError, match="is not text"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Паром уходит в шесть.", "cp1251"),
+        ("Prom odpływa o szóstej.", "cp1250"),
+        ("渡轮在晚上六点出发。", "gb18030"),
+        ("フェリーは六時に出発します。", "shift_jis"),
+        ("Το πλοίο φεύγει στις έξι.", "cp1253"),
+    ],
+)
+def test_encodings_that_cannot_be_told_are_refused(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    path = tmp_path / "note.txt"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InvalidInputError, match="encoding is unknown; save it as text in UTF-8"):
+        read(path)
+    page = tmp_path / "page.html"
+    page.write_bytes(f"<meta charset={encoding}><p>{text}</p>".encode(encoding))
+    assert read(page)[0].text == text
+
+
+def test_long_words_are_divided() -> None:
+    count = conversion._count_tokens()
+    for text in ("QUJD" * 2000, "ไ" * 3000, f"{'x' * 5000} y"):
+        chunks = chunk_text(text, count)
+        assert "".join(chunk.text for chunk in chunks) == text.replace(" ", "")
+        assert max(len(chunk.text) for chunk in chunks) <= CHUNK_TOKENS * CHARACTERS_PER_TOKEN
+
+
+def test_text_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "MAX_CHARACTERS", 1000)
+    (tmp_path / "book.txt").write_text("word " * 300)
+    with pytest.raises(
+        InvalidInputError, match="holds 1,500 characters of text, and at most 1,000"
+    ):
+        read(tmp_path / "book.txt")
+
+
+def convert(path: Path) -> list[Chunk]:
+    with Conversion(path, path.name) as conversion:
+        while not conversion.wait(0.5):
+            pass
+        return conversion.chunks()
+
+
+def test_small_file_that_unpacks_to_a_large_one(tmp_path: Path, write_docx: Write) -> None:
+    source, bomb = write_docx(tmp_path / "a.docx", {"A": "b"}), tmp_path / "bomb.docx"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            paragraph = b"<w:p><w:r><w:t>The ferry leaves at six.</w:t></w:r></w:p>"
+            if name == "word/document.xml":
+                content = content.replace(b"<w:p>", paragraph * 1_500_000 + b"<w:p>", 1)
+            new.writestr(name, content)
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(InvalidInputError, match="unpacks to 82 MiB, and at most 64 are read"):
+        convert(bomb)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_SECONDS", 0), ("MAX_MEMORY_BYTES", 1 << 26)])
+def test_conversion_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_pdf: Write, limit: str, value: int
+) -> None:
+    path = write_pdf(tmp_path / "boats.pdf", ["Boats are blue."])
+    assert convert(path) == [Chunk("Boats are blue.", "", 1)]
+    monkeypatch.setattr(conversion, limit, value)
+    with pytest.raises(InvalidInputError, match=r"'boats\.pdf' cannot be converted within"):
+        convert(path)
+
+
+def test_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"No such file.+gone\.txt"):
+        convert(tmp_path / "gone.txt")

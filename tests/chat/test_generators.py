@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.error import URLError
@@ -110,6 +111,22 @@ def test_endpoint_that_is_down(ferries: KnowledgeBase, chat_reranker: CoReRerank
     assert turn.messages() == []
 
 
+def test_follow_up_to_an_endpoint_that_is_down(
+    ferries: KnowledgeBase, chat_reranker: CoReReranker
+) -> None:
+    """The endpoint cannot even rewrite the question."""
+    before = ask(ferries, chat_reranker, EXTRACTS)
+    down = generators(f"http://127.0.0.1:{free_port()}/v1", "m")[0]
+    settings = ChatSettings(down, abstain=False)
+    *_, turn = answer("And in winter?", [before], ferries, chat_reranker, settings)
+    assert "did not answer" in turn.error
+    assert turn.search == f"{QUESTION} And in winter?"
+    assert turn.reranked
+    assert turn.documents
+    assert turn.answer == ""
+    assert turn.is_done
+
+
 class DyingEndpoint(BaseHTTPRequestHandler):
     """Send a word, and close the connection before the end of the announced answer."""
 
@@ -125,19 +142,50 @@ class DyingEndpoint(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+@contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[Generator]:
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield generators(f"http://127.0.0.1:{server.server_port}/v1", "m")[0]
+        server.shutdown()
+
+
 def test_endpoint_that_dies_during_its_answer(
     ferries: KnowledgeBase, chat_reranker: CoReReranker
 ) -> None:
-    server = HTTPServer(("127.0.0.1", 0), DyingEndpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        dying = generators(f"http://127.0.0.1:{server.server_port}/v1", "m")[0]
+    with served(DyingEndpoint) as dying:
         turn = ask(ferries, chat_reranker, dying)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert turn.answer == "The last"
     assert "stopped early" in turn.error
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text/html", b"<html>A page</html>"),
+        ("application/json", b"{}"),
+        ("text/event-stream", b"data: {not JSON}\n\n"),
+        ("text/event-stream", b"data: [1]\n\n"),
+        ("text/event-stream", b'data: {"x": 1}\n\ndata: [DONE]\n\n'),
+    ],
+)
+def test_endpoint_that_is_not_one(
+    ferries: KnowledgeBase, chat_reranker: CoReReranker, kind: str, body: bytes
+) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with served(Other) as other:
+        turn = ask(ferries, chat_reranker, other)
+    assert turn.is_done
+    assert "Check that it runs and serves that model" in turn.error
+    assert turn.documents
 
 
 def test_embedded_model_answers(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:

@@ -1,0 +1,275 @@
+"""The web server of the page: its address, and which requests it answers."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import time
+import webbrowser
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
+
+with requires_extra("chat"):
+    import uvicorn
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.exceptions import HTTPException
+    from starlette.responses import PlainTextResponse
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+FIRST_PORT, PORTS = 7860, 100
+MAX_JSON_BYTES = 1 << 20
+MAX_UPLOAD_BYTES = 80 << 20
+"""Maximum size of the files that are dropped at once."""
+MAX_WAITING_BYTES = 4 * MAX_UPLOAD_BYTES
+"""Maximum size of uploads that have not been read yet, over all visitors."""
+ABANDONED_SECONDS = 3600
+"""Age at which an upload that nothing has read is deleted."""
+CLOSE_SECONDS = 2
+"""Time for answers in progress when the server stops."""
+
+_API = "/gradio_api"
+# What the page asks for. Gradio's other routes, such as its proxy, are closed.
+_GET = re.compile(
+    r"/|/(?:config|theme\.css|favicon\.ico|manifest\.json)|/(?:assets|static|svelte)/.+"
+    rf"|{_API}/(?:info|app_id|theme\.css|startup-events|upload_progress|queue/data|heartbeat/\w+)"
+)
+_POST = {
+    f"{_API}/queue/join": MAX_JSON_BYTES,
+    f"{_API}/cancel": MAX_JSON_BYTES,
+    f"{_API}/reset": MAX_JSON_BYTES,
+    f"{_API}/upload": MAX_UPLOAD_BYTES,
+}
+# Gradio's page needs inline scripts and `eval`. Nothing comes from, or goes to, another server.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'; object-src 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """Open the socket of the page. Browsers that connect to it wait until `serve`.
+
+    Args:
+        host: The address. Other machines cannot reach ``127.0.0.1``.
+        port: The port; ``None`` selects the first free one from `FIRST_PORT`.
+
+    Raises:
+        InvalidInputError: The address is in use or does not exist.
+    """
+    failure: OSError | None = None
+    for candidate in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
+        try:
+            return _listen(host.strip("[]"), candidate)
+        except OSError as error:
+            failure = error
+    where = f"{host}:{port}" if port else f"{host}, ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+    raise InvalidInputError(
+        f"cannot listen on {where} ({failure}); stop the program that uses it, or pass another "
+        "--port or --host"
+    ) from failure
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # On Windows, the option allows two servers on one port.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def serve(app: ASGIApp, listener: socket.socket, opens: bool) -> None:
+    """Serve the page until the program is interrupted.
+
+    Args:
+        app: The page; see `Guard`.
+        listener: The socket; see `listen`.
+        opens: Whether to open a browser.
+    """
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "localhost"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=CLOSE_SECONDS
+    )
+    print(f"Open {url} in a browser; Ctrl+C ends.", flush=True)
+    if opens:
+        webbrowser.open(url)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+class Guard:
+    """Refuse requests that the page does not send, before Gradio reads them.
+
+    Web pages of other sites run in the same browser, which reaches this server. They cannot read
+    or change documents: the ``Host`` must be a name of this server, because any name can be made
+    to point at ``127.0.0.1``; the ``Origin`` must be the page itself; no page can hold this one in
+    a frame.
+
+    Args:
+        app: The application.
+        host: The address that the server listens on.
+        names: More names of the server.
+        uploads: Folder of the uploads.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, host: str, names: Sequence[str] = (), uploads: Path
+    ) -> None:
+        self._app = app
+        self._own_names = {_plain(name) for name in names}
+        self._names = {*LOCAL_NAMES, _plain(host), *self._own_names}
+        # A name can be made to point at any machine; an address belongs to its machine.
+        self._takes_addresses = _plain(host) in ("0.0.0.0", "::")  # noqa: S104
+        self._uploads = uploads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        try:
+            limit = self._check(scope)
+        except HTTPException as error:
+            response = PlainTextResponse(error.detail, error.status_code)
+            await response(scope, receive, send_with_headers)
+            return
+        await self._app(scope, _limited(receive, limit), send_with_headers)
+
+    def _check(self, scope: Scope) -> int:
+        """Return the maximum size of the body of a request.
+
+        Raises:
+            HTTPException: The request is refused.
+        """
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if not self._is_name(_hostname(host)):
+            raise HTTPException(
+                421,
+                f"This server has no name {host!r}. Open it under the address that it printed, or "
+                "start it with: --allowed-host NAME",
+            )
+        self._check_origin(headers, host, scope["method"])
+        path = scope["path"]
+        if scope["method"] in ("GET", "HEAD") and _GET.fullmatch(path):
+            limit = 0
+        elif scope["method"] == "POST" and path in _POST:
+            limit = _POST[path]
+        else:
+            raise HTTPException(404, "The page does not use this address.")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > limit:
+            raise HTTPException(413, _too_large(limit))
+        if limit == MAX_UPLOAD_BYTES:
+            self._make_room()
+        return limit
+
+    def _check_origin(self, headers: Headers, host: str, method: str) -> None:
+        """Check that the page itself has sent the request, or that somebody opens it.
+
+        Raises:
+            HTTPException: Another page has sent it.
+        """
+        origin = headers.get("origin")
+        netloc = origin.lower().partition("://")[2] if origin else host.lower()
+        # A proxy may change the host.
+        is_own = netloc == host.lower() or _hostname(netloc) in self._own_names
+        is_opened = method == "GET" and headers.get("sec-fetch-dest") == "document"
+        site = headers.get("sec-fetch-site", "none")
+        if not is_own or (site not in ("same-origin", "none") and not is_opened):
+            raise HTTPException(403, "Pages of other sites cannot use this one.")
+
+    def _is_name(self, name: str) -> bool:
+        return name in self._names or (self._takes_addresses and _is_address(name))
+
+    def _make_room(self) -> None:
+        """Delete abandoned uploads.
+
+        Raises:
+            HTTPException: Too many uploads wait to be read.
+        """
+        waiting = 0
+        for path in self._uploads.rglob("*"):
+            try:
+                status = path.stat()
+                if not path.is_file():
+                    continue
+                if time.time() - status.st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+                else:
+                    waiting += status.st_size
+            except FileNotFoundError:  # It has just been read.
+                continue
+        if waiting > MAX_WAITING_BYTES:
+            raise HTTPException(429, "Too many files wait to be read: try again later.")
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """Return a function that receives at most ``limit`` bytes of a body."""
+    received = 0
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, _too_large(limit))
+        return message
+
+    return receive_limited
+
+
+def _too_large(limit: int) -> str:
+    return f"The request is larger than {limit >> 10:,} KiB."
+
+
+def _plain(name: str) -> str:
+    return name.strip("[]").lower().removesuffix(".")
+
+
+def _hostname(netloc: str) -> str:
+    """Return the name in ``name:port``, or an empty string if it is not one."""
+    try:
+        return _plain(urlsplit(f"//{netloc}").hostname or "")
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
