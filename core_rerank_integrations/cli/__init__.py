@@ -1,7 +1,7 @@
 """The command line, ``core-rerank``.
 
 commands.py    all commands
-common.py      options from pydantic models, and errors without tracebacks
+common.py      options from pydantic models, errors without tracebacks, tables
 rerank.py      rerank a file of documents
 cache.py       read documents before a question is asked
 chat.py        a chatbot in the browser
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from core_rerank_integrations._internal.progress import log_to_stderr
 from core_rerank_integrations.errors import MissingExtraError, requires_extra
@@ -33,9 +34,13 @@ def app() -> None:
     for name, value in PRIVACY.items():
         os.environ.setdefault(name, value)
     log_to_stderr()
+    # A line of this package's code would say nothing to a user of the command.
+    warnings.formatwarning = lambda message, *_args, **_options: f"warning: {message}\n"
     try:
         with requires_extra("cli"):
             from core_rerank_integrations.cli.commands import app as commands
+        commands()
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
-    commands()
+    except KeyboardInterrupt:  # While modules were imported.
+        sys.exit(130)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -19,6 +21,8 @@ app = typer.Typer(
     help="Rerank documents by a language model's contrastive retrieval heads.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Rich would take brackets in texts of users for markup, and break paths.
+    rich_markup_mode=None,
 )
 for function in (rerank, cache, chat, evaluate):
     app.command()(function)
@@ -50,5 +54,8 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Answer ``--version``."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Windows and redirected output may have an encoding that lacks characters.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if version:
         print(__version__)

@@ -1,15 +1,19 @@
-"""Shared parts of the commands: options from pydantic models, and errors without tracebacks."""
+"""Shared parts of the commands: options from pydantic models, errors, and tables."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from core_rerank_integrations.errors import CoReError
 from core_rerank_integrations.settings import CheckedModel
@@ -51,10 +55,30 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def print_table(
+    headers: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None
+) -> None:
+    """Print a table to a terminal; to a file or a pipe, lines of cells separated by tabs.
+
+    Text of users is never read as markup, and lines outside a terminal are never wrapped or cut.
+    """
+    if sys.stdout.isatty():
+        table = Table(title=title, title_justify="left")
+        for header in headers:
+            table.add_column(header, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, emoji=False, highlight=False).print(table)
+        return
+    if title is not None:
+        print(title)
+    for row in (headers, *rows):
+        print("\t".join(" ".join(str(cell).split()) for cell in row))
+
+
 def _options(model: type[CheckedModel]) -> Iterator[inspect.Parameter]:
     """Yield one parameter per field that can be written on a command line, base classes last."""
     for owner in model.__mro__:
-        panel = inspect.cleandoc(owner.__doc__ or "").partition("\n")[0].removesuffix(".")
         for name in inspect.get_annotations(owner):
             field = model.model_fields.get(name)
             types = list(_types(field.annotation)) if field else []
@@ -62,7 +86,7 @@ def _options(model: type[CheckedModel]) -> Iterator[inspect.Parameter]:
                 continue
             default = field.get_default(call_default_factory=True)
             flag = f"--{name.replace('_', '-')}"
-            option = typer.Option(flag, help=field.description, rich_help_panel=panel)
+            option = typer.Option(flag, help=field.description)
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,

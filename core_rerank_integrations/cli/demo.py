@@ -11,11 +11,11 @@ from functools import partial
 from io import StringIO
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations._internal.resources import resource_folder
+from core_rerank_integrations.cli.common import print_table
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.integrations.langchain import CoReDocumentCompressor
 from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
@@ -104,16 +104,15 @@ def llama_index_pipeline(
 
 def run_demo(model: str, candidates: int, questions: int | None) -> None:
     """Show two questions side by side per framework, then nDCG@10 and MRR over all of them."""
-    console = Console()
     collection = Collection.load(resource_folder("examples/data"))
     queries = dict(list(collection.queries.items())[:questions])
-    console.print(
-        f"\n[bold]Skarholm Light Museum[/]: {len(collection.passages)} passages of a fictional "
+    print(
+        f"\nSkarholm Light Museum: {len(collection.passages)} passages of a fictional "
         f"handbook, {len(queries)} questions.\nThe {candidates} best of each first stage are "
-        f"reranked by [bold]{model}[/]. Loading it ..."
+        f"reranked by {model}. Loading it ..."
     )
     with CoReReranker(model, document_cache=DocumentCache(disk_bytes=0)) as reranker:
-        console.print(
+        print(
             f"{len(reranker.heads.heads)} heads of {reranker.heads.name!r} are read, on the "
             f"{reranker.backend!r} backend."
         )
@@ -123,42 +122,39 @@ def run_demo(model: str, candidates: int, questions: int | None) -> None:
             start = time.perf_counter()
             reranker.cache_documents(texts, show_progress=True)
             ms = 1000 * (time.perf_counter() - start) / len(texts)
-            console.print(f"Every passage was read once, {ms:,.0f} ms each, and is cached now.")
-        console.print()
+            print(f"Every passage was read once, {ms:,.0f} ms each, and is cached now.")
+        print()
         make = (langchain_pipeline, llama_index_pipeline)
         pipelines = [function(collection, reranker, candidates) for function in make]
         for pipeline in pipelines:
             for query in list(queries)[:SHOWN_QUESTIONS]:
-                console.print(side_by_side(collection, pipeline, query), "")
-        summary = Table("", title=f"All {len(queries)} questions", title_justify="left")
-        for header in ("nDCG@10 before", "after", "MRR before", "after"):
-            summary.add_column(header, justify="right")
-        verdicts = [measure(collection, queries, pipeline, summary) for pipeline in pipelines]
-    console.print(summary, *verdicts, sep="\n")
+                side_by_side(collection, pipeline, query)
+        measured = [measure(collection, queries, pipeline) for pipeline in pipelines]
+    headers = ("", "nDCG@10 before", "after", "MRR before", "after")
+    print_table(headers, [row for row, _ in measured], f"All {len(queries)} questions")
+    print(*(verdict for _, verdict in measured), sep="\n")
 
 
-def side_by_side(collection: Collection, pipeline: Pipeline, query: str) -> Table:
-    """Return a table of the best passages for one query id, before and after reranking."""
+def side_by_side(collection: Collection, pipeline: Pipeline, query: str) -> None:
+    """Print the best passages for one query id, before and after reranking."""
     question = collection.queries[query]
-    title = f"{pipeline.name}: [italic]{question}"
-    table = Table("", "before", "after", title=title, title_justify="left")
-    table.caption = "✔ judged relevant"
+
+    def cell(passage: str) -> Text:
+        title = collection.passages[passage].title
+        is_relevant = collection.qrels[query].get(passage)
+        return Text(f"✔ {title}", "bold green") if is_relevant else Text(f"  {title}")
+
     before, after = pipeline.first_stage(question), pipeline.reranked(question)
-    rows = zip(before[:SHOWN_RANKS], after[:SHOWN_RANKS], strict=True)
-    for rank, row in enumerate(rows, start=1):
-        cells = [
-            ("[bold green]✔ " if collection.qrels[query].get(passage) else "  ")
-            + collection.passages[passage].title
-            for passage in row
-        ]
-        table.add_row(str(rank), *cells)
-    return table
+    pairs = zip(before[:SHOWN_RANKS], after[:SHOWN_RANKS], strict=True)
+    rows = [(str(rank), cell(old), cell(new)) for rank, (old, new) in enumerate(pairs, start=1)]
+    print_table(("", "before", "after"), rows, f"{pipeline.name}: {question}")
+    print("✔ judged relevant\n")
 
 
 def measure(
-    collection: Collection, queries: dict[str, str], pipeline: Pipeline, summary: Table
-) -> str:
-    """Add the measures of a pipeline to the summary; return a sentence about them."""
+    collection: Collection, queries: dict[str, str], pipeline: Pipeline
+) -> tuple[tuple[str, ...], str]:
+    """Return the measures of a pipeline as a row of a table, and a sentence about them."""
     before: dict[str, list[str]] = {}
     after: dict[str, list[str]] = {}
     seconds = []
@@ -169,7 +165,7 @@ def measure(
         seconds.append(time.perf_counter() - start)
     qrels = {query: collection.qrels[query] for query in queries}
     old, new = mean_measures(qrels, before), mean_measures(qrels, after)
-    summary.add_row(
+    row = (
         pipeline.name,
         *(f"{values[metric]:.3f}" for metric in ("nDCG@10", "RR") for values in (old, new)),
     )
@@ -180,7 +176,7 @@ def measure(
     verdict = (
         "improved nDCG@10."
         if new["nDCG@10"] > old["nDCG@10"]
-        else "did [bold]not[/] beat the first stage here. A model of this size may lose to a good "
+        else "did not beat the first stage here. A model of this size may lose to a good "
         "first stage; a larger --model ranks better."
     )
-    return f"{pipeline.name}: reranking {verdict} {times}"
+    return row, f"{pipeline.name}: reranking {verdict} {times}"

@@ -15,7 +15,10 @@ from core_rerank_integrations.research.options import EvaluationOptions
 @command
 def evaluate(
     options: EvaluationOptions,
-    output: Annotated[Path, typer.Option(help="Folder for the report and the runs.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the report and the runs.", file_okay=False, writable=True),
+    ],
     plots: Annotated[bool, typer.Option(help="Whether the report has plots.")] = False,
 ) -> None:
     """Compare a first stage and head sets on the same candidates, and test the differences.

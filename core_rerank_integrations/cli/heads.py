@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from core_rerank_integrations import research
-from core_rerank_integrations.cli.common import command
+from core_rerank_integrations.cli.common import command, print_table
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.shipped import shipped_head_sets
 from core_rerank_integrations.research.options import (
@@ -20,21 +18,26 @@ from core_rerank_integrations.research.options import (
     FitOptions,
 )
 
-app = typer.Typer(help="List, find and fit head sets.", no_args_is_help=True)
+app = typer.Typer(help="List, find and fit head sets.", no_args_is_help=True, rich_markup_mode=None)
 
-OutputOption = Annotated[Path, typer.Option(help="Head set file to write.")]
+OutputOption = Annotated[
+    Path, typer.Option(help="Head set file to write.", dir_okay=False, writable=True)
+]
 
 
 @app.command("list")
 def list_heads() -> None:
     """List the shipped head sets."""
-    table = Table(
-        Column("name", no_wrap=True), Column("model", overflow="fold"), "heads", "layers that run"
-    )
-    for head_set in shipped_head_sets().values():
-        layers = f"{head_set.highest_layer + 1} of {head_set.num_layers}"
-        table.add_row(head_set.name, head_set.model, str(len(head_set.heads)), layers)
-    Console().print(table)
+    rows = [
+        (
+            head_set.name,
+            head_set.model or "",
+            str(len(head_set.heads)),
+            f"{head_set.highest_layer + 1} of {head_set.num_layers}",
+        )
+        for head_set in shipped_head_sets().values()
+    ]
+    print_table(("name", "model", "heads", "layers that run"), rows)
 
 
 @app.command()
@@ -43,7 +46,12 @@ def find(
     options: FindOptions,
     output: OutputOption,
     plot: Annotated[
-        Path | None, typer.Option(help="Image file to write: a map of the scores of all heads.")
+        Path | None,
+        typer.Option(
+            help="Image file to write: a map of the scores of all heads.",
+            dir_okay=False,
+            writable=True,
+        ),
     ] = None,
 ) -> None:
     """Score every head on judged questions, and write the best ones as a head set.
@@ -101,11 +109,16 @@ def abstention(options: AbstentionOptions, output: OutputOption) -> None:
 def _write(head_set: HeadSet, output: Path) -> None:
     """Write a head set and print its heads."""
     head_set.save(output)
-    table = Table("layer", "head", "score", "weight", title=head_set.name, title_justify="left")
-    for head in head_set.heads:
-        score = "" if head.score is None else f"{head.score:.4f}"
-        table.add_row(str(head.layer), str(head.head), score, f"{head.weight:g}")
-    Console(markup=False).print(table)
+    rows = [
+        (
+            str(head.layer),
+            str(head.head),
+            "" if head.score is None else f"{head.score:.4f}",
+            f"{head.weight:g}",
+        )
+        for head in head_set.heads
+    ]
+    print_table(("layer", "head", "score", "weight"), rows, head_set.name)
     weight = head_set.scoring.rank_weight
     first_stage = f"; the first stage has weight {weight:g}" if weight else ""
     print(f"{head_set.highest_layer + 1} of {head_set.num_layers} layers run{first_stage}")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
+import sys
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from core_rerank_integrations.cli.common import command
+from core_rerank_integrations.cli.common import command, print_table
 from core_rerank_integrations.cli.documents import DocumentsFile, read_documents
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.ranking import check_candidates
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult, RerankResults
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 STRONGEST_WORDS = 3
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters besides tabs and new lines; some would change the terminal."""
 
 Format = Literal["text", "json", "trec"]
 
@@ -32,14 +37,19 @@ def rerank(
 ) -> None:
     """Rank the documents of a file by a query."""
     ids, texts = read_documents(documents)
+    check_candidates(query, texts)  # Before a model is downloaded or loaded.
+    if output == "trec":
+        _check_trec(query_id, *ids)
     with CoReReranker(**dict(settings)) as reranker:
         results = reranker.rerank(query, texts, **options.model_dump())
     if output == "json":
         rows = [_row(result, ids[result.index]) for result in results]
-        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        # Other encodings lack characters, and JSON has escapes for all.
+        is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+        print(json.dumps(rows, ensure_ascii=not is_utf8, indent=2))
     elif output == "trec":
         for rank, result in enumerate(results, start=1):
-            print(f"{query_id} Q0 {ids[result.index]} {rank} {result.score:.6f} core-rerank")
+            print(f"{query_id} Q0 {ids[result.index]} {rank} {result.score:.9g} core-rerank")
     else:
         _print_table(results)
 
@@ -59,21 +69,34 @@ def _row(result: RerankResult, document_id: str) -> dict[str, Any]:
     return row
 
 
+def _check_trec(*ids: str) -> None:
+    for name in ids:
+        if name.split() != [name]:
+            raise InvalidInputError(
+                f"the id {name!r} cannot be written as TREC, whose columns are separated by white "
+                "space; use --output json or other ids"
+            )
+
+
 def _print_table(results: RerankResults) -> None:
     calibrated = any(result.probability is not None for result in results)
-    label = "probability" if calibrated else "score"
-    table = Table("rank", label, "document", box=None, pad_edge=False)
-    for rank, result in enumerate(results, start=1):
-        score = f"{result.relevance_score:.4f}" if result.reranked else "not read"
-        table.add_row(str(rank), score, _highlighted(result))
-    Console().print(table)
+    rows = [
+        (
+            str(rank),
+            f"{result.relevance_score:.4f}" if result.reranked else "not read",
+            _highlighted(result),
+        )
+        for rank, result in enumerate(results, start=1)
+    ]
+    print_table(("rank", "probability" if calibrated else "score", "document"), rows)
     if results.answerability is not None:
         print(f"\nProbability that a relevant document is in the list: {results.answerability:.4f}")
 
 
 def _highlighted(result: RerankResult) -> Text:
     """Return the document, its best sentence in bold and that sentence's strongest words green."""
-    text = Text(result.document)
+    # Rich drops some control characters, which would move the spans, and prints the others.
+    text = Text(CONTROL.sub("\N{REPLACEMENT CHARACTER}", result.document))
     for best in result.evidence[:1]:
         text.stylize("bold", best.start, best.stop)
         for word in sorted(best.words, key=lambda word: -word.score)[:STRONGEST_WORDS]:
