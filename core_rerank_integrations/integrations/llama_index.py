@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
 from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import Any, Self
+from uuid import uuid4
 
 from pydantic import ConfigDict, Field
 
+from core_rerank_integrations._internal.cancellation import run_in_thread
+from core_rerank_integrations.backends.local.store import last_changes
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.integrations.fields import ModelFields, RerankerFields
 from core_rerank_integrations.integrations.outputs import (
@@ -18,7 +23,9 @@ from core_rerank_integrations.integrations.outputs import (
     result_metadata,
 )
 from core_rerank_integrations.method.extraction import evidence_within, extract
+from core_rerank_integrations.models.local_model import cache_folder
 from core_rerank_integrations.results import RerankResults
+from core_rerank_integrations.settings import VLLM_BACKENDS, DocumentCache
 from core_rerank_integrations.tracing import without_second_span
 
 with requires_extra("llama-index"):
@@ -33,6 +40,9 @@ with requires_extra("llama-index"):
         QueryBundle,
         TransformComponent,
     )
+
+FILES_KEY = "files"
+"""Key of the state of a `CoReNodeIndexer`'s files, among its fields."""
 
 _dispatcher = instrumentation.get_dispatcher(__name__)  # type: ignore[attr-defined]
 
@@ -168,7 +178,8 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
 
     It belongs last before the embeddings, because it reads the text that is embedded. Returns the
     nodes unchanged; see `CoReReranker.cache_documents` for what is stored and for the errors. The
-    postprocessor needs the same model and heads.
+    postprocessor needs the same model and heads. A pipeline's own cache skips this step only while
+    the files of the documents are unchanged.
 
     Examples:
         >>> IngestionPipeline(transformations=[SentenceSplitter(), CoReNodeIndexer(), embedding])
@@ -189,6 +200,31 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
         """Cache ``nodes`` and return them."""
         self._loaded_reranker().cache_documents([embedded_text(node) for node in nodes])
         return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Cache nodes without blocking the event loop."""
+        return await run_in_thread(partial(self, nodes, **kwargs))
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the fields, and the state of the files.
+
+        An `IngestionPipeline` compares this to tell whether it has run the step on the same nodes.
+        """
+        return {**super().to_dict(**kwargs), FILES_KEY: self._files_state()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """Make an indexer from the output of `to_dict`."""
+        fields = {name: value for name, value in data.items() if name != FILES_KEY}
+        return super().from_dict(fields, **kwargs)
+
+    def _files_state(self) -> str:
+        """Return what changes with each new or dropped file; always new if there are no files."""
+        config = self.document_cache or DocumentCache()
+        changes = []
+        if config.disk_bytes and self.backend not in VLLM_BACKENDS:
+            changes = last_changes(config.folder or cache_folder("documents"))
+        return sha256(repr(changes).encode()).hexdigest() if changes else uuid4().hex
 
 
 def own_text_start(node: BaseNode, embedded: str) -> int | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from llama_index.core.schema import (
     QueryBundle,
     TextNode,
 )
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import (
@@ -364,7 +365,60 @@ def test_an_ingestion_pipeline_caches_nodes(smollm2: LocalModel, tmp_path: Path)
         assert all("page: 3" in text for text in seen)
         assert ranking.cache_documents(seen) == 0, "they are on disk already"
     restored = CoReNodeIndexer.from_json(indexer.to_json())
-    assert restored.document_cache == cache
+    assert restored.model_dump() == indexer.model_dump()
+
+
+class CountingIndexer(CoReNodeIndexer):
+    calls: int = Field(default=0, exclude=True)
+
+    def __call__(self, nodes: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().__call__(nodes, **kwargs)
+
+
+def test_a_pipelines_cache_skips_the_indexer_only_while_its_files_exist(
+    smollm2: LocalModel, tmp_path: Path
+) -> None:
+    files, other = tmp_path / "files", tmp_path / "other"
+    settings: Any = {"model": smollm2.path, "heads": CALIBRATED}
+    indexer = CountingIndexer(**settings, document_cache=DocumentCache(folder=files))
+    given = [node.node for node in nodes()]
+    pipeline = IngestionPipeline(transformations=[indexer])
+    for expected in (1, 2, 2):  # The first run has changed the files.
+        assert pipeline.run(nodes=given) == given
+        assert indexer.calls == expected
+    pipeline.persist(str(tmp_path / "pipeline"))
+    files.rename(other)
+    again = IngestionPipeline(transformations=[indexer])
+    again.load(str(tmp_path / "pipeline"))
+    assert asyncio.run(again.arun(nodes=given)) == given
+    assert indexer.calls == 3
+    next(path for path in files.rglob("*") if path.is_file()).unlink()
+    again.run(nodes=given)
+    assert indexer.calls == 4
+    names = [path.relative_to(other) for path in other.rglob("*")]
+    assert sorted(names) == sorted(path.relative_to(files) for path in files.rglob("*"))
+    in_memory = CountingIndexer(**settings, document_cache=DocumentCache(disk_bytes=0))
+    assert in_memory.to_dict() != in_memory.to_dict(), "memory does not outlive the process"
+
+
+async def test_an_asynchronous_pipeline_does_not_block_the_loop() -> None:
+    async def tick() -> None:
+        while not indexing.done():
+            ticks.append(1)
+            await asyncio.sleep(0.01)
+
+    class Slow(CoReNodeIndexer):
+        def __call__(self, nodes: Any, **_: Any) -> Any:
+            time.sleep(0.2)
+            return nodes
+
+    ticks: list[int] = []
+    given = [node.node for node in nodes()]
+    indexing = asyncio.ensure_future(IngestionPipeline(transformations=[Slow()]).arun(nodes=given))
+    await tick()
+    assert indexing.result() == given
+    assert len(ticks) > 5
 
 
 def test_nodes_not_read_in_time_are_marked(calibrated: CoReReranker) -> None:

@@ -129,5 +129,14 @@ class DocumentStore:
         return self._entries / name[:2] / name
 
 
+def last_changes(folder: Path) -> list[tuple[str, int]]:
+    """Return when entries were last added to or dropped from each part of a store's folder."""
+    changes = []
+    for part in folder.glob("*/*"):
+        with suppress(OSError):  # Another process has deleted it.
+            changes.append((str(part), part.stat().st_mtime_ns))
+    return sorted(changes)
+
+
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(CHECKSUM_BYTES)
