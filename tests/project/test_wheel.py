@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,7 +168,6 @@ def test_one_framework(
     run(lacks(thin.other_framework))
 
 
-@pytest.mark.usefixtures("smollm2")  # Without PyTorch its GGUF file cannot be converted.
 @THIN
 def test_a_thin_wheel_without_pytorch(
     thin: ThinPackage, wheels: dict[str, Path], environment: Environment, tmp_path: Path
@@ -183,3 +185,75 @@ def test_a_thin_wheel_without_pytorch(
             f"import {thin.module} as thin, {MAIN} as main\n"
             "assert thin.CoReNodePostprocessor is main.CoReNodePostprocessor\n"
         )
+
+
+@dataclass(frozen=True)
+class BareMachine:
+    """A clean environment without pip, and an empty cache.
+
+    Attributes:
+        folder: Folder that every user can read.
+    """
+
+    folder: Path
+
+    @property
+    def python(self) -> str:
+        return str(self.folder / "venv" / "bin" / "python")
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "CORE_RERANK_CACHE": str(self.folder / "cache"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+        }
+
+
+@pytest.fixture(scope="module")
+def bare(wheels: dict[str, Path]) -> Iterator[BareMachine]:
+    # The wheel is installed from outside, and nothing may be built. Another user can run the
+    # system's Python, where one of a version manager is in somebody's home.
+    system = Path(f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}")
+    interpreter = str(system) if system.exists() else sys.executable
+    with tempfile.TemporaryDirectory() as name:
+        machine = BareMachine(Path(name))
+        machine.folder.chmod(0o755)
+        command = [interpreter, "-m", "venv", "--without-pip", str(machine.folder / "venv")]
+        subprocess.run(command, check=True)
+        requirement = f"core-rerank-integrations[cpu,langchain] @ {wheels[MAIN].as_uri()}"
+        pip = [sys.executable, "-m", "pip", "--python", machine.python, "install"]
+        constraints = str(ROOT / "constraints.txt")
+        subprocess.run([*pip, "--only-binary=:all:", "-c", constraints, requirement], check=True)
+        yield machine
+
+
+def first_snippet(*command: str, **options: Any) -> None:
+    """Run the README's first snippet; the output must be what the README shows."""
+    readme = ROOT / "README.md"
+    code = lacks("pip", "torch", "accelerate") + "\n" + first_example(readme)
+    result = subprocess.run([*command, code], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    assert f"```\n{result.stdout}```" in readme.read_text(encoding="utf-8")
+
+
+def test_the_first_snippet_on_a_bare_machine(bare: BareMachine, tmp_path: Path) -> None:
+    variables = {**bare.variables, "HOME": str(tmp_path)}
+    first_snippet(bare.python, "-c", env=variables, cwd=tmp_path)
+    assert list(tmp_path.glob("*")) == []
+    assert [path.suffix for path in (bare.folder / "cache" / "models").iterdir()].count(".whl") == 0
+
+
+def test_a_user_without_a_home_on_a_read_only_root(bare: BareMachine) -> None:
+    """A container often runs like this, with the cache in its image."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    mount = [*sudo, "unshare", "--mount", "sh", "-c", 'mount -o remount,bind,ro / && exec "$@"']
+    user = ["sh", "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    if subprocess.run([*mount, *user, bare.python, "-c", ""]).returncode:
+        pytest.skip("no other user can run Python on a read-only root of this machine")
+    if not (bare.folder / "cache").exists():
+        name = "core_rerank_integrations.models.resolve"
+        fetch = f"from {name} import resolve; resolve('smollm2-135m')"
+        subprocess.run([bare.python, "-c", fetch], env=bare.variables, check=True)
+    variables = [f"{name}={value}" for name, value in bare.variables.items()]
+    first_snippet(*mount, *user, "env", "-i", *variables, bare.python, "-B", "-c", cwd="/")
