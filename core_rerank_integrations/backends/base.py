@@ -58,6 +58,11 @@ class AttentionBackend(Protocol):
     """Maximum number of tokens of a prompt."""
 
     @property
+    def dtype(self) -> object:
+        """Precision that the model runs in, which ``auto`` may have selected."""
+        ...
+
+    @property
     def stats(self) -> BackendStats:
         """Counters since the backend was loaded."""
         ...

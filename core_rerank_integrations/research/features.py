@@ -64,7 +64,7 @@ class HeadReader:
     Attributes:
         heads: All heads up to the layer.
         backend: Name of the backend that was selected.
-        dtype: The precision, as in the options.
+        dtype: The precision that the model runs in, which ``auto`` may have selected.
 
     Raises:
         HeadSetError: The model has no layer ``max_layer``.
@@ -80,8 +80,8 @@ class HeadReader:
         self.heads = HeadSet.every(shape, max_layer, model=model.model_id)
         settings = RerankerSettings(template=options.template, **options.runtime)
         self.backend = chosen_backend(settings, model, self.heads)
-        self.dtype = options.dtype
         self._scorer = load_scorer(self.backend, settings, model, self.heads)
+        self.dtype = str(self._scorer.backend.dtype).removeprefix("torch.")
         self._folder = options.cache or cache_folder("features")
         identity = (model.fingerprint(), len(self.heads.heads), self.backend, self.dtype)
         self._identity = repr(identity).encode()

@@ -7,6 +7,7 @@ import pytest
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, StorageError
+from core_rerank_integrations.heads.scoring_config import ScoringConfig
 from core_rerank_integrations.method.windows import Candidates, Layout
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.research.features import HeadReader
@@ -56,6 +57,24 @@ def test_what_was_read_is_not_computed_again(
     with reader_of(smollm2, tmp_path, max_layer=1) as other:
         assert other.read(CANDIDATES, Layout()).sums.shape == (3, 18), "other heads, other files"
         assert other.read(Candidates("?", ()), Layout()).sums.shape == (0, 18)
+
+
+def test_features_belong_to_the_dtype_that_auto_selects(
+    smollm2: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reader_of(smollm2, tmp_path, max_layer=1) as reader:
+        selected = reader.dtype
+        assert selected in {"float32", "bfloat16"}
+        reader.read(CANDIDATES, Layout())
+        found = reader.head_set("found", reader.heads.heads, ScoringConfig(), "core", {})
+    assert found.provenance.details["dtype"] == selected
+    with monkeypatch.context() as patched, reader_of(smollm2, tmp_path, 1, selected) as reader:
+        patched.setattr(AttentionScorer, "read", lambda *_: pytest.fail("computed again"))
+        reader.read(CANDIDATES, Layout())
+    before = len(list(tmp_path.rglob("*.npy")))
+    with reader_of(smollm2, tmp_path, 1, "int8") as reader:
+        reader.read(CANDIDATES, Layout())
+    assert len(list(tmp_path.rglob("*.npy"))) == 2 * before
 
 
 def test_damaged_and_unwritable_files_are_named(smollm2: LocalModel, tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ class EngineClient(ABC):
         return self._engine
 
     @property
+    def dtype(self) -> object:
+        """See `AttentionBackend.dtype`."""
+        return self.engine.model_config.dtype
+
+    @property
     def stats(self) -> BackendStats:
         """See `AttentionBackend.stats`. The engine's own cache is not counted."""
         prefixes = {prefix for prefix, _, _ in list(self._sums)}  # Calls change the cache.
