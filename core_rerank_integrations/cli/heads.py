@@ -59,13 +59,15 @@ def find(
     The scores of all heads go to <output>.scores.json.
     An interrupted run continues where it stopped.
     """
+    if plot is not None:
+        from core_rerank_integrations.research.plots import check_picture, plot_head_map
+
+        check_picture(plot)
     options = options.model_copy(update={"name": options.name or output.stem})
     found = research.find_heads(options, show_progress=True)
     _write(found.head_set, output)
     found.scores.save(output.with_suffix(".scores.json"))
     if plot is not None:
-        from core_rerank_integrations.research.plots import plot_head_map
-
         plot_head_map(found.head_set, plot)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from core_rerank_integrations._internal.progress import Progress, no_progress
@@ -25,6 +28,8 @@ from core_rerank_integrations.settings import RerankerSettings
 FIRST_STAGE = "first-stage"
 SUFFIXES: dict[str, FirstStage] = {FIRST_STAGE: "other", "bm25": "bm25", "dense": "dense"}
 """First stage by the suffix of a method's name, after the plus."""
+PLAIN_NAME = re.compile(r"^\w[\w.+@-]*$")
+MAX_NAME = 100
 HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of best heads that `head_count_methods` tries."""
 
@@ -34,14 +39,19 @@ class Method:
     """A way to order candidates.
 
     Attributes:
-        name: Name in reports.
+        name: Name in reports, runs and their files; see `plain_name`.
         heads: The heads; ``None`` keeps the order of the first stage.
         first_stage: What ordered the candidates; ``None`` if the order does not count.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=PLAIN_NAME.pattern)]
     heads: HeadSet | None = None
     first_stage: FirstStage | None = None
+
+
+def plain_name(name: str) -> str:
+    """Return a name that can be part of a file name, a tag of a TREC run and a cell of a table."""
+    return re.sub(r"[^\w.+@-]+", "-", name).strip("-.")[:MAX_NAME] or "heads"
 
 
 def named_method(text: str, model: LocalModel) -> Method:
@@ -70,7 +80,7 @@ def named_method(text: str, model: LocalModel) -> Method:
         heads = kinds[name]
     else:
         heads = named_head_set(name)
-        name = heads.name  # The path of a file cannot be part of a run's file name.
+        name = plain_name(heads.name)
     heads.check(model.model_id, shape)
     if count:
         if not count.isdigit():

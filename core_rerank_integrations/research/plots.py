@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.research.evaluation import MethodResult
 from core_rerank_integrations.research.measures import MAIN_MEASURE, expected_calibration_error
+from core_rerank_integrations.research.methods import plain_name
 
 with requires_extra("eval"):
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -40,8 +44,8 @@ def plot_head_map(head_set: HeadSet, path: Path) -> None:
         edgecolors="red",
         linewidths=1.5,
     )
-    axes.set(xlabel="head", ylabel="layer", title=head_set.name)
-    figure.savefig(path)
+    axes.set(xlabel="head", ylabel="layer", title=plain_name(head_set.name))
+    _save(figure, path)
 
 
 def plot_head_counts(curve: Mapping[int, float], others: Mapping[str, float], path: Path) -> None:
@@ -61,7 +65,7 @@ def plot_head_counts(curve: Mapping[int, float], others: Mapping[str, float], pa
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set(xlabel="number of heads", ylabel=f"mean {MAIN_MEASURE}")
     axes.legend()
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
@@ -88,7 +92,7 @@ def plot_costs(results: Sequence[MethodResult], path: Path) -> None:
         )
     axes.set(xlabel="ms per rerank, median", ylabel=f"mean {MAIN_MEASURE}", xlim=(0, None))
     axes.margins(0.1)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_gains(result: MethodResult, first_stage: MethodResult, path: Path) -> None:
@@ -107,7 +111,7 @@ def plot_gains(result: MethodResult, first_stage: MethodResult, path: Path) -> N
         ylabel=f"{MAIN_MEASURE} of {result.method.name} minus first stage",
         title=f"{better} better, {worse} worse, {len(differences) - better - worse} equal",
     )
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_reliability(result: MethodResult, path: Path) -> None:
@@ -131,9 +135,29 @@ def plot_reliability(result: MethodResult, path: Path) -> None:
         xlim=(0, 1),
         ylim=(0, 1),
     )
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def check_picture(path: Path) -> None:
+    """Check that pictures can be written in the format of a file.
+
+    Raises:
+        InvalidInputError: They cannot.
+    """
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise InvalidInputError(
+            f"cannot write a picture to {path}: the name must end with one of "
+            f"{', '.join(f'.{name}' for name in formats)}"
+        )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower())
+    write_atomically(path, content.getvalue())

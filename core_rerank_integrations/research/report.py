@@ -17,7 +17,7 @@ from core_rerank_integrations.research.measures import (
     MEASURES,
     expected_calibration_error,
 )
-from core_rerank_integrations.research.methods import Method
+from core_rerank_integrations.research.methods import Method, plain_name
 from core_rerank_integrations.research.plots import (
     plot_costs,
     plot_gains,
@@ -115,7 +115,7 @@ def _draw(folder: Path, evaluation: Evaluation) -> list[str]:
     for result in named:
         heads = result.method.heads
         if heads is not None and heads.provenance.ranked_heads:
-            pictures.append(f"map-{heads.name}.png")
+            pictures.append(f"map-{plain_name(heads.name)}.png")
             plot_head_map(heads, folder / pictures[-1])
     if evaluation.curve:
         counts = {

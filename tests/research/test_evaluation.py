@@ -8,7 +8,7 @@ import pytest
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations._internal.resources import resource_folder
-from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.errors import InvalidInputError, StorageError
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.research.collection import Collection, Passage
@@ -19,7 +19,8 @@ from core_rerank_integrations.research.measures import (
     measure,
     reliability,
 )
-from core_rerank_integrations.research.methods import JointReranker, Method
+from core_rerank_integrations.research.methods import JointReranker, Method, named_method
+from core_rerank_integrations.research.plots import check_picture, plot_head_map
 from core_rerank_integrations.research.report import save_report
 from core_rerank_integrations.settings import RerankerSettings
 
@@ -138,6 +139,49 @@ def test_comparison_and_report(tmp_path: Path) -> None:
     assert (tmp_path / "report/gains.png").exists()
     lines = (tmp_path / "report/oracle.trec").read_text().splitlines()
     assert len(lines) == sum(len(documents) for documents in run.values())
+
+
+NAMES = ("../../outside", "/absolute", "..", "a b|c\n$x^2$", "\x00", "", "C:\\x", "l" * 500)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_set_may_have_any_name_and_the_report_stays_in_its_folder(
+    name: str, tmp_path: Path, smollm2: LocalModel
+) -> None:
+    ranked = {"provenance": {"ranked_heads": [(2, 1, 0.5), (5, 0, 0.25)]}}
+    HeadSet.from_pairs([(2, 1)], name=name, **ranked).save(tmp_path / "heads.json")
+    method = named_method(str(tmp_path / "heads.json"), smollm2)
+    rankings = {"q": [("a", 2.0), ("b", -2.0)]}
+    first = Method("first-stage")
+    results = compare(
+        {"q": {"a": 1}}, [first, method], {first.name: rankings, method.name: rankings}
+    )
+    folder = tmp_path / "deep" / "report"
+    save_report(folder, Evaluation(results, {}), plots=True)
+    written = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert written - {tmp_path / "heads.json"} == set(folder.iterdir())
+    assert {"report.json", "gains.png", f"{method.name}.trec"} <= {path.name for path in written}
+    tagged = (folder / f"{method.name}.trec").read_text().splitlines()[0]
+    assert len(tagged.split()) == 6
+    assert "**first-stage** |" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_a_method_of_your_own_needs_a_plain_name(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        Method(name=name, heads=LOW)
+
+
+def test_pictures_of_unknown_formats_are_refused(tmp_path: Path) -> None:
+    check_picture(tmp_path / "map.PNG")
+    for path in (tmp_path / "map.xyz", tmp_path / "map"):
+        with pytest.raises(InvalidInputError, match=r"must end with one of .*\.png"):
+            check_picture(path)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    ranked = HeadSet.from_pairs([(1, 1)], provenance={"ranked_heads": [(1, 1, 0.5)]})
+    with pytest.raises(StorageError, match="cannot write"):
+        plot_head_map(ranked, blocked / "map.png")
 
 
 def test_calibration_error_against_its_definition() -> None:
