@@ -15,6 +15,9 @@ CLOSED = "this CoReReranker is closed; make a new one"
 REMEDY = "Load it after the fork, or start processes by multiprocessing's method 'spawn'"
 
 _handles: weakref.WeakSet[ModelHandle] = weakref.WeakSet()
+_load_locks: dict[int, threading.Lock] = {}
+"""One of each process, because a fork may inherit one that is held. Models are loaded one after the
+other: Transformers changes PyTorch's default dtype meanwhile, vLLM environment variables."""
 _loading: list[int] = []
 """Process ids of the loads that run. A fork inherits those of its parent, and never sees their end.
 """
@@ -137,11 +140,12 @@ class ModelHandle:
                 f"process {process} cannot load a model: it was forked while process {_loading[0]} "
                 f"loaded one, so locks of that load are never released here. {REMEDY}"
             )
-        _loading.append(process)
-        try:
-            return self._load()
-        finally:
-            _loading.remove(process)
+        with _load_locks.setdefault(process, threading.Lock()):
+            _loading.append(process)
+            try:
+                return self._load()
+            finally:
+                _loading.remove(process)
 
     def _check_restart(self) -> None:
         failure = self._failure

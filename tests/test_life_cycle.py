@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -111,6 +113,30 @@ async def test_a_cancelled_call_stops_after_the_current_pass(
     assert calibrated.stats.tokens_run == read
     (prefix,) = calibrated.scorer.encoder.prefixes([documents[:1]])
     assert read - before < 150 * len(prefix.ids)
+
+
+IMPORTS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from core_rerank_integrations.models.local_model import LocalModel
+
+together = threading.Barrier(4)
+
+def layers(_):
+    together.wait()
+    return LocalModel(Path(sys.argv[1]), None).config().num_hidden_layers
+
+with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(layers, range(4))) == [30] * 4
+"""
+
+
+def test_the_first_threads_of_a_program_may_load_at_once(smollm2: LocalModel) -> None:
+    """Threads that import Transformers at the same time may get it half initialised."""
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTS, smollm2.path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_reranker_on_an_engine_of_the_caller_cannot_be_pickled(

@@ -50,6 +50,8 @@ class LocalModel:
             ModelError: The configuration cannot be read.
         """
         with requires_extra("transformers"), without_advice():
+            # Waits for a thread that imports it: the module that replaces it has this name.
+            import transformers  # noqa: F401
             from transformers import AutoConfig
         try:
             config = AutoConfig.from_pretrained(self.path)
@@ -102,7 +104,7 @@ def without_advice() -> Iterator[None]:
         yield
     finally:
         if given is None:
-            del os.environ[name]
+            os.environ.pop(name, None)  # Another thread may have.
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:

@@ -157,7 +157,7 @@ def attention_sums(
     rows, tokens = query.shape[1], key.shape[1]
     groups = query.shape[0] // key.shape[0]
     keys = key[heads.heads // groups].float().transpose(1, 2)
-    mass = torch.zeros(len(heads.heads), tokens, device=query.device)
+    mass = torch.zeros(len(heads.heads), tokens, dtype=torch.float32, device=query.device)
     for row in range(0, rows, MAX_PROBED_ROWS):
         chunk = query[heads.heads, row : row + MAX_PROBED_ROWS].float()
         last_key = tokens - rows + row + chunk.shape[1]

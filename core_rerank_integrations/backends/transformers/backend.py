@@ -158,7 +158,7 @@ class TransformersBackend(LocalBackend):
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
         heads = sum(len(layer.heads) for layer in self._heads.values())
-        mass = torch.zeros(heads, len(tokens), device=self.device)
+        mass = torch.zeros(heads, len(tokens), dtype=torch.float32, device=self.device)
         for index, layer in self._heads.items():
             attention = output.attentions[index][0, layer.heads, -rows:].float()
             mass[layer.indices] = attention.mean(dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,16 @@ class PackedRun:
         self.is_new = run.cached is None
         self.keep = keep
         self.instruction_rows = run.prefix.instruction_length
-        self.cached = run.cached or CachedPrefix(torch.zeros(heads, length, device=device))
+        # Another thread that loads a model changes PyTorch's default dtype meanwhile.
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        self.cached = run.cached or CachedPrefix(zeros(heads, length))
         self.border = start + (length if self.is_new else 0)
         self.stop = self.border
         self.questions: list[tuple[int, int]] = []
         self.sums: list[Tensor] = []
         for question in run.questions:
             self.questions.append((self.stop, self.stop + len(question)))
-            self.sums.append(torch.zeros(heads, length + len(question), device=device))
+            self.sums.append(zeros(heads, length + len(question)))
             self.stop += len(question)
 
     def masses(self) -> list[Mass]:

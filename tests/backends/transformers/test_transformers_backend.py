@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ from support.tiny_models import (
 )
 
 from core_rerank_integrations import HeadSet
+from core_rerank_integrations.backends.transformers import checks
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
-from core_rerank_integrations.errors import InvalidInputError, ModelError, UnsupportedModelError
+from core_rerank_integrations.errors import (
+    BackendError,
+    InvalidInputError,
+    ModelError,
+    UnsupportedModelError,
+)
 from core_rerank_integrations.models.local_model import LocalModel
 
 
@@ -42,6 +49,30 @@ def test_attention_mass(family: str, max_batch_tokens: int, tmp_path: Path) -> N
         computed = masses(backend, groups())
         assert {mass.dtype for mass in computed} == {np.dtype(np.float32)}
         assert_close(computed, expected_masses(model, groups()), 2e-6)
+
+
+def test_another_thread_that_loads_a_model_changes_nothing(tmp_path: Path) -> None:
+    """Transformers sets PyTorch's default dtype meanwhile, for all threads."""
+    model = tiny(tmp_path, "llama")
+    backend = reading(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        computed = masses(backend, groups())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(computed, expected_masses(model, groups()), 2e-6)
+
+
+def test_a_fork_cannot_use_the_threads_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tmp_path, "llama")
+    monkeypatch.setattr(checks, "PROCESS", os.getppid())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(BackendError, match=rf"forked from process {os.getppid()}.*'spawn'"):
+        reading(model)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    reading(model)
 
 
 def test_layers_above_the_highest_head_are_not_built(tmp_path: Path) -> None:
