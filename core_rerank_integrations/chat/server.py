@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import socket
@@ -38,6 +39,7 @@ CLOSE_SECONDS = 2
 """Time for answers in progress when the server stops."""
 
 _API = "/gradio_api"
+UPLOAD = f"{_API}/upload"
 # What the page asks for. Gradio's other routes, such as its proxy, are closed.
 _GET = re.compile(
     r"/|/(?:config|theme\.css|favicon\.ico|manifest\.json)|/(?:assets|static|svelte)/.+"
@@ -47,7 +49,7 @@ _POST = {
     f"{_API}/queue/join": MAX_JSON_BYTES,
     f"{_API}/cancel": MAX_JSON_BYTES,
     f"{_API}/reset": MAX_JSON_BYTES,
-    f"{_API}/upload": MAX_UPLOAD_BYTES,
+    UPLOAD: MAX_UPLOAD_BYTES,
 }
 # Gradio's page needs inline scripts and `eval`. Nothing comes from, or goes to, another server.
 _HEADERS = {
@@ -128,6 +130,9 @@ class Guard:
     to point at ``127.0.0.1``; the ``Origin`` must be the page itself; no page can hold this one in
     a frame.
 
+    Files that a request names must be uploads. Gradio would read any file of this machine, and
+    download any URL.
+
     Args:
         app: The application.
         host: The address that the server listens on.
@@ -160,12 +165,14 @@ class Guard:
             await send(message)
 
         try:
-            limit = self._check(scope)
+            limited = _limited(receive, self._check(scope))
+            if scope["method"] == "POST" and scope["path"] != UPLOAD:
+                limited = await self._with_checked_files(limited)
         except HTTPException as error:
             response = PlainTextResponse(error.detail, error.status_code)
             await response(scope, receive, send_with_headers)
             return
-        await self._app(scope, _limited(receive, limit), send_with_headers)
+        await self._app(scope, limited, send_with_headers)
 
     def _check(self, scope: Scope) -> int:
         """Return the maximum size of the body of a request.
@@ -192,7 +199,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
             raise HTTPException(413, _too_large(limit))
-        if limit == MAX_UPLOAD_BYTES:
+        if path == UPLOAD:
             self._make_room()
         return limit
 
@@ -210,6 +217,44 @@ class Guard:
         site = headers.get("sec-fetch-site", "none")
         if not is_own or (site not in ("same-origin", "none") and not is_opened):
             raise HTTPException(403, "Pages of other sites cannot use this one.")
+
+    async def _with_checked_files(self, receive: Receive) -> Receive:
+        """Return a function that receives the same JSON.
+
+        Raises:
+            HTTPException: The body is not JSON, or names a file that is not an upload.
+        """
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return receive
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            found = [json.loads(body)]
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, "The request is not JSON.") from error
+        while found:
+            value = found.pop()
+            if isinstance(value, dict):
+                if "path" in value and not self._is_upload(value["path"]):
+                    raise HTTPException(403, "The request names a file that is not an upload.")
+                found += value.values()
+            elif isinstance(value, list):
+                found += value
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return receive_again
+
+    def _is_upload(self, path: object) -> bool:
+        try:
+            return Path(str(path)).resolve().is_relative_to(self._uploads.resolve())
+        except (OSError, ValueError):
+            return False
 
     def _is_name(self, name: str) -> bool:
         return name in self._names or (self._takes_addresses and _is_address(name))

@@ -12,8 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -38,6 +40,7 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP *.example 127.0.0.1",
 ]
 OLD_DAYS, REFUND, _ = QUESTIONS
 EARS = "What ear protection is compulsory when you run the compressors?"
@@ -337,13 +340,59 @@ def test_files_of_the_server_cannot_be_requested(
     uploads = [event["id"] for event in events if event["targets"][0][1] == "upload"]
     file = {"path": str(secret), "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
     request = {"data": [[file]], "fn_index": uploads[0], "session_hash": session}
-    assert httpx.post(f"{api}/queue/join", json=request).is_success
-    assert '"success":false' in httpx.get(f"{api}/queue/data?session_hash={session}").text
-    assert httpx.get(f"{api}/file={secret}").status_code == 403
+    assert httpx.post(f"{api}/queue/join", json=request).status_code == 403
+    assert httpx.get(f"{api}/file={secret}").status_code == 404
     assert secret.exists()
     visitor.unfold("Documents")
     expect(visitor.page.get_by_label(f"{HANDBOOK} (72)")).to_be_visible()
     expect(visitor.page.get_by_label("secret.txt (1)")).to_have_count(0)
+
+
+def test_pages_of_other_sites_have_no_access(context: BrowserContext, chat: Chat) -> None:
+    """A name that points at this machine, and a page that sends files and holds a frame."""
+    page = context.new_page()
+    response = page.goto(f"http://evil.example:{chat.port}/")
+    assert response is not None
+    assert response.status == 421
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<iframe src='{chat.url}'></iframe>".encode())
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with page.expect_response(f"{chat.url}/") as framed:
+            page.goto(f"http://other.example:{server.server_port}/")
+        assert framed.value.status == 403
+        with page.expect_request("**/upload"):
+            page.evaluate(
+                """url => {
+                    const body = new FormData();
+                    body.append("files", new Blob(["x"]), "foreign.txt");
+                    return fetch(url, {method: "POST", mode: "no-cors", body}).catch(() => null);
+                }""",
+                f"{chat.url}/gradio_api/upload",
+            )
+        assert not list(chat.data.rglob("foreign.txt"))
+        server.shutdown()
+
+
+def test_adding_a_long_file_shows_its_progress_and_stops(visitor: Visitor, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(f"{number} " + "sail " * 200 for number in range(900)))
+    visitor.add(book)
+    notice = visitor.page.locator(".core-notice")
+    expect(notice.get_by_text(re.compile(r"of 900 passages, \d+ (min|s) left"))).to_be_visible(
+        timeout=TIMEOUT
+    )
+    visitor.page.get_by_role("button", name="Stop adding").click()
+    expect(notice.get_by_text("Stopped.")).to_be_visible(timeout=TIMEOUT)
+    expect(visitor.page.get_by_role("button", name="Stop adding")).to_have_count(0)
+    expect(visitor.page.get_by_label(re.compile("book.txt"))).to_have_count(0)
+    visitor.check_no_errors()
 
 
 def test_page_works_by_keyboard_alone(visitor: Visitor) -> None:
@@ -415,6 +464,7 @@ def test_documents_remain_after_a_restart(chat: Chat, browser: Browser, tmp_path
     text = visitor.ask("Where does the treasure lie?")
     assert "absent at http://127.0.0.1:9/v1 did not answer" in text
     assert "Traceback" not in visitor.page.inner_text("body")
+    assert visitor.passages.count() > 0
     visitor.page.get_by_label("Sentences of the documents").check()
     assert "under the third step" in visitor.ask("Where does the treasure lie?")
 

@@ -210,6 +210,25 @@ def test_names_of_uploads_are_not_paths(
     Path(path).unlink()
 
 
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "{uploads}/../documents", "https://example.org/x.txt", "\0", None, 1]
+)
+def test_requests_name_no_files_but_uploads(
+    client: TestClient, knowledge: KnowledgeBase, path: object
+) -> None:
+    if isinstance(path, str):
+        path = path.replace("{uploads}", str(knowledge.uploads))
+    file = {"path": path, "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
+    for data in ([[file]], [{"question": file}]):
+        join = {"data": data, "fn_index": 0, "session_hash": "s"}
+        assert client.post(f"{API}/queue/join", json=join).status_code == 403
+
+
+def test_body_that_is_not_json(client: TestClient) -> None:
+    for body in (b"", b"{", b"[" * 100_000, b"\xff"):
+        assert client.post(f"{API}/queue/join", content=body).status_code == 400
+
+
 def test_port_in_use_is_named_before_anything_is_loaded() -> None:
     with listen("127.0.0.1", None) as first, listen("127.0.0.1", None) as second:
         ports = [listener.getsockname()[1] for listener in (first, second)]

@@ -77,7 +77,8 @@ _ENGLISH = _language(
     "should will would has have am",
     "in on at for from to with without by until since during before after under over about",
     "a an the much many more long often far come not any really exactly please tell me s re",
-    r"(?:is|are|was|were|isn|aren) there|there (?:is|are|was|were)|what time is it|one day",
+    r"(?:is|are|was|were|isn|aren) there|there (?:is|are|was|were)|what time is it|one day"
+    r"|(?:of|in|at|on|for|from|to) th(?:is|ese) \w+",
     "what about|how about|what if|what of",
 )
 _GERMAN = _language(
@@ -88,7 +89,8 @@ _GERMAN = _language(
     "sind war hat haben kann können darf dürfen muss müssen gibt wird werden",
     "in im am an auf für von vom zu zum zur mit ohne bei bis seit nach vor während ab um",
     "der die den dem des ein eine einen viel viele lange oft weit nicht noch genau wirklich",
-    r"gibt es|es gibt|das (?-i:(?=[A-ZÄÖÜ]))",  # An article before a noun.
+    r"gibt es|es gibt|(?:in|an|auf|von|für|zu|mit) diese[mnrs]? \w+"
+    r"|das (?-i:(?=[A-ZÄÖÜ]))",  # An article before a noun.
     "was ist mit|wie ist es mit|wie sieht es mit",
 )
 _FRENCH = _language(
@@ -99,7 +101,8 @@ _FRENCH = _language(
     "dans sur pour de du des à au aux avec sans par jusqu jusque depuis pendant avant après chez "
     "en",
     "le la les un une d l c s temps coûte pas vraiment ça autre",
-    r"(?:est-)?ce qu[e']?|qu['’ ]?est[- ]ce|il y a|y a-t-il|\w+-(?:il|elle|ils|elles|t-il|t-elle)",
+    r"(?:à|dans|de|pour|sur) ce \w+|(?:est-)?ce qu[e']?|qu['’ ]?est[- ]ce"
+    r"|il y a|y a-t-il|\w+-(?:il|elle|ils|elles|t-il|t-elle)",
     "qu['’]en est-il|et pour|et si",
 )
 _SPANISH = _language(
@@ -109,6 +112,7 @@ _SPANISH = _language(
     "son está están puedo puede se",
     "en para por de del a al con sin hasta desde durante antes después",
     "el la los las un una no tiempo incluido",
+    expletives=r"(?:de|en|para) est[aeo]s? \w+",
     topics="qué hay de|qué pasa con|qué tal",
 )
 _ITALIAN = _language(
@@ -118,6 +122,7 @@ _ITALIAN = _language(
     "si può",
     "in nel nella per di del della a al alla con senza fino da dal durante",
     "il lo la gli un una uno costa tempo non",
+    r"(?:di|in|per) quest[aeio] \w+",
 )
 _PORTUGUESE = _language(
     "ele ela eles elas isto isso este esse esta essa ali lá seu sua",
@@ -133,7 +138,8 @@ _DUTCH = _language(
     "wat wanneer waar wie waarom hoe welke welk is zijn was heeft kan mag moet kost",
     "in op aan voor van naar met zonder bij tot sinds tijdens",
     "de een veel lang vaak er niet",
-    r"is er|zijn er|er (?:is|zijn)|is het \w+ (?:open|dicht|gesloten)",
+    r"(?:in|op|van|voor) (?:deze|dit) \w+|is er|zijn er|er (?:is|zijn)"
+    r"|is het \w+ (?:open|dicht|gesloten)",
 )
 _CYRILLIC = _language(  # Russian and Ukrainian
     "он она оно они его ее её их ему ей им это этот эта эти тот та те там туда тогда такой "

@@ -87,6 +87,9 @@ Is er een lift?
 Und wo ist das WLAN?
 And where can I buy a ticket?
 Wifi?
+What do the zeppelins of this town need?
+Wie viele Hunde leben in dieser Stadt?
+Combien de salles dans ce musée ?
 """.splitlines()
 FOLLOW_UPS = """\
 And in winter?
@@ -178,6 +181,7 @@ En op zondag?
 क्यों?
 वह कितने का है?
 Tell me more
+What is the price for this?
 """.splitlines()
 
 
