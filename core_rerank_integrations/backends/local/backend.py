@@ -18,7 +18,7 @@ from core_rerank_integrations.method.scoring import Mass
 MAX_LOADED_BYTES = 1 << 28
 """Maximum size of the prefixes that are read ahead from disk, and of those of one pass if
 memory_bytes is lower."""
-MAX_QUESTION_TOKENS = 512
+MAX_QUESTION_TOKENS = 128
 """Maximum number of tokens of the questions that run together after one prefix."""
 
 

@@ -33,7 +33,7 @@ with requires_extra("cpu"):
 DTYPES = ("float32", "bfloat16", "int8")
 MAX_NEW_TOKENS = 2048
 """Maximum number of new tokens in a pass, with padding."""
-MAX_LOGITS = 1 << 22
+MAX_LOGITS = 1 << 20
 """Maximum number of new tokens in a pass times the tokens that each may see."""
 MAX_TOKENS = 10240
 """Maximum number of cached and new tokens in a pass, with padding. Cached ones are copied."""
