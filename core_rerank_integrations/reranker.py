@@ -65,7 +65,7 @@ class CoReReranker:
         dtype: ``float32``, ``bfloat16``, ``float16``, ``int8`` (OpenVINO), or ``auto``: bfloat16
             on CUDA and on processors that support it, else float32. With vLLM, ``auto`` is the
             checkpoint's own.
-        device: A torch device; ``None`` selects CUDA if available. vLLM selects its own.
+        device: A torch device; ``None`` selects CUDA if available. Not for vLLM.
         documents_per_prompt: Maximum number of documents in one prompt; ``None`` selects the head
             set's, or as many as the context holds. With ``1`` a document's score does not depend
             on other documents, and a long document is ranked by its best passage.

@@ -179,6 +179,11 @@ class RerankerSettings(CheckedModel):
                 f"document_cache is not for {self.backend!r}, which caches documents in vLLM's own "
                 "cache: set engine_args gpu_memory_utilization or kv_cache_memory_bytes"
             )
+        if self.device is not None and self.backend in VLLM_BACKENDS:
+            raise InvalidInputError(
+                f"device={self.device!r} is not for {self.backend!r}, which runs on the platform "
+                "that vLLM was built for: leave it out, and choose GPUs by CUDA_VISIBLE_DEVICES"
+            )
         if self.engine_args and self.backend not in VLLM_BACKENDS:
             raise InvalidInputError(f"engine_args are for the vLLM backends, not {self.backend!r}")
         return self

@@ -228,6 +228,8 @@ def test_the_keywords_are_the_fields_of_the_options() -> None:
             {"document_cache": DocumentCache(disk_bytes=0), "backend": "vllm"},
             "document_cache is not for 'vllm'",
         ),
+        ({"device": "cuda:1", "backend": "vllm"}, "device='cuda:1' is not for 'vllm'"),
+        ({"device": "cpu", "backend": "vllm-shared"}, "choose GPUs by CUDA_VISIBLE_DEVICES"),
         ({"backend": "tensorflow"}, "backend: .*'auto', 'openvino', 'transformers'"),
         ({"template": "nope"}, "there is no prompt template 'nope'"),
     ],

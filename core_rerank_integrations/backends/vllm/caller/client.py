@@ -144,7 +144,8 @@ class EngineClient(ABC):
     async def group_masses(self, groups: Sequence[PromptGroup], per_head: bool) -> list[GroupMass]:
         """Compute the mass of each head, or their weighted sum; runs on the engine's loop."""
         if self._preparation is not None:
-            await asyncio.wrap_future(self._preparation)
+            # Shielded, because a cancelled caller must not cancel it for the others.
+            await asyncio.shield(asyncio.wrap_future(self._preparation))
         requests = _requests(groups, per_head)
         sums = {key: self._sums[key] for key in requests if key in self._sums}
         missing = {key: request for key, request in requests.items() if key not in sums}
@@ -180,11 +181,23 @@ class EngineClient(ABC):
         try:
             check_main_guard()
             with owned_engine():
-                self._engine = self.loop.run(_started(arguments))
+                self.loop.run(self._start_engine(arguments))
             close_at_exit(self)
         except BaseException:
-            self.loop.stop()
+            self.close()  # Also of an engine whose start was interrupted, when it has started.
             raise
+
+    async def _start_engine(self, arguments: dict[str, Any]) -> None:
+        # AsyncLLM binds itself to the running loop, so it is made in a coroutine.
+        try:
+            # The usage context decides how many tokens a step may take; a library's is generous.
+            self._engine = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS
+            )
+        except (RuntimeError, ValueError) as error:
+            backend = arguments.get("attention_backend")
+            detail = f" with attention_backend={backend!r}" if backend else ""
+            raise BackendError(f"vLLM could not start{detail}: {error}") from error
 
     def _prepare(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what must end before the first request.
@@ -302,16 +315,3 @@ def _requests(
             options = RequestOptions(shared, start + 1, shared, per_head)
             questions[prefix.key, question.tobytes(), per_head] = ids, options
     return instructions | questions
-
-
-async def _started(arguments: dict[str, Any]) -> AsyncLLM:
-    # AsyncLLM binds itself to the running loop, so it is made in a coroutine.
-    try:
-        # The usage context decides how many tokens a step may take; a library's is generous.
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS
-        )
-    except (RuntimeError, ValueError) as error:
-        backend = arguments.get("attention_backend")
-        detail = f" with attention_backend={backend!r}" if backend else ""
-        raise BackendError(f"vLLM could not start{detail}: {error}") from error

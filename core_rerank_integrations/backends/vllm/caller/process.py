@@ -24,6 +24,7 @@ OWNER = "CORE_RERANK_ENGINE_OWNER"
 ENDING_SECONDS = 15.0
 """Time limit for an engine to end after its program has died."""
 
+_starting = threading.Lock()
 _open_engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -73,13 +74,17 @@ def is_guarded(path: Path, line: int) -> bool:
 
 @contextmanager
 def owned_engine() -> Iterator[None]:
-    """Make an engine that starts in the block end with this program; see `end_with_owner`."""
-    os.environ[OWNER] = str(os.getpid())
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports to a server otherwise.
-    try:
-        yield
-    finally:
-        del os.environ[OWNER]
+    """Make an engine that starts in the block end with this program; see `end_with_owner`.
+
+    Engines start one after the other, because vLLM too sets environment variables for a start.
+    """
+    with _starting:
+        os.environ[OWNER] = str(os.getpid())
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports to a server otherwise.
+        try:
+            yield
+        finally:
+            del os.environ[OWNER]
 
 
 def end_with_owner() -> None:

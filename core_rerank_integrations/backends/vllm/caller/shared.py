@@ -130,7 +130,8 @@ class SharedVLLMBackend(EngineClient):
         if self.loop.is_own:
             super()._release_engine()
         elif not self.engine.errored:
-            self.loop.finish(self.engine.collective_rpc("core_rerank_remove"))
+            removal = self.engine.collective_rpc("core_rerank_remove")
+            self.loop.finish(removal, self._check_alive)
 
     async def _install(self, head_set: HeadSet) -> None:
         heads = head_set.model_dump(mode="json")["heads"]

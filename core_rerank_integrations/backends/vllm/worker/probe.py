@@ -196,7 +196,7 @@ class Probes:
         Returns:
             The largest difference in any layer, relative to its largest value.
         """
-        worst = 0.0
+        errors: list[float] = []
         for group in self._groups:
             sizes = [len(probe.indices) for probe in group.probes]
             attention = torch.split(group.attention([rows])[0], sizes)
@@ -210,10 +210,10 @@ class Probes:
                 values = values[:, probe.kv_heads].transpose(0, 1)
                 expected = output.view(rows.number, -1, values.shape[-1])[:, probe.heads]
                 difference = weights @ values - expected.transpose(0, 1)
-                worst = max(worst, float(difference.abs().max() / values.abs().max()))
+                errors.append(float(difference.abs().max() / values.abs().max()))
         for probe in self._probes:
             probe.is_tested = True
-        return worst
+        return float(torch.tensor(errors or [0.0]).max())  # Python's max would drop a NaN.
 
     def _fitting(self, parts: Sequence[QueryRows]) -> int:
         """Return how many of the last of ``parts``, the longest, may be computed at once."""
