@@ -227,7 +227,7 @@ def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None
         (("--methods", "core+colbert"), "'core+colbert' is neither"),
         (("--methods", "core-mistral-7b-instruct-v0.3"), "was found on mistralai"),
         (("--methods", "icr", "--curve", "icr"), "needs a head set with a ranking"),
-        (("--run", "nowhere.trec"), "cannot read the run"),
+        (("--run", "nowhere.trec"), "cannot read nowhere.trec"),
     ],
 )
 def test_bad_input_to_evaluate(folder: Path, options: tuple[str, ...], message: str) -> None:
