@@ -41,6 +41,8 @@ with requires_extra("llama-index"):
         TransformComponent,
     )
 
+MARK = "\0"
+"""Stands for a node's own text where its place is searched for."""
 FILES_KEY = "files"
 """Key of the state of a `CoReNodeIndexer`'s files, among its fields."""
 
@@ -235,8 +237,15 @@ def own_text_start(node: BaseNode, embedded: str) -> int | None:
         the node's ``text_template`` changes the text.
     """
     text = node.get_content(metadata_mode=MetadataMode.NONE)
-    start = embedded.rfind(text.strip())
-    return None if start < 0 else start - text.index(text.strip())
+    if text == embedded:
+        return 0
+    # The metadata may repeat the text, so a mark that it does not hold is searched for.
+    marked = node.model_copy()
+    marked.set_content(MARK)
+    before, mark, _ = embedded_text(marked).partition(MARK)
+    start = len(before) or len(text.lstrip()) - len(text)  # LlamaIndex strips the whole.
+    is_kept = embedded[max(start, 0) : start + len(text)].strip() == text.strip()
+    return start if mark and is_kept else None
 
 
 def embedded_text(node: BaseNode) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.ingestion import IngestionPipeline
@@ -39,6 +40,7 @@ from core_rerank_integrations import (
     DocumentCache,
 )
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.integrations.llama_index import embedded_text, own_text_start
 from core_rerank_integrations.models.local_model import LocalModel
 
 QUERY = "Who patented the telephone?"
@@ -225,6 +227,34 @@ def test_evidence_and_best_passage_quote_the_nodes_own_text(
     if "best_passage" in ours:
         start, stop = ours["best_passage"]
         assert 0 <= start < stop <= len(text)
+
+
+TEXTS = st.text(st.sampled_from("ab \n.{}é"), max_size=8)
+TEMPLATES = (
+    "{metadata_str}\n\n{content}",
+    "{content}\n{metadata_str}",
+    " {metadata_str} {content} ",
+)
+
+
+@given(
+    st.sampled_from([TextNode, Document]),
+    TEXTS,
+    st.dictionaries(st.sampled_from("xyz"), TEXTS),
+    st.sampled_from(TEMPLATES),
+)
+def test_a_nodes_own_text_is_found_also_if_its_metadata_repeat_it(
+    node_type: Any, text: str, metadata: dict[str, str], template: str
+) -> None:
+    node = node_type(text=text, metadata=metadata, text_template=template)
+    embedded = embedded_text(node)
+    start = own_text_start(node, embedded)
+    assert start is not None
+    assert embedded[max(start, 0) : start + len(text)].strip() == text.strip()
+    before, _, after = template.partition("{content}")
+    if text.strip() and metadata:
+        assert (start > 0) == bool(before)
+        assert (len(embedded) > start + len(text.rstrip())) == ("{" in after)
 
 
 def test_a_passage_of_metadata_is_not_the_best_one(calibrated: CoReReranker) -> None:
