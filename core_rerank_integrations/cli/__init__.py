@@ -39,8 +39,13 @@ def app() -> None:
     try:
         with requires_extra("cli"):
             from core_rerank_integrations.cli.commands import app as commands
-        commands()
-    except MissingExtraError as error:
+        try:
+            commands()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (MissingExtraError, OSError) as error:
+        sys.stdout = None  # Python would flush it again at the end.
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # While modules were imported.
         sys.exit(130)

@@ -62,7 +62,7 @@ def print_table(
 
     Text of users is never read as markup, and lines outside a terminal are never wrapped or cut.
     """
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         table = Table(title=title, title_justify="left")
         for header in headers:
             table.add_column(header, overflow="fold")

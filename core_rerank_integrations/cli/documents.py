@@ -55,6 +55,8 @@ def read_documents(path: Path) -> tuple[list[str], list[str]]:
         InvalidInputError: The file cannot be read, holds no documents, or holds something else;
             the message names the line or the document.
     """
+    if str(path) == "-" and sys.stdin is None:
+        raise InvalidInputError("cannot read documents from -: standard input is closed")
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except (OSError, ValueError) as error:  # A path may hold NUL.

@@ -45,7 +45,8 @@ def rerank(
     if output == "json":
         rows = [_row(result, ids[result.index]) for result in results]
         # Other encodings lack characters, and JSON has escapes for all.
-        is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        is_utf8 = codecs.lookup(encoding).name == "utf-8"
         print(json.dumps(rows, ensure_ascii=not is_utf8, indent=2))
     elif output == "trec":
         for rank, result in enumerate(results, start=1):

@@ -169,6 +169,31 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) 
     assert error.value.code == 130
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "arguments", "exit_code", "message"),
+    [
+        (">/dev/full", "heads list", 1, "error: [Errno 28] No space left on device"),
+        (">&-", "heads list", 0, ""),
+        (
+            "<&-",
+            "rerank --query q --documents -",
+            1,
+            "error: cannot read documents from -: standard",
+        ),
+    ],
+)
+def test_closed_and_full_streams(
+    redirected: str, arguments: str, exit_code: int, message: str
+) -> None:
+    code = "from core_rerank_integrations.cli import app; app()"
+    shell = f"exec '{sys.executable}' -c '{code}' {arguments} {redirected}"
+    result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True)
+    assert result.returncode == exit_code
+    assert result.stderr.startswith(message)
+    assert len(result.stderr.splitlines()) == bool(message)
+
+
 def test_a_reader_that_leaves_ends_the_command_silently() -> None:
     code = "from core_rerank_integrations.cli import app; app()"
     with subprocess.Popen(
