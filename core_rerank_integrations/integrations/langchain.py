@@ -28,8 +28,14 @@ with requires_extra("langchain"):
     from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
     from langchain_core.prompts import BasePromptTemplate
     from langchain_core.retrievers import BaseRetriever, RetrieverLike
-    from langchain_core.runnables import RunnableConfig, RunnableLambda, ensure_config
+    from langchain_core.runnables import (
+        RunnableConfig,
+        RunnableLambda,
+        RunnableSerializable,
+        ensure_config,
+    )
     from langchain_core.runnables.config import set_config_context
+    from langchain_core.runnables.utils import AnyConfigurableField
     from langchain_core.tools import BaseTool, create_retriever_tool
 
 Output = TypeVar("Output")
@@ -154,6 +160,14 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         with set_config_context(_inherited(config)) as context:
             call = super().ainvoke(input, config, **kwargs)
             return await asyncio.create_task(call, context=context)
+
+    def configurable_fields(
+        self, **kwargs: AnyConfigurableField
+    ) -> RunnableSerializable[str, list[Document]]:
+        """Make fields configurable in each call; the model is loaded now, and shared by all."""
+        # LangChain makes a new object for each call, which would load a model of its own.
+        shared = self.model_copy(update={"reranker": self._loaded_reranker()})
+        return super(CoReRetriever, shared).configurable_fields(**kwargs)
 
     def _get_relevant_documents(
         self,

@@ -333,6 +333,20 @@ def test_whatever_langchain_takes_for_a_retriever(reranker: CoReReranker, name: 
     assert asyncio.run(tool.ainvoke({"query": QUERY}, config)) == DOCUMENTS[1].page_content
 
 
+def test_configurable_fields_share_one_model(
+    smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = CoReRetriever(retriever=FixedRetriever(), model=smollm2.path, heads=HEADS)
+    configurable = retriever.configurable_fields(top_n=ConfigurableField("n"))
+    monkeypatch.setattr(CoReReranker, "__init__", no_model)
+    for count in (1, 3):
+        config: Any = {"configurable": {"n": count}}
+        assert len(configurable.invoke(QUERY, config)) == count
+        assert len(asyncio.run(configurable.ainvoke(QUERY, config))) == count
+    assert len(configurable.invoke(QUERY)) == len(DOCUMENTS)
+    retriever.close()
+
+
 def test_an_asynchronous_function_as_a_retriever(reranker: CoReReranker) -> None:
     async def find(_: str) -> list[Document]:
         return DOCUMENTS
