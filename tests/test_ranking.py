@@ -87,6 +87,7 @@ def test_counts_are_nothing_else(wrong: Any) -> None:
         lambda: RerankOptions.checked(top_n=wrong),
         lambda: RerankerSettings.checked(max_document_tokens=wrong),
         lambda: FindOptions.checked(data=[], candidates=wrong, positions=wrong),
+        lambda: FitOptions.checked(train=[JudgedRun(Path(), "", Path(), wrong)], dev=[]),
         lambda: HeadSet.from_pairs([(1, wrong)]),
         lambda: HeadSet.from_pairs([(1, 2)]).with_scoring(documents_per_prompt=wrong),
     ):

@@ -53,9 +53,14 @@ def demo(
 def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    """Answer ``--version``."""
+    """Answer ``--version``, and prepare the output.
+
+    Raises:
+        Exit: The version was printed.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         # Windows and redirected output may have an encoding that lacks characters.
         sys.stdout.reconfigure(errors="backslashreplace")
     if version:
         print(__version__)
+        raise typer.Exit

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -17,11 +17,14 @@ from pydantic_core import ErrorDetails
 from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads.formats import read_fields, to_json
-from core_rerank_integrations.heads.scoring_config import Count, Finite, Index, ScoringConfig
+from core_rerank_integrations.heads.scoring_config import (
+    Count,
+    Finite,
+    Index,
+    ScoringConfig,
+    Weight,
+)
 from core_rerank_integrations.method.scoring import Mass
-
-Weight = Annotated[Finite, Field(ge=-1e30, le=1e30)]
-"""A weight that float32 can represent, also in a sum over heads."""
 
 
 class ModelShape(NamedTuple):

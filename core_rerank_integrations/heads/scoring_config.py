@@ -38,6 +38,8 @@ Index = Annotated[Whole, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[Finite, Field(ge=-1e30, le=1e30)]
+"""A number of a head set that neither overflows in float32 nor in a sum of products."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -51,8 +53,8 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    slope: Positive
-    intercept: Finite
+    slope: Annotated[Weight, Field(gt=0)]
+    intercept: Weight
 
     def probabilities(self, scores: Scores) -> Scores:
         """Compute ``1 / (1 + exp(-(slope * score + intercept)))``, shape of ``scores``."""
@@ -79,11 +81,11 @@ class Abstention(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: Finite
-    candidates: NotNegative
-    slope: Positive
-    size_slope: Finite
-    intercept: Finite
+    mean: Weight
+    candidates: Annotated[Weight, Field(ge=0)]
+    slope: Annotated[Weight, Field(gt=0)]
+    size_slope: Weight
+    intercept: Weight
     threshold: Probability
 
     def answerability(self, probabilities: npt.ArrayLike) -> float:
@@ -148,9 +150,9 @@ class ScoringConfig(BaseModel):
     drop_outliers: bool = True
     calibration: Calibration | None = None
     abstention: Abstention | None = None
-    rank_weight: NotNegative = 0.0
-    rank_weights: dict[FirstStage, NotNegative] = Field(default_factory=dict)
-    score_weight: NotNegative | None = None
+    rank_weight: Annotated[Weight, Field(ge=0)] = 0.0
+    rank_weights: dict[FirstStage, Annotated[Weight, Field(ge=0)]] = Field(default_factory=dict)
+    score_weight: Annotated[Weight, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ScoringConfig:

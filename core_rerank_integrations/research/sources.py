@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.heads.scoring_config import Count, FirstStage
 from core_rerank_integrations.research.collection import (
     Collection,
     ScoredRun,
     has_contrast,
     load_scored_run,
 )
+
+PATH = r"([A-Za-z]:[\\/])?[^:]+"
+"""A path without colons, except after the drive on Windows."""
 
 
 class JudgedRun(NamedTuple):
@@ -32,7 +35,7 @@ class JudgedRun(NamedTuple):
     folder: Path
     split: str
     run: Path
-    questions: int | None = None
+    questions: Count | None = None
     first_stage: FirstStage | None = "other"
 
     @classmethod
@@ -46,7 +49,7 @@ class JudgedRun(NamedTuple):
             InvalidInputError: The text has another form.
         """
         match = re.fullmatch(
-            r"(?P<folder>[^:]+):(?P<split>[^:]+):(?P<run>[^:]+)(:(?P<count>[1-9]\d*))?"
+            rf"(?P<folder>{PATH}):(?P<split>[^:]+):(?P<run>{PATH})(:(?P<count>[1-9]\d*))?"
             r"(:(?P<kind>unordered|bm25|dense))?",
             text,
         )

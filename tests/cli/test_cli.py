@@ -143,7 +143,8 @@ def test_errors_are_sentences(tmp_path: Path) -> None:
 def test_lists() -> None:
     assert "smollm2-135m" in run("models", "list")
     assert "core-phi-4" in run("heads", "list")
-    assert run("--version").strip() == __version__
+    for command in ((), ("rerank",)):
+        assert run("--version", *command).strip() == __version__
 
 
 @pytest.mark.model

@@ -169,6 +169,8 @@ def test_any_value_of_any_type_is_read_or_refused(content: Any, tmp_path: Path) 
             continue
         usable += 1
         assert np.isfinite([head_set.weights, head_set.evidence_weights]).all()
+        for kind in (None, "bm25", "dense", "other"):
+            assert np.isfinite(head_set.scoring.prior(99, kind, np.arange(99.0))).all()
         head_set.save(path)
         assert str(HeadSet.load(path)) == str(head_set), "also with NaN, which equals nothing"
     assert all("heads.json" in message for message in refused)
