@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from core_rerank_integrations import DocumentCache, StorageError
+from core_rerank_integrations import DocumentCache, HeadSet, StorageError
 from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations.heads.shipped import named_head_set
 from core_rerank_integrations.models.local_model import cache_folder
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes, limits and HOME")
@@ -71,6 +72,9 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CORE_RERANK_CACHE", "~/cache")
     assert cache_folder() == tmp_path / "cache" / "models"
     assert DocumentCache(folder=Path("~/documents")).folder == tmp_path / "documents"
+    HeadSet.from_pairs([(0, 1)]).save("~/heads.json")
+    assert (tmp_path / "heads.json").exists()
+    assert named_head_set("~/heads.json").heads == HeadSet.load("~/heads.json").heads
 
 
 @posix

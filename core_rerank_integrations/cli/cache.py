@@ -28,8 +28,8 @@ def cache(
     A later rerank of these documents computes only the tokens of the query.
     """
     _, texts = read_documents(documents)
-    own = {"document_cache": DocumentCache(folder=folder)}
-    with CoReReranker(**dict(settings) | own) as reranker:
+    document_cache = DocumentCache(folder=folder)
+    with CoReReranker(**dict(settings) | {"document_cache": document_cache}) as reranker:
         written = reranker.cache_documents(texts, show_progress=True)
-    target = folder or cache_folder("documents")
+    target = document_cache.folder or cache_folder("documents")
     print(f"{len(texts)} documents are cached; {decimal(written)} written to {target}")

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations._internal.files import expand_user, write_atomically
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads.formats import read_fields, to_json
 from core_rerank_integrations.heads.scoring_config import (
@@ -168,7 +168,7 @@ class HeadSet(BaseModel):
         Raises:
             HeadSetError: The file is missing, has another format, or has no valid heads.
         """
-        content = json.dumps(read_fields(Path(path)))
+        content = json.dumps(read_fields(expand_user(path)))
         # Files are strict: true is not the layer 1, and "0.5" is not a weight.
         return cls._checked(partial(cls.model_validate_json, content, strict=True), str(path))
 
@@ -179,7 +179,7 @@ class HeadSet(BaseModel):
             StorageError: The file cannot be written.
         """
         fields = self.model_dump(mode="json", exclude_defaults=True)
-        write_atomically(Path(path), to_json(fields) + "\n")
+        write_atomically(expand_user(path), to_json(fields) + "\n")
 
     def top(self, count: int) -> HeadSet:
         """Return the set with the ``count`` best heads of its ranking.

@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from core_rerank_integrations._internal.files import expand_user
 from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import HeadSetError
 from core_rerank_integrations.heads.head_set import HeadSet
@@ -77,7 +78,7 @@ def named_head_set(name: str) -> HeadSet:
     if name in shipped_head_sets():
         return shipped_head_sets()[name]
     with suppress(OSError):  # A name may be too long for a path.
-        if Path(name).exists():
+        if expand_user(name).exists():
             return HeadSet.load(name)
     raise HeadSetError(
         f"{name!r} is neither a head set file nor a shipped head set; "

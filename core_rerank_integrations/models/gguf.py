@@ -41,6 +41,8 @@ FIELDS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+CHUNK = 1 << 22
+"""Maximum number of weights that are converted at a time. Intermediate results are larger."""
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 TOKENIZER_FIELDS = {
     "tokenizer_type": "model",
@@ -101,6 +103,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
                 f"GGUF files of architecture {architecture!r} ({gguf}) cannot be converted, only "
                 f"{', '.join(ARCHITECTURES)}; use the model's safetensors files"
             )
+        is_llama = architecture == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         factors = tensors.pop(ROPE_FACTORS, None)
         config = _config(architecture, fields, tensors, None if factors is None else factors.data)
@@ -109,15 +112,23 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         _tokenizer(architecture, fields).save_pretrained(target)
 
         def numbers(tensor: Any) -> npt.NDArray[np.uint16]:
-            full = gguf_files.dequantize(tensor.data, tensor.tensor_type)
-            return _to_bfloat16(_undo_llama_cpp(architecture, config, tensor.name, full))
+            shape = _shape(tensor)
+            rounded = np.empty(shape, np.uint16)
+            rows = max(CHUNK // shape[-1], 1)
+            for start in range(0, shape[0], rows):
+                part = slice(start, start + rows)
+                full = gguf_files.dequantize(tensor.data[part], tensor.tensor_type)
+                if architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+                    full = full - np.float32(1)  # llama.cpp adds the offset of Gemma's norms.
+                rounded[part] = _to_bfloat16(full)
+            return _deinterleaved(rounded, tensor.name, config) if is_llama else rounded
 
         write_safetensors(
             target / "model.safetensors",
             [
                 (
                     _weight_name(architecture, name),
-                    tuple(int(size) for size in reversed(tensor.shape)),
+                    _shape(tensor),
                     partial(numbers, tensor),
                 )
                 for name, tensor in tensors.items()
@@ -230,18 +241,20 @@ def _weight_name(architecture: str, name: str) -> str:
     return f"{found}.{kind}"
 
 
-def _undo_llama_cpp(
-    architecture: str, config: PretrainedConfig, name: str, full: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    """Undo what llama.cpp's converter does to weights."""
-    if architecture == "gemma3" and name.endswith("norm.weight"):
-        return full - np.float32(1)
-    if architecture == "llama" and (match := re.search(r"\.attn_([qk])\.", name)):
-        # The two halves of a head are interleaved.
-        heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-        pairs = full.reshape(heads, -1, 2, *full.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(full.shape)
-    return full
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _deinterleaved(
+    weights: npt.NDArray[np.uint16], name: str, config: PretrainedConfig
+) -> npt.NDArray[np.uint16]:
+    """Undo that llama.cpp interleaves the halves of the queries and keys of a head."""
+    match = re.search(r"\.attn_([qk])\.", name)
+    if not match:
+        return weights
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weights.shape)
 
 
 def _to_bfloat16(full: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

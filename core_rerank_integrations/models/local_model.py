@@ -81,11 +81,15 @@ class LocalModel:
         """Load the model's fast tokenizer.
 
         Raises:
-            ModelError: The model has only a slow tokenizer, which has no character offsets.
+            ModelError: The tokenizer cannot be read, or it is a slow one, which has no character
+                offsets.
         """
         with requires_extra("transformers"):
             from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # The tokenizers library raises no other type.
+            raise ModelError(f"cannot read the tokenizer in {self.path}: {error}") from error
         if not tokenizer.is_fast:
             raise ModelError(
                 f"the tokenizer in {self.path} is not a fast one (no tokenizer.json), so it has no "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 from core_rerank_integrations._internal.files import expand_user
-from core_rerank_integrations.errors import InvalidInputError, ModelError
+from core_rerank_integrations.errors import CoReError, InvalidInputError, ModelError, StorageError
 from core_rerank_integrations.models.aliases import ALIASES, ModelAlias
 from core_rerank_integrations.models.local_model import LocalModel, safetensors_header
 from core_rerank_integrations.models.wheel import (
@@ -81,6 +82,13 @@ def _find(name: str, revision: str | None, token: str | None, local_only: bool) 
         if not path.is_file():
             raise InvalidInputError(f"there is no GGUF file at {path}")
         return LocalModel(folder_from_gguf(path), None)
+    from huggingface_hub import constants  # A folder does not need this slow import.
+
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise StorageError(
+            "this user has no home folder for models of the Hugging Face hub: set the environment "
+            "variable HF_HOME to a folder"
+        )
     try:
         # Most of the time nothing has to be fetched, and then nothing is asked.
         return LocalModel(_from_hub(name, revision, token, local_files_only=True), name)
@@ -93,7 +101,12 @@ def _find(name: str, revision: str | None, token: str | None, local_only: bool) 
         raise _not_found(name, error) from error
 
 
-def _not_found(name: str, error: OSError) -> ModelError:
+def _not_found(name: str, error: OSError) -> CoReError:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"cannot store {name} in the cache of the Hugging Face hub: {error}. Free space there, "
+            "or set the environment variable HF_HOME to another folder"
+        )
     return ModelError(
         f"cannot get {name} from the Hugging Face hub, and it is neither an alias "
         f"({', '.join(ALIASES)}) nor a folder: {error}"
@@ -103,7 +116,6 @@ def _not_found(name: str, error: OSError) -> ModelError:
 def _from_hub(
     hub_id: str, revision: str | None, token: str | None, *, local_files_only: bool
 ) -> Path:
-    # This import takes half of the start-up time, and a folder does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
-import multiprocessing
 import os
 import shutil
 import stat
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from core_rerank_integrations.errors import InvalidInputError, ModelError, Stora
 from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.local_model import LocalModel, model_shape
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations.models.wheel import build_once
 from core_rerank_integrations.settings import RerankerSettings
 
 
@@ -156,6 +154,21 @@ def test_the_token_of_the_settings_reaches_the_hub_and_is_not_shown(
     assert "hf_secret" not in repr(settings) + settings.model_dump_json()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_hub_cache_that_cannot_be_written_is_named(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), "/srv/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(StorageError, match=r"cannot store owner/model .*/srv/hub.* HF_HOME"):
+        resolve("owner/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(StorageError, match=r"no home folder .* HF_HOME"):
+        resolve("owner/model")
+
+
 def test_a_moved_model_is_the_same_model(tmp_path: Path) -> None:
     original = tiny(tmp_path / "tiny", "llama")
     shutil.copytree(original.path, tmp_path / "copy", copy_function=shutil.copyfile)
@@ -227,49 +240,3 @@ def test_the_logging_of_the_program_stays_as_it_is(smollm2: LocalModel) -> None:
     before = (log.level, list(log.handlers))
     resolve(smollm2.path)
     assert (log.level, log.handlers) == before
-
-
-def test_an_interrupted_fetch_is_cleared_away_by_the_next(cache: Path) -> None:
-    partial = cache / ".made.partial"
-    partial.mkdir(parents=True)
-    (partial / "half").write_text("written by a process that was killed")
-
-    def interrupted(_: Path, target: Path) -> None:
-        target.mkdir()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_once(cache / "made", interrupted)
-    assert leftovers(cache) == []
-
-    def complete(work: Path, target: Path) -> None:
-        assert list(work.iterdir()) == []
-        target.mkdir()
-
-    assert build_once(cache / "made", complete) == cache / "made"
-    assert leftovers(cache) == ["made"]
-
-
-def _slowly(work: Path, target: Path) -> None:
-    time.sleep(0.3)
-    target.mkdir()
-    (target / "config.json").write_text("{}")
-    with (work.parent / "count").open("a") as log:
-        log.write("made\n")
-
-
-def _make(folder: Path) -> None:
-    build_once(folder, _slowly)
-
-
-@pytest.mark.model
-def test_several_processes_make_a_folder_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_make, args=(tmp_path / "made",)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert (tmp_path / "made" / "config.json").read_text() == "{}"
-    assert (tmp_path / "count").read_text() == "made\n"
