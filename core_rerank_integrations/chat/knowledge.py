@@ -17,7 +17,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
-from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations._internal.files import expand_user, write_atomically
 from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.chat.conversion import Chunk, Conversion
 from core_rerank_integrations.errors import StorageError, requires_extra
@@ -106,17 +106,17 @@ class KnowledgeBase:
     """
 
     def __init__(self, folder: Path | None, reranker: CoReReranker) -> None:
-        self.folder = folder or user_data_path("core-rerank-integrations") / "chat"
+        self.folder = data_folder(folder)
         self._files = self.folder / "documents"
         self.uploads = self.folder / "uploads"
         self.is_new = not self._files.exists()
         self._reranker = reranker
-        self._process_lock = _lock(self.folder)
+        self._process_lock = lock_folder(self.folder)
         # For changes, and for the embedding model: its tokenizer is not thread-safe.
         self._lock = threading.Lock()
         self._conversion_lock = threading.Lock()
         shutil.rmtree(self.uploads, ignore_errors=True)
-        _make_private(self.uploads)
+        self.uploads.mkdir(mode=0o700, exist_ok=True)
         self._embeddings = HuggingFaceEmbeddings(
             model_name=str(get_model_path()), model_kwargs={"device": "cpu"}
         )
@@ -223,7 +223,6 @@ class KnowledgeBase:
         document = {"source": source, "chunks": [asdict(chunk) for chunk in added.chunks]}
         header = {"embedding": EMBEDDING, "document": json.dumps(document)}
         with self._lock:
-            _make_private(self._files)
             content = save({"vectors": added.vectors}, metadata=header)
             write_atomically(self._path(source), content, private=True)
             self._sources[source] = added
@@ -267,23 +266,29 @@ def _batches(source: str, step: str, total: int) -> Iterator[tuple[int, Progress
         yield start, Progress(source, step, start, total, left)
 
 
-def _make_private(folder: Path) -> None:
-    """Make a folder that only its owner can read.
+def data_folder(folder: Path | None) -> Path:
+    """Return the folder of the documents; ``None`` selects the user's data folder.
 
     Raises:
-        StorageError: It cannot be made.
+        StorageError: The user has no home folder.
     """
+    if folder:
+        return expand_user(folder)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
+        return user_data_path("core-rerank-integrations").expanduser() / "chat"
+    except RuntimeError as error:
         raise StorageError(
-            f"{folder} cannot be made: {error}; pass another folder with --data"
+            "this user has no home folder for documents: pass a folder with --data"
         ) from error
 
 
-def _lock(folder: Path) -> FileLock:
-    lock = FileLock(folder / ".lock")
+def lock_folder(folder: Path) -> FileLock:
+    """Reserve a folder for this process, which can do so more than once.
+
+    Raises:
+        StorageError: Another process uses the folder, or it cannot be written.
+    """
+    lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -63,17 +63,19 @@ def chat(
     with listen(host, port) as listener:  # Before anything is loaded, which takes a while.
         from core_rerank_integrations.chat.app import build_app, warm_up
         from core_rerank_integrations.chat.generators import generators
-        from core_rerank_integrations.chat.knowledge import KnowledgeBase
+        from core_rerank_integrations.chat.knowledge import KnowledgeBase, data_folder, lock_folder
         from core_rerank_integrations.reranker import CoReReranker
 
         choices = generators(llm_url, llm)
+        folder = data_folder(data)
         if host not in LOCAL_NAMES:
             console.print(f"Everyone who can reach {host} can read, add and remove the documents.")
         # Documents are cached, which needs prompts with one document each.
         own = {"documents_per_prompt": settings.documents_per_prompt or 1}
         with (
+            lock_folder(folder),
             CoReReranker(**dict(settings) | own) as reranker,
-            closing(KnowledgeBase(data, reranker)) as knowledge,
+            closing(KnowledgeBase(folder, reranker)) as knowledge,
         ):
             if knowledge.is_new and not files:
                 _show(console, knowledge.add_handbook())

@@ -48,6 +48,13 @@ WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 360, "height": 740}
 TIMEOUT = 60_000
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 class Chat:
     """A process of ``core-rerank chat``, which can be stopped and started again."""
 
@@ -57,9 +64,7 @@ class Chat:
         cache.mkdir()
         (cache / "models").symlink_to(cache_folder())
         self._environment = {**os.environ, "CORE_RERANK_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port: int = listener.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -443,7 +448,7 @@ def test_visitors_do_not_see_each_others_conversation(browser: Browser, chat: Ch
 
 def test_documents_remain_after_a_restart(chat: Chat, browser: Browser, tmp_path: Path) -> None:
     """Also: an endpoint that is down, a second process, and the removal of a document."""
-    refused = chat.run()
+    refused = chat.run("--port", str(free_port()))
     assert refused.returncode == 1
     assert f"the documents in {chat.data} are in use" in " ".join(refused.stderr.split())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,7 +240,21 @@ def test_port_in_use_is_named_before_anything_is_loaded() -> None:
         output = failed("chat", "--port", str(ports[0]), "--model", "absent", "--no-open")
         assert f"cannot listen on 127.0.0.1:{ports[0]}" in output
         assert "--port" in output
-    with pytest.raises(InvalidInputError, match="cannot listen on"):
+    with pytest.raises(InvalidInputError, match=r"cannot listen on absent\.invalid:1"):
         listen("absent.invalid", 1)
     if socket.has_ipv6:
         listen("[::1]", None).close()
+
+
+def test_folder_in_use_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, time\n"
+        "from core_rerank_integrations.chat.knowledge import lock_folder\n"
+        "lock = lock_folder(pathlib.Path(sys.argv[1])); print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        output = failed("chat", "--data", str(tmp_path), "--model", "absent", "--no-open")
+        other.kill()
+    assert "are in use by another process" in output
