@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ import webbrowser
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
@@ -35,7 +36,7 @@ MAX_WAITING_BYTES = 4 * MAX_UPLOAD_BYTES
 """Maximum size of uploads that have not been read yet, over all visitors."""
 ABANDONED_SECONDS = 3600
 """Age at which an upload that nothing has read is deleted."""
-CLOSE_SECONDS = 2
+CLOSE_SECONDS = 1
 """Time for answers in progress when the server stops."""
 
 _API = "/gradio_api"
@@ -119,7 +120,14 @@ def serve(app: ASGIApp, listener: socket.socket, opens: bool) -> None:
     if opens:
         webbrowser.open(url)
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, *arguments: Any) -> None:
+        # Open pages hold connections, and an error is logged for each when they are closed.
+        logging.getLogger("uvicorn.error").disabled = True
+        super().handle_exit(*arguments)
 
 
 class Guard:

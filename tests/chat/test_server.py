@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -244,6 +245,30 @@ def test_port_in_use_is_named_before_anything_is_loaded() -> None:
         listen("absent.invalid", 1)
     if socket.has_ipv6:
         listen("[::1]", None).close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_interrupt_ends_the_server_while_pages_are_open() -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from core_rerank_integrations.chat.server import listen, serve\n"
+        "async def app(scope, receive, send):\n"
+        "    if scope['type'] == 'http': await asyncio.sleep(600)\n"
+        "    await receive()\n"
+        "    await send({'type': 'lifespan.startup.complete'})\n"
+        "serve(app, listen('127.0.0.1', None), opens=False)"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline().split()[1].rpartition(b":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as page:
+            page.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(1)
+            server.send_signal(signal.SIGINT)
+            _, errors = server.communicate(timeout=60)
+    assert errors == b""
+    assert server.returncode == 0
 
 
 def test_folder_in_use_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
