@@ -64,7 +64,8 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
     - ``best_passage``: start and stop of the characters that the score comes from, if the node
       was read as several passages, and the best one is not all metadata.
     - ``evidence``: start, stop and score of each sentence, best first, with ``evidence=True``. A
-      sentence that begins in the metadata is cut to its part in the text.
+      sentence that begins in the metadata is cut to its part in the text, and to its share of the
+      score; see `method.extraction.evidence_within`.
     - ``extracted``: start and stop of the parts that are kept, with ``extract``.
     - ``retrieval_score``: the retriever's score, with ``keep_retrieval_score=True``.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.method.evidence import Evidence
+from core_rerank_integrations.method.evidence import Evidence, Word
 
 ExtractBy = Literal["tokens", "score"]
 """Whether the share to keep is a share of the document's tokens or of its sentences' scores."""
@@ -68,19 +68,23 @@ def extract(
 
 
 def evidence_within(evidence: Sequence[Evidence], start: int, stop: int) -> list[Evidence]:
-    """Return the evidence inside ``document[start:stop]``.
+    """Return the evidence inside ``document[start:stop]``, best first.
 
-    Offsets are relative to ``start``; words are left out.
+    Offsets are relative to ``start``; words are left out. A sentence that is partly inside gets the
+    share of its score that its words inside have of the positive scores of all its words.
     """
-    return [
-        sentence._replace(
-            start=max(sentence.start, start) - start,
-            stop=min(sentence.stop, stop) - start,
-            words=(),
-        )
-        for sentence in evidence
-        if sentence.start < stop and sentence.stop > start
-    ]
+    found = []
+    for sentence in evidence:
+        if sentence.start >= stop or sentence.stop <= start:
+            continue
+        inside = [word for word in sentence.words if start <= word.start and word.stop <= stop]
+        score, tokens = sentence.score, sentence.tokens
+        if len(inside) < len(sentence.words):
+            score *= _positive(inside) / (_positive(sentence.words) or 1.0)
+            tokens = round(tokens * len(inside) / len(sentence.words))
+        first, last = max(sentence.start, start), min(sentence.stop, stop)
+        found.append(Evidence(first - start, last - start, score, tokens=tokens))
+    return sorted(found, key=lambda sentence: -sentence.score)
 
 
 def check_share(name: str, share: Any) -> None:
@@ -92,6 +96,10 @@ def check_share(name: str, share: Any) -> None:
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     if not (is_number and 0 < share <= 1):
         raise InvalidInputError(f"{name} must be above 0 and at most 1, got {share!r}")
+
+
+def _positive(words: Sequence[Word]) -> float:
+    return sum(max(word.score, 0.0) for word in words)
 
 
 def _within_tokens(evidence: Sequence[Evidence], share: float) -> Iterator[int]:

@@ -151,13 +151,13 @@ def test_no_evidence_of_what_was_not_read(calibrated: CoReReranker) -> None:
 def test_adapters_put_it_into_the_metadata(calibrated: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=calibrated, evidence=True, top_n=1)
     (document,) = compressor.compress_documents([Document(DOCUMENT)], QUERY)
-    start, stop, _ = document.metadata["evidence"][0]
+    start, stop, _ = document.metadata["core_rerank"]["evidence"][0]
     assert DOCUMENT[start:stop] in [DOCUMENT[a:b] for a, b in sentences(DOCUMENT)]
     postprocessor = CoReNodePostprocessor(reranker=calibrated, evidence=True)
     (node,) = postprocessor.postprocess_nodes(
         [NodeWithScore(node=TextNode(text=DOCUMENT))], query_str=QUERY
     )
-    assert len(node.node.metadata["evidence"]) == 3
+    assert len(node.node.metadata["core_rerank"]["evidence"]) == 3
     assert "evidence" not in node.node.get_content(metadata_mode=MetadataMode.LLM)
     assert "evidence" not in node.node.get_content(metadata_mode=MetadataMode.EMBED)
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from core_rerank_integrations import CoReDocumentCompressor, CoReNodePostprocessor, CoReReranker
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.method.evidence import Evidence
+from core_rerank_integrations.method.evidence import Evidence, Word
 from core_rerank_integrations.method.extraction import GAP, evidence_within, extract
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.results import RerankResult
@@ -106,6 +106,17 @@ def test_evidence_within_a_part() -> None:
     assert [(sentence.start, sentence.stop) for sentence in within] == [(8, 51), (0, 7)]
 
 
+def test_a_sentence_that_is_partly_inside_has_the_score_of_its_words() -> None:
+    words = (Word(0, 4, 3.0), Word(5, 9, -1.0), Word(10, 14, 1.0), Word(15, 19, 0.0))
+    evidence = (Evidence(0, 20, 8.0, words, tokens=8), Evidence(21, 30, 2.5, tokens=2))
+    assert evidence_within(evidence, 10, 30) == [
+        Evidence(11, 20, 2.5, tokens=2),
+        Evidence(0, 10, 2.0, tokens=4),
+    ]
+    assert evidence_within(evidence, 15, 30)[1].score == 0
+    assert evidence_within(evidence, 0, 12)[0].score == 6
+
+
 def test_tokens_are_counted_once(calibrated: CoReReranker, smollm2: LocalModel) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2.path / "tokenizer.json"))
     long = " ".join(f"{DOCUMENT.strip()} Number {number}." for number in range(12))
@@ -132,8 +143,9 @@ def test_langchain_documents_are_cut(calibrated: CoReReranker) -> None:
     (cut,) = compressor.compress_documents([original], QUERY)
     assert original == Document(DOCUMENT, id="a", metadata={"page": 3})
     assert (cut.id, cut.metadata["page"]) == ("a", 3)
-    assert "evidence" not in cut.metadata
-    spans = cut.metadata["extracted"]
+    ours = cut.metadata["core_rerank"]
+    assert "evidence" not in ours
+    spans = ours["extracted"]
     assert cut.page_content == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
     assert_whole_sentences(spans)
     assert len(cut.page_content) < len(DOCUMENT)
@@ -152,14 +164,14 @@ def test_nodes_are_cut_but_not_their_metadata(calibrated: CoReReranker) -> None:
     (cut,) = postprocessor.postprocess_nodes([NodeWithScore(node=node)], query_str=QUERY)
     assert node.text == DOCUMENT
     assert (cut.node.node_id, cut.node.metadata["title"]) == ("a", node.metadata["title"])
-    spans = cut.node.metadata["extracted"]
+    spans = cut.node.metadata["core_rerank"]["extracted"]
     assert cut.text == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
     assert_whole_sentences(spans)
     assert 0 < len(cut.text) < len(DOCUMENT)
     assert "extracted" not in cut.node.get_content(metadata_mode=MetadataMode.LLM)
     bare = TextNode(text=DOCUMENT)
     (cut,) = postprocessor.postprocess_nodes([NodeWithScore(node=bare)], query_str=QUERY)
-    spans = cut.node.metadata["extracted"]
+    spans = cut.node.metadata["core_rerank"]["extracted"]
     assert cut.text == GAP.join(DOCUMENT[start:stop] for start, stop in spans)
     assert_whole_sentences(spans)
 
@@ -175,5 +187,5 @@ def test_what_was_not_read_in_time_is_not_cut(calibrated: CoReReranker) -> None:
     compressor = CoReDocumentCompressor(reranker=calibrated, extract=0.3, max_seconds=1e-9)
     first, second = compressor.compress_documents([Document(DOCUMENT), Document(DOCUMENT)], QUERY)
     assert len(first.page_content) < len(DOCUMENT)
-    assert (second.page_content, second.metadata["reranked"]) == (DOCUMENT, False)
-    assert "extracted" not in second.metadata
+    assert second.page_content == DOCUMENT
+    assert second.metadata["core_rerank"] == {"probability": None, "reranked": False}

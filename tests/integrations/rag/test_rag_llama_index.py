@@ -208,6 +208,25 @@ def test_files_and_pages_have_the_names_of_llama_index(
     assert "[1] handbook.pdf, page 7\n> If the ferry" in engine.chat(QUESTION).response
 
 
+def test_metadata_in_front_of_a_sentence_are_not_its_evidence(
+    default_reranker: CoReReranker,
+) -> None:
+    from llama_index.core.retrievers import BaseRetriever
+    from llama_index.core.schema import NodeWithScore
+
+    class OneNode(BaseRetriever):
+        def _retrieve(self, _query: Any) -> list[NodeWithScore]:
+            node = TextNode(
+                text="The harbour was quiet. Bell did it in 1876. Gulls cried.",
+                metadata={"title": "The history of the telephone and who patented it"},
+                text_template="Metadata: {metadata_str}\n-----\nContent: {content}",
+            )
+            return [NodeWithScore(node=node)]
+
+    engine = create_rag_chat_engine(OneNode(), reranker=default_reranker, score_threshold=None)
+    assert engine.chat("Who patented the telephone?").response == "Bell did it in 1876. [1]"
+
+
 def test_invalid_arguments_are_refused(make: Any) -> None:
     with pytest.raises(InvalidInputError, match="top_n"):
         make(top_n=0)
