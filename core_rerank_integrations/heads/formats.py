@@ -99,9 +99,7 @@ def _from_foreign(content: Mapping[str, Any], name: str) -> dict[str, Any] | Non
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(
-            f"{key}: the wrong type, {type(value).__name__}: {shortened(value)}"
-        )
+        raise ValueError(f"{key}: the wrong type, {type(value).__name__}: {shortened(value)}")
     return value
 
 
