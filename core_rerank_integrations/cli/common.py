@@ -64,8 +64,8 @@ def print_table(
     """
     if sys.stdout is not None and sys.stdout.isatty():
         table = Table(title=title, title_justify="left")
-        for header in headers:
-            table.add_column(header, overflow="fold")
+        for index, header in enumerate(headers):
+            table.add_column(header, overflow="fold", no_wrap=index == 0)  # Names stay whole.
         for row in rows:
             table.add_row(*row)
         Console(markup=False, emoji=False, highlight=False).print(table)
