@@ -74,8 +74,9 @@ class ModelFields(RerankerSettings):
         return reranker
 
     async def _aloaded_reranker(self) -> CoReReranker:
-        loaded = self.reranker or self._own_reranker
-        return loaded or await run_in_thread(self._loaded_reranker)
+        if (loaded := self.reranker or self._own_reranker) is not None:
+            return loaded
+        return await run_in_thread(self._loaded_reranker)
 
 
 class RerankerFields(ModelFields, RerankOptions):

@@ -67,7 +67,8 @@ def test_a_killed_engine_ends_every_waiting_call_and_can_be_restarted(smollm2: L
 
 def test_two_engines_that_start_at_once(smollm2: LocalModel) -> None:
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(started, smollm2, max_model_len=512) for _ in range(2)]
+        small = {"max_model_len": 512, "gpu_memory_utilization": 0.1}
+        calls = [pool.submit(started, smollm2, **small) for _ in range(2)]
         first, second = (call.result(600)[0] for call in calls)
     with first, second:
         scores = [reranker.score("gulls", ["grey gulls", "soup"]) for reranker in (first, second)]
