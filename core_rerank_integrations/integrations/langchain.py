@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,12 +34,15 @@ with requires_extra("langchain"):
         RunnableLambda,
         RunnableSerializable,
         ensure_config,
+        patch_config,
     )
-    from langchain_core.runnables.config import set_config_context
     from langchain_core.runnables.utils import AnyConfigurableField
     from langchain_core.tools import BaseTool, create_retriever_tool
 
 Output = TypeVar("Output")
+
+# LangChain's base class hands the callbacks alone to the method that retrieves.
+_config: ContextVar[RunnableConfig | None] = ContextVar("core_rerank_config", default=None)
 
 
 class DocumentRanker(RerankerFields):
@@ -146,9 +150,8 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         **kwargs: Any,
     ) -> list[Document]:
         """Find and rank documents for a query; see `CoReReranker.rerank` for the errors."""
-        # LangChain's method passes on the callbacks alone; the inner retriever may be configurable.
-        with set_config_context(_inherited(config)) as context:
-            return context.run(super().invoke, input, config, **kwargs)
+        with _passed_on(config):
+            return super().invoke(input, config, **kwargs)
 
     async def ainvoke(
         self,
@@ -157,9 +160,8 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         **kwargs: Any,
     ) -> list[Document]:
         """Find and rank documents without blocking the event loop; see `invoke`."""
-        with set_config_context(_inherited(config)) as context:
-            call = super().ainvoke(input, config, **kwargs)
-            return await asyncio.create_task(call, context=context)
+        with _passed_on(config):
+            return await super().ainvoke(input, config, **kwargs)
 
     def configurable_fields(
         self, **kwargs: AnyConfigurableField
@@ -177,7 +179,7 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         k: int | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        config = patch_config(_config.get(), callbacks=run_manager.get_child())
         documents = self.retriever.invoke(query, config, **kwargs)
         inputs = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
         return self._run("CoReReranker", self._copies).invoke(inputs, config)
@@ -190,7 +192,7 @@ class CoReRetriever(DocumentRanker, BaseRetriever):
         k: int | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        config = patch_config(_config.get(), callbacks=run_manager.get_child())
         documents = await self.retriever.ainvoke(query, config, **kwargs)
         inputs = {"query": query, "documents": documents, "top_n": self.top_n if k is None else k}
         return await self._run("CoReReranker", self._copies).ainvoke(inputs, config)
@@ -257,12 +259,13 @@ class CoReDocumentIndexer(ModelFields, BaseDocumentTransformer):
         return await run_in_thread(partial(self.transform_documents, documents, **kwargs))
 
 
-def _inherited(config: RunnableConfig | None) -> RunnableConfig:
-    """Return what the runs below a run inherit: all but its name and its id."""
-    inherited = ensure_config(config)
-    inherited.pop("run_name", None)
-    inherited.pop("run_id", None)
-    return inherited
+@contextmanager
+def _passed_on(config: RunnableConfig | None) -> Iterator[None]:
+    token = _config.set(ensure_config(config))
+    try:
+        yield
+    finally:
+        _config.reset(token)
 
 
 def _arguments(inputs: dict[str, Any]) -> dict[str, Any]:
