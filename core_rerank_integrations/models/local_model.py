@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,21 @@ def without_advice() -> Iterator[None]:
     finally:
         if given is None:
             os.environ.pop(name, None)  # Another thread may have.
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hide Transformers' report of unused weights: those of the dropped layers."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:

@@ -17,7 +17,12 @@ from core_rerank_integrations.errors import StorageError, UnsupportedModelError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
 from core_rerank_integrations.method.scoring import Mass
-from core_rerank_integrations.models.local_model import LocalModel, cache_folder, truncated_config
+from core_rerank_integrations.models.local_model import (
+    LocalModel,
+    cache_folder,
+    truncated_config,
+    without_load_report,
+)
 from core_rerank_integrations.settings import DocumentCache
 
 TOLERANCE = 1e-3
@@ -75,8 +80,6 @@ def _eager_mass(
     """Return the mean attention of the last ``rows`` tokens, [heads, tokens], by Transformers."""
     import torch
     from transformers import AutoModel
-
-    from core_rerank_integrations.backends.transformers.checks import without_load_report
 
     config = model.config()
     for name, value in truncated_config(config, max(pairs)[0] + 1).items():

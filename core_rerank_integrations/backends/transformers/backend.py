@@ -20,7 +20,11 @@ from core_rerank_integrations.errors import ModelError, UnsupportedModelError, r
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.prompt import SharedPrefix, TokenIds
 from core_rerank_integrations.method.scoring import Mass
-from core_rerank_integrations.models.local_model import LocalModel, truncated_config
+from core_rerank_integrations.models.local_model import (
+    LocalModel,
+    truncated_config,
+    without_load_report,
+)
 from core_rerank_integrations.settings import DocumentCache
 
 with requires_extra("transformers"):
@@ -34,7 +38,6 @@ with requires_extra("transformers"):
         check_layer_types,
         rope_depends_on_length,
         torch_dtype,
-        without_load_report,
     )
     from core_rerank_integrations.backends.transformers.packing import (
         ATTENTION_NAME,

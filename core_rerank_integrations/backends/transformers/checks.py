@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from transformers import PretrainedConfig
@@ -85,21 +83,6 @@ def _has_bfloat16() -> bool:
     # Emulated bfloat16 is slower than float32, so it does not count.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in probes)
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Hide Transformers' report of unused weights: those of the dropped layers."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def check_arguments(model: str, arguments: Mapping[str, object]) -> None:
