@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ with requires_extra("chat"):
     from langchain_core.runnables import Runnable
 
 MAX_QUESTION_CHARACTERS = 2000
+UNANSWERED = "(There was no answer.)"
+"""What a model reads for the answer of a turn that failed, because roles must alternate."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ class Turn:
         self.milliseconds |= part.get("milliseconds", {})
 
     def messages(self) -> list[BaseMessage]:
-        """Return the turn as messages for a language model; none if it failed."""
-        return [] if self.error else [HumanMessage(self.question), AIMessage(self.answer)]
+        """Return the turn as messages for a language model; none if the question was invalid."""
+        if not self.candidates:
+            return []
+        return [HumanMessage(self.question), AIMessage(self.answer.strip() or UNANSWERED)]
 
 
 def answer(
@@ -128,6 +133,10 @@ def answer(
                     yield turn
     except CoReError as error:
         turn.error = str(error)
+    except Exception as error:
+        # Without this, the page would wait for ever.
+        logging.getLogger(__name__).exception("A question could not be answered")
+        turn.error = f"This question could not be answered ({error!r}): ask it in other words."
     turn.is_done = True
     yield turn
 

@@ -19,6 +19,7 @@ import pytest
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.chat.conversation import (
     MAX_QUESTION_CHARACTERS,
+    UNANSWERED,
     ChatSettings,
     Turn,
     answer,
@@ -108,7 +109,12 @@ def test_endpoint_that_is_down(ferries: KnowledgeBase, chat_reranker: CoReRerank
     assert "did not answer, or stopped early (Connection error.)" in turn.error
     assert "choose another generator under Settings" in turn.error
     assert turn.documents, "the candidates are shown all the same"
-    assert turn.messages() == []
+    _, message = turn.messages()
+    assert message.text == UNANSWERED
+    settings = ChatSettings(down, abstain=False)
+    *_, second = answer("And in winter?", [turn], ferries, chat_reranker, settings)
+    assert second.search == f"{QUESTION} And in winter?"
+    assert second.documents
 
 
 def test_follow_up_to_an_endpoint_that_is_down(
@@ -199,11 +205,22 @@ def test_errors_of_questions_that_cannot_be_answered(
     knowledge: KnowledgeBase, ferries: KnowledgeBase, chat_reranker: CoReReranker
 ) -> None:
     assert ask(ferries, chat_reranker, EXTRACTS).answer == "The last ferry goes at 18:40. [1]"
-    assert "question is empty" in ask(ferries, chat_reranker, EXTRACTS, "  ").error
+    empty = ask(ferries, chat_reranker, EXTRACTS, "  ")
+    assert "question is empty" in empty.error
+    assert empty.messages() == []
     long = "x" * (MAX_QUESTION_CHARACTERS + 1)
     assert "has 2,001 characters" in ask(ferries, chat_reranker, EXTRACTS, long).error
     knowledge.remove("ferries.md")
     assert "no documents to answer from" in ask(ferries, chat_reranker, EXTRACTS).error
+
+
+def test_unforeseen_errors_end_a_turn(ferries: KnowledgeBase, chat_reranker: CoReReranker) -> None:
+    def load() -> None:
+        raise ZeroDivisionError("by zero")
+
+    turn = ask(ferries, chat_reranker, Generator("broken", "", load))
+    assert "ZeroDivisionError" in turn.error
+    assert "Traceback" not in turn.error
 
 
 def test_key_comes_from_the_environment_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

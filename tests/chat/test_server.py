@@ -283,3 +283,15 @@ def test_folder_in_use_is_named_before_the_model_is_loaded(tmp_path: Path) -> No
         output = failed("chat", "--data", str(tmp_path), "--model", "absent", "--no-open")
         other.kill()
     assert "are in use by another process" in output
+
+
+def test_missing_extra_is_named() -> None:
+    code = (
+        "import sys; sys.modules['gradio'] = None\n"
+        "from core_rerank_integrations.cli import app; app()"
+    )
+    command = [sys.executable, "-c", code, "chat", "--no-open"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'pip install "core-rerank-integrations[chat]"' in result.stderr
+    assert "Traceback" not in result.stderr
