@@ -17,9 +17,9 @@ from core_rerank_integrations.errors import ModelError, UnsupportedModelError, r
 from core_rerank_integrations.models.local_model import without_advice
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-CONVERSION = 2
+CONVERSION = 1
 """Increased when the result of a conversion changes."""
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -108,7 +108,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         factors = tensors.pop(ROPE_FACTORS, None)
         config = _config(architecture, fields, tensors, None if factors is None else factors.data)
         target.mkdir()
-        config.save_pretrained(target)
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _tokenizer(architecture, fields).save_pretrained(target)
 
         def numbers(tensor: Any) -> npt.NDArray[np.uint16]:
@@ -134,23 +134,23 @@ def convert_gguf(gguf: Path, target: Path) -> None:
                 for name, tensor in tensors.items()
             ],
         )
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
         raise ModelError(f"cannot read {gguf}, the file may be damaged: {error}") from error
 
 
 def _config(
     architecture: str, fields: dict[str, Any], tensors: dict[str, Any], factors: Any
-) -> PretrainedConfig:
-    from transformers import AutoConfig
-
+) -> dict[str, Any]:
+    """Return what the file says, without the defaults of a version of Transformers."""
     model_type, class_name = ARCHITECTURES[architecture]
     settings = {
         name: fields[f"{architecture}.{key}"]
         for name, key in FIELDS.items()
         if f"{architecture}.{key}" in fields
     }
-    if architecture == "llama":
-        settings.setdefault("head_dim", fields.get("llama.rope.dimension_count"))
+    if architecture == "llama" and "llama.rope.dimension_count" in fields:
+        settings.setdefault("head_dim", fields["llama.rope.dimension_count"])
+    settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     if (window := fields.get(f"{architecture}.attention.sliding_window")) is not None:
         settings["sliding_window"] = window
     if architecture == "gemma3":
@@ -169,14 +169,14 @@ def _config(
     for name, key in SPECIAL_TOKENS.items():
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             settings[f"{name}_token_id"] = token
-    return AutoConfig.for_model(
-        model_type,
-        architectures=[class_name],
-        dtype="bfloat16",
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        tie_word_embeddings="output.weight" not in tensors,
+    return {
+        "model_type": model_type,
+        "architectures": [class_name],
+        "dtype": "bfloat16",
+        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
         **settings,
-    )
+    }
 
 
 def _rope_scaling(architecture: str, fields: dict[str, Any], factors: Any) -> dict[str, Any]:
@@ -246,13 +246,13 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _deinterleaved(
-    weights: npt.NDArray[np.uint16], name: str, config: PretrainedConfig
+    weights: npt.NDArray[np.uint16], name: str, config: dict[str, Any]
 ) -> npt.NDArray[np.uint16]:
     """Undo that llama.cpp interleaves the halves of the queries and keys of a head."""
     match = re.search(r"\.attn_([qk])\.", name)
     if not match:
         return weights
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
     pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)
 

@@ -95,6 +95,7 @@ def test_weights_and_configuration_survive_llama_cpp(family: str, tmp_path: Path
         assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
     before, after = model.config().to_dict(), converted.config().to_dict()
     not_in_gguf = {"dtype", "initializer_range", "architectures", "_name_or_path"}
+    not_in_gguf.add("transformers_version")  # A model that was moved has the same configuration.
     if family == "llama-3-rope":
         rope = after["rope_parameters"]
         assert (rope["rope_type"], rope["factor"]) == ("llama3", 8.0)
