@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
-from tqdm import tqdm
-
 from core_rerank_integrations.errors import ModelError
 
 INDEX_VARIABLES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
@@ -41,6 +39,8 @@ def fetch(project: str, target: Path) -> None:
         ModelError: The index cannot be reached or does not have the file.
         OSError: The file cannot be written.
     """
+    from tqdm import tqdm  # Imported late: a cached model needs none of it.
+
     index = next(filter(None, map(os.environ.get, INDEX_VARIABLES)), PYTHON_INDEX)
     partial = target.with_name(f".{target.name}.partial")
     try:
