@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -29,6 +30,9 @@ with requires_extra("chat"):
         RecursiveCharacterTextSplitter,
     )
     from tokenizers import Tokenizer
+
+    if find_spec("kreuzberg") is None:  # Only the process of a conversion imports it.
+        raise ModuleNotFoundError(name="kreuzberg")
 
 SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
 MAX_FILE_BYTES = 20 << 20
