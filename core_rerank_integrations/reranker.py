@@ -72,6 +72,8 @@ class CoReReranker:
         max_document_tokens: Longer documents are truncated to this length, with a
             `DocumentTruncatedWarning`. ``None`` truncates only documents that do not fit the
             context, and none with ``documents_per_prompt=1``.
+        max_query_tokens: Longer queries raise `InvalidInputError`. Every token of a query is read
+            for every document, which takes tens of seconds for a query of a page.
         document_cache: Size and folder of the cache of documents that were read. ``None`` selects
             the defaults of `DocumentCache`. vLLM caches documents in its own cache.
         template: Name of a prompt template, or a `PromptTemplate`. ``None`` selects the head
@@ -106,6 +108,7 @@ class CoReReranker:
         device: str | None = None,
         documents_per_prompt: int | None = None,
         max_document_tokens: int | None = None,
+        max_query_tokens: int = 1024,
         document_cache: DocumentCache | None = None,
         template: str | PromptTemplate | None = None,
         engine_args: Mapping[str, Any] | None = None,
@@ -122,6 +125,7 @@ class CoReReranker:
             device=device,
             documents_per_prompt=documents_per_prompt,
             max_document_tokens=max_document_tokens,
+            max_query_tokens=max_query_tokens,
             document_cache=document_cache,
             template=template,
             engine_args=engine_args,
@@ -180,7 +184,9 @@ class CoReReranker:
         heads = head_set_for(settings.heads, model.model_id)
         heads.check(model.model_id, model_shape(model.config()))
         self.heads = heads.with_documents_per_prompt(settings.documents_per_prompt)
-        self._layout = self.heads.scoring.layout(settings.max_document_tokens)
+        self._layout = self.heads.scoring.layout(
+            settings.max_document_tokens, settings.max_query_tokens
+        )
         self.backend = (
             type(scorer.backend).__name__ if scorer else chosen_backend(settings, model, heads)
         )

@@ -23,13 +23,13 @@ from core_rerank_integrations._internal.files import expand_user
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import (
-    Finite,
     Count,
+    Finite,
     FirstStage,
     Positive,
     Probability,
-)
     Whole,
+)
 from core_rerank_integrations.method.templates import PromptTemplate
 from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 
@@ -140,6 +140,10 @@ class RerankerSettings(CheckedModel):
     )
     max_document_tokens: Count | None = Field(
         default=None, description="Longer documents are truncated to this, with a warning."
+    )
+    max_query_tokens: Count = Field(
+        default=1024,
+        description="Longer queries are refused, because each token is read for every document.",
     )
     document_cache: DocumentCache | None = Field(
         default=None, description="Size and folder of the cache of documents that were read."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import pickle
+import random
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -32,10 +34,12 @@ from core_rerank_integrations.backends.base import (
     PromptGroup,
 )
 from core_rerank_integrations.errors import (
+    BackendError,
     ClosedError,
     DocumentTruncatedWarning,
     HeadSetError,
     InvalidInputError,
+    LongDocumentWarning,
 )
 from core_rerank_integrations.heads.shipped import Heads
 from core_rerank_integrations.method.scoring import Mass
@@ -699,10 +703,52 @@ def test_time_is_spent_on_the_first_documents(
     clock = SimpleNamespace(perf_counter=lambda: float(sum(map(len, recording.calls))))
     monkeypatch.setattr("core_rerank_integrations.scorer.time", clock)
     alone = with_backend(smollm2, recording, documents_per_prompt=1)
-    texts = [f"Note {number}" for number in range(40)]
+    texts = [f"Note {number}" for number in range(10, 50)]
     results = alone.rerank(QUERY, texts, max_seconds=10.0)
     read = sorted(result.index for result in results if result.reranked)
     assert read == list(range(len(read)))
     assert len(read) == 10
     assert [len(call) for call in recording.calls] == [1, 2, 4, 2, 1]
     assert indices(results)[len(read) :] == list(range(len(read), 40))
+
+
+def test_an_enormous_document_does_not_use_the_time_of_the_others(
+    smollm2: LocalModel, recording: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a passage takes a second."""
+    clock = SimpleNamespace(perf_counter=lambda: float(sum(map(len, recording.calls))))
+    monkeypatch.setattr("core_rerank_integrations.scorer.time", clock)
+    alone = with_backend(smollm2, recording, CALIBRATED)
+    enormous = base64.b64encode(random.Random(0).randbytes(6000)).decode()
+    with pytest.warns(LongDocumentWarning, match=r"document 0 is read as \d+ passages of 40"):
+        results = alone.rerank(QUERY, [enormous, *DOCUMENTS], max_seconds=10.0)
+    assert [result.index for result in results if not result.reranked] == [0]
+    assert len(results) == 1 + len(DOCUMENTS)
+
+
+def test_a_query_has_a_limit(smollm2: LocalModel, recording: RecordingBackend) -> None:
+    alone = with_backend(smollm2, recording, CALIBRATED)
+    with pytest.raises(
+        InvalidInputError, match=r"the query takes \d+ tokens, .* raise max_query_tokens"
+    ):
+        alone.rerank("What is bread made of? " * 200, DOCUMENTS)
+    assert not recording.calls
+
+
+def test_attention_that_is_not_a_number_is_an_error(
+    smollm2: LocalModel, reranker: CoReReranker
+) -> None:
+    """As after an overflow in float16; such documents are not documents without time."""
+
+    class Overflowing(RecordingBackend):
+        def attention_mass(
+            self, groups: Sequence[PromptGroup], weights: Mass | None = None
+        ) -> list[GroupMass]:
+            results = super().attention_mass(groups, weights)
+            results[-1].questions[0][:, 3] = np.nan
+            return results
+
+    alone = with_backend(smollm2, Overflowing(reranker.scorer.backend), CALIBRATED)
+    for options in ({}, {"max_seconds": 3600.0}):
+        with pytest.raises(BackendError, match=r"is not a number.*Use dtype='bfloat16'"):
+            alone.rerank(QUERY, DOCUMENTS, **options)
