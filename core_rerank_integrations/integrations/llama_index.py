@@ -79,7 +79,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
 
     keep_retrieval_score: bool = Field(
         default=False,
-        description="Keep the retriever's score as metadata['core_rerank']['retrieval_score'].",
+        description="Keep the retriever's score in the metadata, as `retrieval_score`.",
     )
 
     @classmethod
