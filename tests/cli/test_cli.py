@@ -11,6 +11,8 @@ from support.cli import failed, run
 
 from core_rerank_integrations import __version__
 
+pytestmark = pytest.mark.commands
+
 QUERY = "Who patented the telephone?"
 BREAD, BELL = "Bread is baked from flour.", "Bell patented the telephone in 1876."
 

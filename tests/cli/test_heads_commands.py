@@ -15,6 +15,8 @@ from core_rerank_integrations.method.list_scores import WindowAttention
 from core_rerank_integrations.research.collection import Collection, save_run
 from core_rerank_integrations.scorer import AttentionScorer
 
+pytestmark = pytest.mark.commands
+
 HANDBOOK = resource_folder("examples/data")
 MODEL = ("--model", "smollm2-135m")
 
