@@ -7,7 +7,6 @@ the process must not grow once the caches are full.
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from contextlib import ExitStack
 from itertools import islice
@@ -18,8 +17,6 @@ from typing import Annotated
 import psutil
 import typer
 from common import MODEL, requests, tracked
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from core_rerank_integrations import CoReReranker, DocumentCache
@@ -53,8 +50,9 @@ def main(
 
     is_local = backend in ("openvino", "transformers")
     cache = DocumentCache(memory_bytes=cache_mib << 20, disk_bytes=0) if is_local else None
-    table = Table("lists", "MiB", "seconds", title=f"{backend}, {'tiny' if tiny else MODEL}")
-    start = time.perf_counter()
+    print(
+        f"{backend}, {'a small random model' if tiny else MODEL}\n\n| lists | MiB |\n| --- | --- |"
+    )
     with ExitStack() as stack:
         model: str | Path = MODEL
         if tiny:
@@ -68,11 +66,9 @@ def main(
         )
         for number in tracked(range(lists + 1), "reranking"):
             if number % max(lists // POINTS, 1) == 0:
-                seconds = f"{time.perf_counter() - start:.0f}"
-                table.add_row(str(number), str(resident_mib()), seconds)
+                print(f"| {number} | {resident_mib()} |", flush=True)
             size = draw.randint(1, documents)
             reranker.rerank(text(3, 30), list(islice(iter(document, ""), size)))
-    Console().print(table)
 
 
 def save_tiny(folder: Path) -> None:
