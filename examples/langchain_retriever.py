@@ -53,7 +53,8 @@ prompt = ChatPromptTemplate.from_template(
 
 def joined(documents: list[Document]) -> str:
     for document in documents:
-        print(f"{document.metadata['relevance_score']:7.4f}  {document.metadata['title']}")
+        probability = document.metadata["core_rerank"]["probability"]
+        print(f"{probability:7.4f}  {document.metadata['title']}")
     return "\n\n".join(document.page_content for document in documents)
 
 

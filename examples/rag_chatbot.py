@@ -66,8 +66,8 @@ def reply(question: str) -> None:
     history.extend([HumanMessage(question), AIMessage(answer)])
     print("" if search == question else f"\n     searched for: {search}")
     for number, source in enumerate(sources, start=1):
-        score, title = source.metadata["relevance_score"], source.metadata["title"]
-        print(f"     [{number}] {score:.3f}  {title}")
+        probability, title = source.metadata["core_rerank"]["probability"], source.metadata["title"]
+        print(f"     [{number}] {probability:.3f}  {title}")
 
 
 print("Ask about the Skarholm Light Museum; an empty line ends.")

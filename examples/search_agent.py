@@ -93,6 +93,7 @@ try:
         for call in getattr(message, "tool_calls", []):
             print(f"    {call['name']}({call['args']})")
         for source in getattr(message, "artifact", None) or []:
-            print(f"    {source.metadata['relevance_score']:.3f}  {source.metadata['title']}")
+            probability = source.metadata["core_rerank"]["probability"]
+            print(f"    {probability:.3f}  {source.metadata['title']}")
 except APIError as error:
     raise SystemExit(f"{arguments.llm_url} did not answer: {error}") from error
