@@ -39,6 +39,8 @@ class ModelFields(RerankerSettings):
         settings = dict(fields["reranker"].settings)
         for name, value in settings.items():
             if name in fields and fields[name] != value:
+                if not RerankerSettings.model_fields[name].repr:
+                    raise ValueError(f"{name} contradicts the given reranker; leave it out")
                 raise ValueError(
                     f"{name}={fields[name]!r} contradicts the given reranker, which was made with "
                     f"{name}={value!r}; leave it out"

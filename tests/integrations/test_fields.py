@@ -72,3 +72,9 @@ async def test_close_frees_what_was_loaded_and_a_later_call_loads_again(
     shared = Adapter(reranker=calibrated)
     await shared.aclose()
     assert shared.best() == 1
+
+
+def test_an_error_does_not_show_the_token_of_the_reranker(calibrated: CoReReranker) -> None:
+    with pytest.raises(ValueError, match="token contradicts the given reranker") as error:
+        RerankerFields(reranker=calibrated, token="another")
+    assert "made with" not in str(error.value)
