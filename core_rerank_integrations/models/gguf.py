@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,11 @@ import numpy.typing as npt
 
 from core_rerank_integrations.errors import ModelError, UnsupportedModelError, requires_extra
 from core_rerank_integrations.models.local_model import without_advice
+from core_rerank_integrations.models.safetensors_files import (
+    NewTensor,
+    from_float32,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -120,14 +123,15 @@ def convert_gguf(gguf: Path, target: Path) -> None:
                 full = gguf_files.dequantize(tensor.data[part], tensor.tensor_type)
                 if architecture == "gemma3" and tensor.name.endswith("norm.weight"):
                     full = full - np.float32(1)  # llama.cpp adds the offset of Gemma's norms.
-                rounded[part] = _to_bfloat16(full)
+                rounded[part] = from_float32(full, "BF16")
             return _deinterleaved(rounded, tensor.name, config) if is_llama else rounded
 
         write_safetensors(
             target / "model.safetensors",
             [
-                (
+                NewTensor(
                     _weight_name(architecture, name),
+                    "BF16",
                     _shape(tensor),
                     partial(numbers, tensor),
                 )
@@ -255,36 +259,3 @@ def _deinterleaved(
     heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
     pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)
-
-
-def _to_bfloat16(full: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to the nearest bfloat16, and ties to the even one, as PyTorch does."""
-    bits = np.ascontiguousarray(full, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-Tensor = tuple[str, tuple[int, ...], Callable[[], npt.NDArray[np.uint16]]]
-"""Name, shape and a function that computes the numbers."""
-
-
-def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Write bfloat16 tensors to a safetensors file, one after the other to save memory.
-
-    Raises:
-        ValueError: The numbers of a tensor have another shape than was said.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, shape, _ in tensors:
-        stop = start + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
-    content = json.dumps(header).encode()
-    content += b" " * (-len(content) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(content)) + content)
-        for name, shape, numbers in tensors:
-            computed = numbers()
-            if computed.shape != shape:
-                raise ValueError(f"{name} has shape {computed.shape}, not {shape}")
-            file.write(computed.astype("<u2", copy=False).tobytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -175,35 +174,6 @@ def cache_folder(kind: str = "models") -> Path:
             "this user has no home folder for models and cached documents: set the environment "
             "variable CORE_RERANK_CACHE to a folder"
         ) from error
-
-
-def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the header of a safetensors file.
-
-    Returns:
-        Type, shape and offsets of each tensor by its name, and where the first tensor begins.
-
-    Raises:
-        ModelError: The file cannot be read or is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        start = 8 + length
-        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except OSError as error:
-        raise ModelError(f"cannot read the weights in {path}: {error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: delete it and fetch the model again") from error
-    if size != expected:
-        raise ModelError(
-            f"{path} is damaged: it has {size} bytes instead of {expected}. Delete it and fetch "
-            "the model again"
-        )
-    return header, start
 
 
 def _hash(path: Path, total: int) -> str:

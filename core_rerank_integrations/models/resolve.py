@@ -9,13 +9,10 @@ from pathlib import Path
 from core_rerank_integrations._internal.files import expand_user
 from core_rerank_integrations.errors import CoReError, InvalidInputError, ModelError, StorageError
 from core_rerank_integrations.models.aliases import ALIASES, ModelAlias
-from core_rerank_integrations.models.local_model import LocalModel, safetensors_header
-from core_rerank_integrations.models.wheel import (
-    folder_from_gguf,
-    folder_from_wheel,
-    is_whole,
-    wheel_folder,
-)
+from core_rerank_integrations.models.build_once import is_whole
+from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.models.safetensors_files import safetensors_header
+from core_rerank_integrations.models.wheel import folder_from_gguf, folder_from_wheel, wheel_folder
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 

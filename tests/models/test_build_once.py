@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core_rerank_integrations.models.wheel import build_once
+from core_rerank_integrations.models.build_once import build_once
 
 
 def leftovers(cache: Path) -> list[str]:

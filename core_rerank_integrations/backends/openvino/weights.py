@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +16,15 @@ from core_rerank_integrations.backends.openvino.runtime import (
     ops,
 )
 from core_rerank_integrations.errors import ModelError
-from core_rerank_integrations.models.local_model import safetensors_header
+from core_rerank_integrations.models.safetensors_files import (
+    StoredTensor,
+    decoder_prefix,
+    stored_tensors,
+    to_float32,
+)
 
-PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
-"""Prefixes of the names of a decoder's weights in different checkpoints."""
-
-
-class _Kind(NamedTuple):
-    stored: npt.DTypeLike
-    type: Type
-
-
-KINDS = {
-    "F32": _Kind(np.float32, Type.f32),
-    "F16": _Kind(np.float16, Type.f16),
-    "BF16": _Kind(np.uint16, Type.bf16),  # NumPy has no bfloat16.
-}
-
-
-class _Stored(NamedTuple):
-    path: Path
-    kind: _Kind
-    shape: list[int]
-    offset: int
+TYPES = {"F32": Type.f32, "F16": Type.f16, "BF16": Type.bf16}
+"""OpenVINO's type for the numbers of a tensor, by their type in the file."""
 
 
 class Weights:
@@ -58,15 +42,9 @@ class Weights:
     def __init__(self, folder: Path, eight_bit: bool = False) -> None:
         self._eight_bit = eight_bit
         self._folder = folder
-        self._stored = {
-            name: stored
-            for path in sorted(folder.glob("*.safetensors"))
-            for name, stored in _index(path)
-        }
-        prefixes = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in self._stored]
-        if not prefixes:
-            raise ModelError(f"{folder} holds no safetensors files with a decoder's weights")
-        self._prefix = prefixes[0]
+        tensors = stored_tensors(sorted(folder.glob("*.safetensors")))
+        self._stored = {name: item for name, item in tensors.items() if item.dtype in TYPES}
+        self._prefix = decoder_prefix(self._stored, folder)
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._stored
@@ -90,7 +68,7 @@ class Weights:
         rounded = ops.constant(np.round(full / scale).astype(np.int8))
         return ops.multiply(ops.convert(rounded, "f32"), ops.constant(scale))
 
-    def _find(self, name: str) -> _Stored:
+    def _find(self, name: str) -> StoredTensor:
         try:
             return self._stored[self._prefix + name]
         except KeyError:
@@ -99,23 +77,9 @@ class Weights:
                 "random"
             ) from None
 
-    def _constant(self, stored: _Stored) -> Node:
-        return Constant(Tensor(_mapped(stored), Shape(stored.shape), stored.kind.type), False)
+    def _constant(self, stored: StoredTensor) -> Node:
+        shape = Shape(list(stored.shape))
+        return Constant(Tensor(stored.mapped(), shape, TYPES[stored.dtype]), False)
 
-    def _numbers(self, stored: _Stored) -> npt.NDArray[np.float32]:
-        mapped = _mapped(stored)
-        if stored.kind.type == Type.bf16:  # The upper half of a float32.
-            return (mapped.astype(np.uint32) << 16).view(np.float32)
-        return mapped.astype(np.float32)
-
-
-def _mapped(stored: _Stored) -> npt.NDArray[np.generic]:
-    shape = tuple(stored.shape)
-    return np.memmap(stored.path, stored.kind.stored, mode="r", offset=stored.offset, shape=shape)
-
-
-def _index(path: Path) -> Iterator[tuple[str, _Stored]]:
-    header, start = safetensors_header(path)
-    for name, entry in header.items():
-        if kind := KINDS.get(entry["dtype"]):
-            yield name, _Stored(path, kind, entry["shape"], start + entry["data_offsets"][0])
+    def _numbers(self, stored: StoredTensor) -> npt.NDArray[np.float32]:
+        return to_float32(stored.mapped(), stored.dtype)
