@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
 from core_rerank_integrations._internal.files import expand_user
-from core_rerank_integrations.errors import CoReError, InvalidInputError, ModelError, StorageError
+from core_rerank_integrations.errors import InvalidInputError, ModelError, StorageError
 from core_rerank_integrations.models.aliases import ALIASES, ModelAlias
 from core_rerank_integrations.models.build_once import is_whole
+from core_rerank_integrations.models.hub import hub_folder
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.models.safetensors_files import safetensors_header
 from core_rerank_integrations.models.wheel import folder_from_gguf, folder_from_wheel, wheel_folder
@@ -50,8 +50,8 @@ def is_cached(alias: ModelAlias) -> bool:
     if alias.wheel:
         return is_whole(wheel_folder(alias, alias.wheel))
     try:
-        _from_hub(alias.hub_id, None, None, local_files_only=True)
-    except OSError:
+        _from_hub(alias.hub_id, local_only=True)
+    except (ModelError, StorageError):
         return False
     return True
 
@@ -79,62 +79,26 @@ def _find(name: str, revision: str | None, token: str | None, local_only: bool) 
         if not path.is_file():
             raise InvalidInputError(f"there is no GGUF file at {path}")
         return LocalModel(folder_from_gguf(path), None)
-    from huggingface_hub import constants  # A folder does not need this slow import.
-
-    if constants.HF_HUB_CACHE.startswith("~"):
-        raise StorageError(
-            "this user has no home folder for models of the Hugging Face hub: set the environment "
-            "variable HF_HOME to a folder"
-        )
-    try:
-        # Most of the time nothing has to be fetched, and then nothing is asked.
-        return LocalModel(_from_hub(name, revision, token, local_files_only=True), name)
-    except OSError as error:
-        if local_only:
-            raise _not_found(name, error) from error
-    try:
-        return LocalModel(_from_hub(name, revision, token, local_files_only=False), name)
-    except OSError as error:
-        raise _not_found(name, error) from error
-
-
-def _not_found(name: str, error: OSError) -> CoReError:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"cannot store {name} in the cache of the Hugging Face hub: {error}. Free space there, "
-            "or set the environment variable HF_HOME to another folder"
-        )
-    return ModelError(
-        f"cannot get {name} from the Hugging Face hub, and it is neither an alias "
-        f"({', '.join(ALIASES)}) nor a folder: {error}"
-    )
+    return LocalModel(_from_hub(name, revision, token, local_only), name)
 
 
 def _from_hub(
-    hub_id: str, revision: str | None, token: str | None, *, local_files_only: bool
+    hub_id: str, revision: str | None = None, token: str | None = None, local_only: bool = False
 ) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    return hub_folder(
+        hub_id,
+        MODEL_FILES,
+        _missing,
+        otherwise=f"neither an alias ({', '.join(ALIASES)}), a folder nor a GGUF file",
+        revision=revision,
+        token=token,
+        local_files_only=local_only,
+    )
 
-    try:
-        folder = Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                token=token,
-                allow_patterns=list(MODEL_FILES),
-                ignore_patterns=["original/*", "consolidated*"],
-                local_files_only=local_files_only,
-            )
-        )
-    except HFValidationError as error:
-        raise InvalidInputError(
-            f"{hub_id!r} is neither an alias ({', '.join(ALIASES)}), a folder, a GGUF file, "
-            "nor a hub id"
-        ) from error
-    if not (folder / "config.json").exists() or not _has_all_weights(folder):
-        raise FileNotFoundError(f"{hub_id} has no config.json with complete safetensors weights")
-    return folder
+
+def _missing(folder: Path) -> str | None:
+    is_complete = (folder / "config.json").exists() and _has_all_weights(folder)
+    return None if is_complete else "config.json with complete safetensors weights"
 
 
 def _has_all_weights(folder: Path) -> bool:

@@ -14,7 +14,11 @@ import numpy.typing as npt
 
 from core_rerank_integrations.errors import ModelError
 
-STORED_AS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+STORED_AS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 """NumPy's type for the numbers of a tensor, by their type in the file."""
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 """Prefixes of the names of a decoder's weights in different checkpoints."""
@@ -142,7 +146,7 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
             numbers = tensor.numbers()
             if numbers.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has shape {numbers.shape}, not {tensor.shape}")
-            file.write(np.ascontiguousarray(numbers, STORED_AS[tensor.dtype]))
+            file.write(np.ascontiguousarray(numbers, STORED_AS[tensor.dtype]).data)
 
 
 def to_float32(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
