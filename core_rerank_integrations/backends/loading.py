@@ -9,6 +9,8 @@ from core_rerank_integrations.backends.base import AttentionBackend
 from core_rerank_integrations.backends.openvino.decoder import openvino_runs
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.heads.shipped import sets_of
+from core_rerank_integrations.models.adapter import with_adapter
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.settings import RerankerSettings
 
@@ -37,7 +39,7 @@ def chosen_backend(settings: RerankerSettings, model: LocalModel, heads: HeadSet
 def load_backend(
     backend: str, settings: RerankerSettings, model: LocalModel, heads: HeadSet, engine: Any = None
 ) -> AttentionBackend:
-    """Load a model up to the highest of ``heads``.
+    """Load a model, with the adapter of ``heads`` if they have one, up to the highest of them.
 
     Args:
         backend: The backend; see `chosen_backend`.
@@ -47,10 +49,23 @@ def load_backend(
         engine: For ``vllm-shared``, a running engine of the caller.
 
     Raises:
-        InvalidInputError: The device does not belong to the backend.
+        InvalidInputError: The device does not belong to the backend, or the heads have an adapter
+            and the engine also generates.
+        HeadSetError: The adapter of the heads was trained on another model.
         UnsupportedModelError: The backend cannot read the attention of the model.
     """
     dtype = settings.dtype
+    if backend == "vllm-shared" and heads.adapter is not None:
+        plain = [other.name for other in sets_of(model.model_id) if other.adapter is None]
+        raise InvalidInputError(
+            f"the heads {heads.name!r} have an adapter, which changes the model's weights, and an "
+            "engine that also generates needs them unchanged: use an engine that only reranks, "
+            "backend='vllm', or heads without an adapter"
+            + (f" (shipped for this model: {', '.join(plain)})" if plain else "")
+        )
+    model = with_adapter(
+        model, heads, token=settings.token, local_files_only=settings.local_files_only
+    )
     if backend == "openvino":
         if settings.device not in (None, "cpu"):
             raise InvalidInputError(

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from core_rerank_integrations.cli.common import command, print_table
+from core_rerank_integrations.heads.shipped import default_head_set, sets_of
+from core_rerank_integrations.models.adapter import with_adapter
 from core_rerank_integrations.models.aliases import ALIASES, DEFAULT_MODEL
 from core_rerank_integrations.models.resolve import is_cached, resolve
 from core_rerank_integrations.settings import RerankerSettings
@@ -35,5 +37,8 @@ def fetch_model(
         str | None, typer.Option(help=RerankerSettings.model_fields["token"].description)
     ] = None,
 ) -> None:
-    """Download a model, and print its folder."""
-    print(resolve(model, revision=revision, token=token).path)
+    """Download a model and the adapter of its default heads, and print the model's folder."""
+    found = resolve(model, revision=revision, token=token)
+    if sets_of(found.model_id):
+        with_adapter(found, default_head_set(found.model_id), token=token)
+    print(found.path)

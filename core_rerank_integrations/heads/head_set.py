@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,6 +26,9 @@ from core_rerank_integrations.heads.scoring_config import (
     Weight,
 )
 from core_rerank_integrations.method.scoring import Mass
+
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}(@[\w.-]{1,100})?", re.ASCII)
+"""A repository of the Hugging Face hub, perhaps with a branch, tag or commit."""
 
 
 class ModelShape(NamedTuple):
@@ -77,6 +81,40 @@ class Provenance(BaseModel):
     ranked_heads: tuple[tuple[Index, Index, Finite | None], ...] = ()
 
 
+class Adapter(BaseModel):
+    """A LoRA adapter that was trained together with the heads, in the files of PEFT.
+
+    Attributes:
+        path: Its folder, or its hub id, as ``owner/name`` or ``owner/name@revision``. In a head
+            set file, a folder is relative to the file.
+        base_checksums: Digests of the weights on which it was trained, by
+            `LocalModel.weights_checksum`. A model with other weights is refused, or there is a
+            warning if its hub id is that of the head set.
+        layers: Number of the model's layers that run; those above are dropped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(min_length=1)
+    base_checksums: tuple[str, ...]
+    layers: Count
+
+    def _read_from(self, folder: Path) -> Adapter:
+        """Return the adapter as a head set file in ``folder`` means it."""
+        path = folder / self.path
+        if self.path.startswith("~") or (HUB_ID.fullmatch(self.path) and not path.is_dir()):
+            return self
+        return self.model_copy(update={"path": str(path.absolute())})
+
+    def _written_to(self, folder: Path) -> Adapter:
+        """Return the adapter as a head set file in ``folder`` names it."""
+        adapter, folder = self._read_from(Path.cwd()), folder.absolute()
+        path = Path(adapter.path)
+        if path.is_relative_to(folder):
+            return self.model_copy(update={"path": path.relative_to(folder).as_posix()})
+        return adapter
+
+
 class HeadSet(BaseModel):
     """The heads to read, for one model.
 
@@ -91,6 +129,8 @@ class HeadSet(BaseModel):
         template: Name of the prompt template with which the heads were found.
         default: Whether this is the default of the sets that are shipped for a model.
         scoring: How the heads rank: prompts, calibration, weight of the first stage.
+        adapter: What changes the model's weights before the heads are read, if they were trained
+            with one.
         provenance: How the heads were found.
     """
 
@@ -106,6 +146,7 @@ class HeadSet(BaseModel):
     template: str | None = None
     default: bool = False
     scoring: ScoringConfig = ScoringConfig()
+    adapter: Adapter | None = None
     provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
@@ -114,6 +155,11 @@ class HeadSet(BaseModel):
         if repeated := sorted(pair for pair, count in counts.items() if count > 1):
             raise ValueError(f"heads listed twice: {repeated}")
         self._check_range(self.num_layers, self.num_heads)
+        if self.adapter and self.highest_layer >= self.adapter.layers:
+            raise ValueError(
+                f"a head of layer {self.highest_layer} is out of range: the adapter keeps "
+                f"{self.adapter.layers} layers, numbered from 0"
+            )
         return self
 
     @classmethod
@@ -168,24 +214,32 @@ class HeadSet(BaseModel):
         Raises:
             HeadSetError: The file is missing, has another format, or has no valid heads.
         """
-        content = json.dumps(read_fields(expand_user(path)))
+        file = expand_user(path)
+        content = json.dumps(read_fields(file))
         # Files are strict: true is not the layer 1, and "0.5" is not a weight.
-        return cls._checked(partial(cls.model_validate_json, content, strict=True), str(path))
+        loaded = cls._checked(partial(cls.model_validate_json, content, strict=True), str(path))
+        adapter = loaded.adapter and loaded.adapter._read_from(file.parent)
+        return loaded.model_copy(update={"adapter": adapter})
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON, one head per line.
 
+        The folder of an adapter is written relative to the file if it lies beside or below it.
+
         Raises:
             StorageError: The file cannot be written.
         """
-        fields = self.model_dump(mode="json", exclude_defaults=True)
-        write_atomically(expand_user(path), to_json(fields) + "\n")
+        file = expand_user(path)
+        adapter = self.adapter and self.adapter._written_to(file.parent)
+        written = self.model_copy(update={"adapter": adapter})
+        fields = written.model_dump(mode="json", exclude_defaults=True)
+        write_atomically(file, to_json(fields) + "\n")
 
     def top(self, count: int) -> HeadSet:
         """Return the set with the ``count`` best heads of its ranking.
 
         Raises:
-            HeadSetError: The ranking holds fewer heads.
+            HeadSetError: The ranking holds fewer heads, or one above the adapter's layers.
         """
         ranked = self.provenance.ranked_heads
         if not 1 <= count <= len(ranked):
@@ -193,7 +247,8 @@ class HeadSet(BaseModel):
                 f"cannot take {count} heads of {self.name}: its ranking holds {len(ranked)}"
             )
         heads = HeadSet.from_ranking(ranked, count).heads
-        return self.model_copy(update={"heads": heads, "name": f"{self.name}-top{count}"})
+        name = f"{self.name}-top{count}"
+        return self.validated({**dict(self), "heads": heads, "name": name}, name)
 
     @classmethod
     def from_ranking(
@@ -294,6 +349,10 @@ class HeadSet(BaseModel):
             raise HeadSetError(f"the head set {self.name!r} does not fit: {error}") from None
 
     def _check_range(self, num_layers: int | None, num_heads: int | None) -> None:
+        if num_layers is not None and self.adapter and self.adapter.layers > num_layers:
+            raise ValueError(
+                f"the adapter keeps {self.adapter.layers} layers, but the model has {num_layers}"
+            )
         ranked = ((layer, head) for layer, head, _ in self.provenance.ranked_heads)
         for pair in (*((head.layer, head.head) for head in self.heads), *ranked):
             if num_layers is not None and pair[0] >= num_layers:

@@ -21,6 +21,7 @@ from core_rerank_integrations.errors import (
     requires_extra,
 )
 from core_rerank_integrations.heads.head_set import ModelShape
+from core_rerank_integrations.models.safetensors_files import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -73,8 +74,36 @@ class LocalModel:
             blob = path.resolve()
             # The hub's cache names a file by its checksum.
             is_named = path.is_symlink() and blob.parent.name == "blobs"
-            content = blob.name if is_named else _hash(path, total)
+            content = blob.name if is_named else _hash(path, 0, path.stat().st_size, total)
             digest.update(f"{path.name}={content}\n".encode())
+        return digest.hexdigest()
+
+    def weights(self) -> dict[str, StoredTensor]:
+        """Return the tensors of the safetensors files by name.
+
+        Raises:
+            ModelError: There are none, or a file is damaged.
+        """
+        tensors = stored_tensors(sorted(self.path.glob("*.safetensors")))
+        if not tensors:
+            raise ModelError(f"{self.path} holds no weights in safetensors files")
+        return tensors
+
+    def weights_checksum(self) -> str:
+        """Return a digest of the weights alone: names, types, shapes and numbers.
+
+        It does not depend on the number of files and the order in them. Of more than
+        `MAX_HASHED_BYTES`, it reads blocks at even distances in each tensor.
+
+        Raises:
+            ModelError: There are no safetensors files, or one is damaged.
+        """
+        tensors = self.weights()
+        total = sum(tensor.size for tensor in tensors.values())
+        digest = hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            content = _hash(tensor.path, tensor.start, tensor.size, total)
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}={content}\n".encode())
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -176,15 +205,14 @@ def cache_folder(kind: str = "models") -> Path:
         ) from error
 
 
-def _hash(path: Path, total: int) -> str:
-    if total <= MAX_HASHED_BYTES:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+def _hash(path: Path, begin: int, size: int, total: int) -> str:
+    """Return a digest of a part of a file, which belongs to ``total`` bytes of weights."""
+    is_sampled = total > MAX_HASHED_BYTES
+    digest = hashlib.sha256(str(size).encode() if is_sampled else b"")
     step = max(total * HASHED_BLOCK // MAX_HASHED_BYTES, HASHED_BLOCK)
+    starts = [*range(0, size, step), *([max(size - HASHED_BLOCK, 0)] if is_sampled else [])]
     with path.open("rb") as file:
-        for start in (*range(0, size, step), max(size - HASHED_BLOCK, 0)):
-            file.seek(start)
-            digest.update(file.read(HASHED_BLOCK))
+        for start in starts:
+            file.seek(begin + start)
+            digest.update(file.read(min(HASHED_BLOCK, size - start)))
     return digest.hexdigest()

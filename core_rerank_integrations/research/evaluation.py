@@ -128,8 +128,8 @@ def evaluate(options: EvaluationOptions, *, show_progress: bool = False) -> Eval
     for result in results:
         heads = result.method.heads
         if timed and heads is not None and "@" not in result.method.name:
-            heads = heads.model_copy(update={"model": None})  # The folder has no hub id.
-            with CoReReranker(model.path, heads, **options.runtime) as reranker:
+            heads = heads.model_copy(update={"model": model.model_id})  # They were checked before.
+            with CoReReranker(options.model, heads, **options.runtime) as reranker:
                 result.seconds = _seconds(reranker, timed)
     judged = {document for grades in collection.qrels.values() for document in grades}
     about: dict[str, str | int] = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from core_rerank_integrations._internal.progress import Progress, no_progress
 from core_rerank_integrations.backends.loading import chosen_backend
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.heads.head_set import Adapter, HeadSet
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.heads.shipped import named_head_set, sets_of
 from core_rerank_integrations.method.list_scores import WindowScores, merge_windows
@@ -22,7 +23,7 @@ from core_rerank_integrations.method.scoring import Mass, Scores, best_indices
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.models.local_model import LocalModel, model_shape
 from core_rerank_integrations.research.collection import Collection, Run, ScoredRun
-from core_rerank_integrations.scorer import load_scorer
+from core_rerank_integrations.scorer import AttentionScorer, load_scorer
 from core_rerank_integrations.settings import RerankerSettings
 
 FIRST_STAGE = "first-stage"
@@ -104,11 +105,30 @@ def head_count_methods(name: str, model: LocalModel) -> list[Method]:
     return [named_method(f"{name}@{count}", model) for count in counts]
 
 
+class _Reader(NamedTuple):
+    """The scorer that head sets with the same adapter share.
+
+    Attributes:
+        scorer: The scorer.
+        columns: Index of each (layer, head) that it reads.
+    """
+
+    scorer: AttentionScorer
+    columns: dict[tuple[int, int], int]
+
+    def weights(self, heads: HeadSet) -> Mass:
+        """Return the weights of a head set, shape [all heads]; 0 for heads that it lacks."""
+        weights = np.zeros(len(self.columns), dtype=np.float32)
+        for head in heads.heads:
+            weights[self.columns[head.layer, head.head]] = head.weight
+        return weights
+
+
 class JointReranker:
     """Rank by several head sets of one model in one pass, to compare them.
 
     The scores are those of a `CoReReranker` with the same head set. The model runs once for all
-    methods with the same prompts, up to the highest head of any.
+    methods with the same adapter and prompts, up to the highest head of any.
 
     Args:
         model: The model of all head sets.
@@ -129,11 +149,23 @@ class JointReranker:
             raise InvalidInputError(
                 "the head sets were found with different prompt templates; evaluate them apart"
             )
-        pairs = sorted({(head.layer, head.head) for heads in self._sets for head in heads.heads})
-        self._columns = {pair: column for column, pair in enumerate(pairs)}
-        union = HeadSet.from_pairs(pairs, template=next(iter(templates), None))
-        backend = chosen_backend(settings, model, union)
-        self._scorer = load_scorer(backend, settings, model, union)
+        self._readers: dict[Adapter | None, _Reader] = {}
+        with ExitStack() as loaded:
+            for adapter in dict.fromkeys(heads.adapter for heads in self._sets):
+                own = [heads for heads in self._sets if heads.adapter == adapter]
+                pairs = sorted({(head.layer, head.head) for heads in own for head in heads.heads})
+                union = HeadSet.from_pairs(
+                    pairs,
+                    name=own[0].name,
+                    model=model.model_id,
+                    template=next(iter(templates), None),
+                    adapter=adapter,
+                )
+                scorer = load_scorer(chosen_backend(settings, model, union), settings, model, union)
+                loaded.callback(scorer.close)
+                columns = {pair: column for column, pair in enumerate(pairs)}
+                self._readers[adapter] = _Reader(scorer, columns)
+            self._loaded = loaded.pop_all()
 
     def rank(
         self,
@@ -178,17 +210,20 @@ class JointReranker:
             {method.name: -np.arange(len(item.documents), dtype=float) for method in self._methods}
             for item in lists
         ]
-        for layout in dict.fromkeys(heads.scoring.layout() for heads in self._sets):
+        passes = dict.fromkeys((heads.adapter, heads.scoring.layout()) for heads in self._sets)
+        for adapter, layout in passes:
+            reader = self._readers[adapter]
             methods = [
                 (method.name, method.heads, method.first_stage)
                 for method in self._methods
-                if method.heads is not None and method.heads.scoring.layout() == layout
+                if method.heads is not None
+                and (method.heads.adapter, method.heads.scoring.layout()) == (adapter, layout)
             ]
-            planned = self._scorer.plan(lists, layout)
+            planned = reader.scorer.plan(lists, layout)
             windows = [window for list_windows in planned for window in list_windows]
-            weights = np.stack([self._weights(heads) for _, heads, _ in methods])
+            weights = np.stack([reader.weights(heads) for _, heads, _ in methods])
             scored: list[list[WindowScores]] = [[] for _ in windows]
-            for index, attention in progress(self._scorer.stream(windows, weights), len(windows)):
+            for index, attention in progress(reader.scorer.stream(windows, weights), len(windows)):
                 scored[index] = [
                     WindowScores(attention.select(row).scores(heads.scoring.drop_outliers))
                     for row, (_, heads, _) in enumerate(methods)
@@ -204,11 +239,4 @@ class JointReranker:
 
     def close(self) -> None:
         """Free the model."""
-        self._scorer.close()
-
-    def _weights(self, heads: HeadSet) -> Mass:
-        """Return the weights of a head set, shape [all heads]; 0 for heads that it lacks."""
-        weights = np.zeros(len(self._columns), dtype=np.float32)
-        for head in heads.heads:
-            weights[self._columns[head.layer, head.head]] = head.weight
-        return weights
+        self._loaded.close()

@@ -11,7 +11,7 @@ import pytest
 from core_rerank_integrations import Head, HeadSet
 from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import HeadSetError
-from core_rerank_integrations.heads.head_set import ModelShape, Provenance
+from core_rerank_integrations.heads.head_set import Adapter, ModelShape, Provenance
 from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig
 from core_rerank_integrations.heads.shipped import (
     default_head_set,
@@ -155,8 +155,12 @@ def mutations(value: Any, leaves: int = 2) -> Iterator[Any]:
         {"model_info": {"model_id": "m"}, "params": {"important_heads": [[1, 2]]}},
         {"attn_head_set": "1-2,3-4", "model_name_or_path": "m"},
         {"1-2": 0.5, "3-4": 1},
+        {
+            "heads": [{"layer": 1, "head": 2}],
+            "adapter": {"path": "a/b", "base_checksums": ["c"], "layers": 2},
+        },
     ],
-    ids=["own", "vllm-hook", "qrhead", "core"],
+    ids=["own", "vllm-hook", "qrhead", "core", "adapter"],
 )
 def test_any_value_of_any_type_is_read_or_refused(content: Any, tmp_path: Path) -> None:
     usable, refused = 0, {}
@@ -307,3 +311,68 @@ def test_a_calibration_belongs_to_a_number_of_documents() -> None:
     assert alone.with_documents_per_prompt(1) == alone
     together = alone.with_documents_per_prompt(5)
     assert (together.scoring.documents_per_prompt, together.scoring.calibration) == (5, None)
+
+
+def with_adapter(path: str | Path, **fields: Any) -> HeadSet:
+    adapter = Adapter(path=str(path), base_checksums=("ab",), layers=4)
+    return HeadSet.from_pairs([(1, 0), (3, 2)], adapter=adapter, **fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "written_as"),
+    [
+        ("adapter", "adapter"),
+        ("deep/er/adapter", "deep/er/adapter"),
+        ("two/parts", "two/parts"),
+        (".", "."),
+        ("../outside", None),
+    ],
+)
+def test_the_folder_of_an_adapter_moves_with_its_file(
+    path: str, written_as: str | None, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    folder = (home / path).resolve()
+    folder.mkdir(parents=True)
+    with_adapter(folder).save(home / "heads.json")
+    written = json.loads((home / "heads.json").read_text())["adapter"]["path"]
+    assert written == (written_as or str(folder))
+    assert HeadSet.load(home / "heads.json") == with_adapter(folder)
+    home.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / path if written_as else folder
+    loaded = HeadSet.load(tmp_path / "moved" / "heads.json").adapter
+    assert loaded is not None
+    assert loaded.path == str(moved)
+
+
+def test_a_relative_folder_is_that_of_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with_adapter("adapter").save("elsewhere/heads.json")
+    assert HeadSet.load("elsewhere/heads.json") == with_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "owner/name@v1.0", "~/adapter"])
+def test_other_names_of_adapters_stay_as_they_are(path: str, tmp_path: Path) -> None:
+    head_set = with_adapter(path, name="tuned")
+    head_set.save(tmp_path / "heads.json")
+    assert HeadSet.load(tmp_path / "heads.json") == head_set
+
+
+def test_heads_above_the_layers_of_an_adapter_are_refused() -> None:
+    message = "a head of layer 4 is out of range: the adapter keeps 4 layers"
+    adapter = with_adapter("adapter").adapter
+    with pytest.raises(HeadSetError, match=message):
+        HeadSet.from_pairs([(4, 0)], adapter=adapter)
+    ranking = Provenance(ranked_heads=((0, 1, 2.0), (4, 0, 1.0)))
+    ranked = with_adapter("adapter", provenance=ranking, name="tuned")
+    top = ranked.top(1)
+    assert (pairs(top), top.name, top.adapter) == ([(0, 1)], "tuned-top1", adapter)
+    with pytest.raises(HeadSetError, match=message):
+        ranked.top(2)
+    with pytest.raises(HeadSetError, match="the adapter keeps 4 layers, but the model has 3"):
+        HeadSet.from_pairs([(1, 0)], adapter=adapter, num_layers=3)
+    with pytest.raises(HeadSetError, match="the adapter keeps 4 layers, but the model has 3"):
+        HeadSet.from_pairs([(1, 0)], adapter=adapter).check(None, ModelShape(3, 9, "llama"))

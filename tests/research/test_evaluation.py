@@ -5,6 +5,7 @@ from math import exp, log2
 from pathlib import Path
 
 import pytest
+from support.adapters import adapted, write_adapter
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations._internal.resources import resource_folder
@@ -87,6 +88,23 @@ def test_one_pass_for_all_methods_gives_each_rerankers_scores(smollm2: LocalMode
                 assert by_method[method.name] == pytest.approx(expected, abs=1e-6)
     distinct = {tuple(scores[method.name].round(4)) for method in methods}
     assert len(distinct) == len(methods), "each is a method of its own"
+
+
+def test_methods_with_and_without_an_adapter_are_compared(
+    smollm2: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORE_RERANK_CACHE", str(tmp_path / "cache"))
+    write_adapter(tmp_path / "adapter", smollm2, size=0.05)
+    tuned = adapted(LOW, tmp_path / "adapter", smollm2, layers=6)
+    documents = ("Eighteen minutes by ferry.", "Bread rises.", "No crossings in a gale.")
+    joint = JointReranker(smollm2, [Method("low", LOW), Method("tuned", tuned)], FLOAT32)
+    (scores,) = joint.scores([Candidates("How long is the crossing?", documents)])
+    joint.close()
+    for name, heads in (("low", LOW), ("tuned", tuned)):
+        with CoReReranker(smollm2.path, heads, dtype="float32") as reranker:
+            expected = reranker.score("How long is the crossing?", documents)
+        assert scores[name] == pytest.approx(expected, abs=1e-6)
+    assert scores["low"] != pytest.approx(scores["tuned"], abs=1e-3)
 
 
 def test_templates_that_differ_cannot_share_a_pass(smollm2: LocalModel) -> None:
