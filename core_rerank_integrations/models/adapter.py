@@ -116,7 +116,7 @@ class _Lora:
             return stored
         a, b = (to_float32(item.mapped(), item.dtype) for item in self.pairs[name])
         b *= np.float32(self.scale)
-        rounded = np.empty_like(stored)
+        rounded = np.empty(stored.shape, stored.dtype)
         rows = max(CHUNK // base.shape[1], 1)
         for start in range(0, base.shape[0], rows):
             part = slice(start, start + rows)

