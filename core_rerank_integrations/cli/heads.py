@@ -1,4 +1,4 @@
-"""``core-rerank heads``: list shipped head sets; find and fit new ones."""
+"""``core-rerank heads``: list shipped head sets; find, fit and tune new ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from core_rerank_integrations.research.options import (
     EvidenceOptions,
     FindOptions,
     FitOptions,
+    TuneOptions,
 )
 
-app = typer.Typer(help="List, find and fit head sets.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, find, fit and tune head sets.", no_args_is_help=True, rich_markup_mode=None
+)
 
 OutputOption = Annotated[
     Path, typer.Option(help="Head set file to write.", dir_okay=False, writable=True)
@@ -83,6 +86,24 @@ def fit(options: FitOptions, output: OutputOption) -> None:
     for trial in fitted.trials:
         print(f"l1 {trial.l1:g}: {trial.num_heads} heads, nDCG@10 on dev {trial.ndcg:.4f}")
     _write(fitted.head_set, output)
+
+
+@app.command()
+@command
+def tune(options: TuneOptions, output: OutputOption) -> None:
+    """Train an adapter and head weights together, and write them as a head set.
+
+    The adapter is a folder beside the head set, with the same name. Time and memory are those of
+    a small training: see the page "Tuning". An interrupted run continues where it stopped.
+    """
+    adapter = options.adapter or output.with_suffix("")
+    options = options.model_copy(update={"name": options.name or output.stem, "adapter": adapter})
+    tuned = research.tune_heads(options, show_progress=True)
+    for evaluation in tuned.evaluations:
+        by_source = ", ".join(f"{ndcg:.4f}" for ndcg in evaluation.ndcg)
+        print(f"{evaluation.steps} steps: nDCG@10 on dev {evaluation.mean:.4f} ({by_source})")
+    tuned.head_set.save(output)
+    print(f"Wrote {output} and {adapter}")
 
 
 @app.command()

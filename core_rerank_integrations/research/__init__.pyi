@@ -12,6 +12,8 @@ from .options import (
     FindOptions as FindOptions,
     FitOptions as FitOptions,
     ReaderOptions as ReaderOptions,
+    TuneOptions as TuneOptions,
 )
 from .report import save_report as save_report
-from .sources import JudgedRun as JudgedRun
+from .sources import JudgedRun as JudgedRun, WeightedRun as WeightedRun
+from .tuning.tune import TunedHeads as TunedHeads, tune_heads as tune_heads

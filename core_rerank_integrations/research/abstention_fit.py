@@ -33,7 +33,7 @@ class JudgedLogOdds(NamedTuple):
     """Log-odds of the candidates of one list.
 
     Attributes:
-        relevant: Log-odds of the relevant candidates, shape [at least 1].
+        relevant: Log-odds of the relevant candidates; empty if there is none.
         others: Log-odds of the other candidates, shape [at least 1].
     """
 
@@ -118,6 +118,8 @@ def fit_answerability(
         ):
             for item in items:
                 for answered, odds in zip((True, False), item.lists(), strict=True):
+                    if answered and not len(item.relevant):
+                        continue
                     rows.append((shrunken_margin(odds, mean, candidates), np.log(len(odds)), 1.0))
                     answers.append(answered)
                     weights.append(1 / len(items))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -30,6 +32,15 @@ class _Record(BaseModel):
     text: str
     title: str | None = None
     answers: list[str] | None = None
+
+
+class _List(BaseModel):
+    """A list of documents for one question; other keys are ignored."""
+
+    id: str | int | None = None
+    question: str
+    right: str | list[str]
+    wrong: list[str]
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,43 @@ def has_contrast(grades: Iterable[float]) -> bool:
     return len({grade > 0 for grade in grades}) == 2
 
 
+def load_lists(path: Path) -> tuple[Collection, ScoredRun]:
+    """Read a file of lists: questions, with documents that answer them and documents that do not.
+
+    Each line is a JSON object with ``question``, ``right`` (a text or a list of texts, empty if
+    nothing in the list answers the question) and ``wrong`` (a list of texts), and optionally an
+    ``id``. The documents of a list are in random order, which is the same each time.
+
+    Raises:
+        InvalidInputError: The file cannot be read, is empty, or a line is malformed.
+    """
+    passages: dict[str, Passage] = {}
+    queries: dict[str, str] = {}
+    qrels: Qrels = {}
+    run: ScoredRun = {}
+    for number, value in _json_lines(path):
+        place = f"{path}, line {number}"
+        item = record_of(_List, value, place)
+        right = [item.right] if isinstance(item.right, str) else item.right
+        query = str(number if item.id is None else item.id)
+        if query in queries:
+            raise InvalidInputError(f"{place} has the id {query!r} of another line")
+        texts = [*right, *item.wrong]
+        if not texts or not all(text.strip() for text in (item.question, *texts)):
+            raise InvalidInputError(f"{place}: the question or a document is empty")
+        if repeated := set(right) & set(item.wrong):
+            raise InvalidInputError(f"{place}: right and wrong is {min(repeated)!r}")
+        names = [f"{query}-{index}" for index in range(1, len(texts) + 1)]
+        passages |= {name: Passage(name, "", text) for name, text in zip(names, texts, strict=True)}
+        queries[query] = item.question
+        qrels[query] = dict.fromkeys(names[: len(right)], 1)
+        shuffled = random.Random(number).sample(names, len(names))
+        run[query] = [(name, -float(rank)) for rank, name in enumerate(shuffled, start=1)]
+    if not run:
+        raise InvalidInputError(f"the file {path} holds no list")
+    return Collection(passages, queries, qrels), run
+
+
 def load_run(path: Path, collection: Collection) -> Run:
     """Read the document ids of a TREC run; see `load_scored_run`."""
     scored = load_scored_run(path, collection)
@@ -181,18 +229,27 @@ def _records(path: Path) -> Iterator[tuple[str, _Record]]:
         InvalidInputError: A line is malformed, or repeats an id.
     """
     lines: dict[str, int] = {}
-    for number, line in read_lines(path):
+    for number, value in _json_lines(path):
         place = f"{path}, line {number}"
-        try:
-            value = parsed_json(line)
-        except ValueError as error:
-            raise InvalidInputError(f"{place} is not JSON: {error}") from error
         record = record_of(_Record, value, place)
         name = str(record.id)
         if name in lines:
             raise InvalidInputError(f"{place} has the id {name!r} of line {lines[name]}")
         lines[name] = number
         yield name, record
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line of a JSONL file.
+
+    Raises:
+        InvalidInputError: The file cannot be read, or a line is not JSON.
+    """
+    for number, line in read_lines(path):
+        try:
+            yield number, parsed_json(line)
+        except ValueError as error:
+            raise InvalidInputError(f"{path}, line {number} is not JSON: {error}") from error
 
 
 def _judgments(path: Path) -> Iterator[tuple[str, str, int]]:

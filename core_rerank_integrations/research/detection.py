@@ -18,7 +18,7 @@ from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import Head, HeadSet
 from core_rerank_integrations.heads.scoring_config import ScoringConfig
 from core_rerank_integrations.method.windows import Candidates, Layout
-from core_rerank_integrations.research.collection import Collection, load_run
+from core_rerank_integrations.research.collection import Collection
 from core_rerank_integrations.research.features import HeadFeatures, HeadReader
 from core_rerank_integrations.research.options import Detection, FindOptions
 
@@ -236,8 +236,8 @@ def find_heads(options: FindOptions, *, show_progress: bool = False) -> FoundHea
     """
     cases = []
     for source in options.data:
-        collection = Collection.load(source.folder, source.split)
-        run = load_run(source.run, collection)
+        collection, scored = source.load()
+        run = {query: [name for name, _ in ranking] for query, ranking in scored.items()}
         cases += detection_cases(collection, run, source.questions or options.questions, options)
     with HeadReader(options) as reader:
         progress = progress_bar(show_progress, "Finding heads")

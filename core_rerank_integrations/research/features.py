@@ -148,7 +148,7 @@ class HeadReader:
             ranked_heads: All heads as (layer, head, score), best first.
         """
         template = self._scorer.encoder.template.name
-        details = {**details, "backend": self.backend, "dtype": self.dtype, **_versions()}
+        details = {**details, "backend": self.backend, "dtype": self.dtype, **versions()}
         return self.heads.model_copy(
             update={
                 "name": name,
@@ -179,12 +179,13 @@ class HeadReader:
         return self._folder / name[:2] / f"{name}.npy"
 
 
-def _versions() -> dict[str, JsonValue]:
-    versions: dict[str, JsonValue] = {}
+def versions() -> dict[str, JsonValue]:
+    """Return the versions of the packages that matter, and the date."""
+    found: dict[str, JsonValue] = {}
     for package in ("core-rerank-integrations", "openvino", "torch", "transformers", "vllm"):
         with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {**versions, "python": python_version(), "date": time.strftime("%Y-%m-%d")}
+            found[package] = version(package)
+    return {**found, "python": python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def _features(attention: WindowAttention) -> Array:

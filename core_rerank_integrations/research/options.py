@@ -23,7 +23,7 @@ from core_rerank_integrations.heads.scoring_config import (
 )
 from core_rerank_integrations.method.templates import PromptTemplate
 from core_rerank_integrations.research.methods import Method
-from core_rerank_integrations.research.sources import JudgedRun
+from core_rerank_integrations.research.sources import JudgedRun, WeightedRun
 from core_rerank_integrations.settings import Backend, CheckedModel, RerankerSettings
 
 Detection = Literal["core", "qr"]
@@ -40,6 +40,15 @@ JudgedRuns = list[
     ]
 ]
 """Judged runs; strings are parsed."""
+WeightedRuns = list[
+    Annotated[
+        WeightedRun,
+        BeforeValidator(
+            lambda value: WeightedRun.parse(value) if isinstance(value, str) else value
+        ),
+    ]
+]
+"""Judged runs with weights; strings are parsed."""
 
 
 def _split_at_commas(methods: Any) -> Any:
@@ -185,6 +194,87 @@ class FitOptions(HeadSetOptions):
     )
     max_heads: Count | None = Field(
         default=None, description="Maximum number of heads; fits with more are not chosen."
+    )
+
+
+class TuneOptions(SampleOptions):
+    """Options of tuning heads."""
+
+    train: WeightedRuns = Field(
+        description="Lists to train on, each with an optional *WEIGHT: judged runs as "
+        "FOLDER:SPLIT:RUN[:N], or files of lists, FILE.jsonl[:N]. A line of such a file is a JSON "
+        "object with question, right (a text or several; an empty list if nothing answers the "
+        "question) and wrong (texts). A source with weight 2 is drawn twice as often as one with "
+        "weight 1, the default."
+    )
+    dev: JudgedRuns = Field(
+        description="Lists to choose by, likewise without weights; all sources count alike. A "
+        "question is trained on or chosen by, never both."
+    )
+    start: HeadSet | str | Path | None = Field(
+        default=None,
+        description="Tuned head set, shipped or a file, whose adapter and weights are trained "
+        "further; by default a new adapter is trained.",
+    )
+    adapter: Path | None = Field(
+        default=None,
+        description="Folder of the adapter to write; by default beside the head set.",
+    )
+    layers: Count | None = Field(
+        default=None,
+        description="Number of layers that run; those above are dropped. By default a third, or "
+        "those of the head set to start from.",
+    )
+    template: str | PromptTemplate | None = Field(
+        default=None, description="Prompt template; by default the model's."
+    )
+    name: str | None = Field(
+        default=None, description="Name of the head set; by default that of the file."
+    )
+    rank: Count = Field(default=16, description="Rank of a new adapter.")
+    steps: Count = Field(default=600, description="Number of steps.")
+    lists_per_step: Count = Field(default=4, description="Number of lists in a step.")
+    documents: Whole = Field(
+        default=8, ge=2, description="Maximum documents of a list in a step; wrong ones are drawn."
+    )
+    candidates: Count = Field(
+        default=20, description="Candidates per question, to draw wrong ones from and to choose by."
+    )
+    learning_rate: Positive = Field(default=4e-4, description="Learning rate of the adapter.")
+    probability_weight: NotNegative = Field(
+        default=0.5, description="Weight of the loss of probabilities, beside that of the ranking."
+    )
+    passage_tokens: Count = Field(
+        default=400, description="Longer documents are read as passages; the best one counts."
+    )
+    max_document_tokens: Count = Field(
+        default=1200, description="Longer documents are truncated in training, with a warning."
+    )
+    evaluate_every: Count = Field(
+        default=100, description="Number of steps after which the dev lists are ranked."
+    )
+    dev_questions: Count = Field(
+        default=40, description="Number of questions of each dev source that are ranked then."
+    )
+    patience: Count = Field(
+        default=3,
+        description="The training ends after this number of evaluations that are not better.",
+    )
+    training_dtype: str = Field(
+        default="auto", description="Precision of the frozen weights: auto, float32 or bfloat16."
+    )
+    evidence: Path | None = Field(
+        default=None,
+        description="Folder in the layout of BEIR, with 'answers' in queries.jsonl, to fit "
+        "evidence weights on.",
+    )
+    max_false_abstentions: Probability = Field(
+        default=0.01, description="Share of the lists with a relevant document that may be lost."
+    )
+    checkpoints: Path | None = Field(
+        default=None,
+        description="Folder of the checkpoint; an interrupted run continues from it. By default "
+        "'tuning' in the package's cache.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Judged runs, and the samples of questions that are drawn from them."""
+"""Judged runs and files of lists, and the samples of questions that are drawn from them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from core_rerank_integrations.errors import InvalidInputError
-from core_rerank_integrations.heads.scoring_config import Count, FirstStage
+from core_rerank_integrations.heads.scoring_config import Count, FirstStage, Positive
 from core_rerank_integrations.research.collection import (
     Collection,
     ScoredRun,
     has_contrast,
+    load_lists,
     load_scored_run,
 )
 
@@ -21,13 +22,16 @@ PATH = r"([A-Za-z]:[\\/])?[^:]+"
 """A path without colons, except after the drive on Windows."""
 
 
+LISTS_SUFFIX = ".jsonl"
+
+
 class JudgedRun(NamedTuple):
-    """A first stage's candidates for the judged questions of a collection.
+    """A first stage's candidates for the judged questions of a collection, or a file of lists.
 
     Attributes:
-        folder: The collection, in the layout of BEIR.
-        split: Name of the judgments.
-        run: TREC run of the candidates.
+        folder: The collection, in the layout of BEIR; or the file of lists.
+        split: Name of the judgments; empty for a file of lists.
+        run: TREC run of the candidates; or the file of lists.
         questions: Number of questions to draw; ``None`` for all.
         first_stage: Kind of the first stage; ``None`` if the order has no meaning.
     """
@@ -40,21 +44,27 @@ class JudgedRun(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> JudgedRun:
-        """Parse ``FOLDER:SPLIT:RUN[:N][:KIND]``.
+        """Parse ``FOLDER:SPLIT:RUN[:N][:KIND]`` or ``FILE.jsonl[:N]``.
 
         RUN is a TREC run, or its name in the folder's ``runs/``. N is the number of questions.
-        KIND is ``bm25``, ``dense`` or, if the order has no meaning, ``unordered``.
+        KIND is ``bm25``, ``dense`` or, if the order has no meaning, ``unordered``. FILE holds
+        lists; see `load_lists`.
 
         Raises:
             InvalidInputError: The text has another form.
         """
+        if match := re.fullmatch(rf"(?P<file>{PATH}\.jsonl)(:(?P<count>[1-9]\d*))?", text):
+            file, count = Path(match["file"]), match["count"]
+            return cls(file, "", file, int(count) if count else None, None)
         match = re.fullmatch(
             rf"(?P<folder>{PATH}):(?P<split>[^:]+):(?P<run>{PATH})(:(?P<count>[1-9]\d*))?"
             r"(:(?P<kind>unordered|bm25|dense))?",
             text,
         )
         if match is None:
-            raise InvalidInputError(f"expected FOLDER:SPLIT:RUN[:N][:KIND], got {text!r}")
+            raise InvalidInputError(
+                f"expected FOLDER:SPLIT:RUN[:N][:KIND] or FILE.jsonl[:N], got {text!r}"
+            )
         folder, split, run = Path(match["folder"]), match["split"], Path(match["run"])
         run_in_folder = folder / "runs" / f"{split}.{run}.trec"
         kind = None if match["kind"] == "unordered" else match["kind"] or "other"
@@ -65,6 +75,44 @@ class JudgedRun(NamedTuple):
             int(match["count"]) if match["count"] else None,
             cast(FirstStage | None, kind),
         )
+
+    def load(self) -> tuple[Collection, ScoredRun]:
+        """Read the collection and the candidates.
+
+        Raises:
+            InvalidInputError: A file cannot be read or is malformed.
+        """
+        if self.run.suffix == LISTS_SUFFIX:
+            return load_lists(self.run)
+        collection = Collection.load(self.folder, self.split)
+        return collection, load_scored_run(self.run, collection)
+
+
+class WeightedRun(NamedTuple):
+    """A judged run, and how often its questions are drawn.
+
+    Attributes:
+        run: The judged run.
+        weight: Share of the draws, relative to the weights of the other runs.
+    """
+
+    run: JudgedRun
+    weight: Positive = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> WeightedRun:
+        """Parse a `JudgedRun`, optionally with ``*WEIGHT`` at its end.
+
+        Raises:
+            InvalidInputError: The text has another form.
+        """
+        run, star, weight = text.rpartition("*")
+        if not star:
+            return cls(JudgedRun.parse(text))
+        try:
+            return cls(JudgedRun.parse(run), float(weight))
+        except ValueError:
+            raise InvalidInputError(f"expected a number after '*', got {text!r}") from None
 
 
 class Sample(NamedTuple):
@@ -86,6 +134,8 @@ class Sample(NamedTuple):
     def label(self) -> str:
         """Description of the sample for a head set's provenance."""
         source = self.source
+        if not source.split:
+            return f"{source.run.name}, {len(self.queries)} lists"
         kind = "" if source.first_stage == "other" else f", {source.first_stage or 'unordered'}"
         name = f"{source.folder.name}, {source.split}, {source.run.name}"
         return f"{name}, {len(self.queries)} questions{kind}"
@@ -112,8 +162,7 @@ def draw_samples(sources: Sequence[JudgedRun], seed: int = 0) -> list[Sample]:
     drawn: set[tuple[Path, str]] = set()
     samples = []
     for source in sources:
-        collection = Collection.load(source.folder, source.split)
-        run = load_scored_run(source.run, collection)
+        collection, run = source.load()
         shuffled = sorted(run)
         random.Random(seed).shuffle(shuffled)
         folder = source.folder.resolve()

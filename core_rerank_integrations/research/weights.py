@@ -130,11 +130,9 @@ def fit_weights(lists: Sequence[JudgedList], l1: float) -> Array:
 
     The loss of a list is the cross-entropy between its grades, normalised to 1, and the softmax
     of its scores. Lists without a relevant or without an irrelevant candidate are left out,
-    because nothing can be learned from them. Features are scaled to unit deviation, so that the
-    penalty treats all heads alike. The scale has a lower bound (`MIN_DEVIATION`): a head with
-    little attention on documents would get a weight of thousands, which would magnify the
-    differences between precisions. The first stage's order is not part of the fit, because the
-    heads should rank lists in any order.
+    because nothing can be learned from them. Features are scaled to unit deviation (see
+    `heads_scale`), so that the penalty treats all heads alike. The first stage's order is not
+    part of the fit, because the heads should rank lists in any order.
 
     Args:
         lists: Judged candidates with features.
@@ -151,8 +149,7 @@ def fit_weights(lists: Sequence[JudgedList], l1: float) -> Array:
         raise InvalidInputError(
             "no list has both a relevant and an irrelevant candidate: there is nothing to fit on"
         )
-    deviation = np.concatenate([item.features for item in lists]).std(axis=0)
-    scale = np.maximum(deviation, MIN_DEVIATION * float(np.median(deviation))) + TINY
+    scale = heads_scale(lists)
     loss = ListwiseLoss([item.features / scale for item in lists], [item.grades for item in lists])
 
     def objective(parts: Array) -> tuple[float, Array]:
@@ -172,6 +169,17 @@ def fit_weights(lists: Sequence[JudgedList], l1: float) -> Array:
     positive, negative = np.split(solution.x, 2)
     weights: Array = (positive - negative) / scale
     return weights
+
+
+def heads_scale(lists: Sequence[JudgedList]) -> Array:
+    """Return the deviation of each feature over all documents, with a lower bound, shape [heads].
+
+    The bound is `MIN_DEVIATION` of the median: a head with little attention on documents would
+    get a weight of thousands, which would magnify the differences between precisions.
+    """
+    deviation = np.concatenate([item.features for item in lists]).std(axis=0)
+    scale: Array = np.maximum(deviation, MIN_DEVIATION * float(np.median(deviation))) + TINY
+    return scale
 
 
 class Trial(NamedTuple):

@@ -1,0 +1,263 @@
+"""A model with an adapter and head weights, all of which are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations.backends.transformers.checks import check_layer_types, torch_dtype
+from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
+from core_rerank_integrations.heads.head_set import HeadSet
+from core_rerank_integrations.method.windows import Candidates, Layout, WindowPlanner
+from core_rerank_integrations.models.adapter import ADAPTER_FILES
+from core_rerank_integrations.models.encoder import load_encoder
+from core_rerank_integrations.models.local_model import (
+    LocalModel,
+    truncated_config,
+    without_load_report,
+)
+from core_rerank_integrations.research.options import TuneOptions
+from core_rerank_integrations.research.tuning.lists import TuningList
+from core_rerank_integrations.research.tuning.reading import ATTENTION_NAME, calibrated_masses
+from core_rerank_integrations.research.weights import JudgedList, fit_weights, heads_scale
+
+with requires_extra("tune"):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModel
+
+UNUSED_IN_LAST_LAYER = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Projections that come after the queries and keys of the highest layer."""
+START_LISTS = 96
+"""Number of lists that the first head weights are fitted on."""
+START_L1 = 0.005
+START_INTERCEPT = -1.5
+RIGHT_WEIGHT = 3.0
+"""Weight of a right document in the loss of probabilities; a list holds several wrong ones."""
+
+
+class ListLoss(NamedTuple):
+    """The loss of one list.
+
+    Attributes:
+        total: The loss that is minimised, a scalar with a gradient.
+        ranking: Cross-entropy of the ranking; ``None`` if the list has no right document.
+        is_right_first: Whether a right document has the highest score.
+    """
+
+    total: Tensor
+    ranking: float | None
+    is_right_first: bool
+
+
+class Ranker(nn.Module):
+    """Score documents by weighted sums of calibrated attention, as `CoReReranker` does.
+
+    A document's score is the sum over heads of ``weight * mass``; the mass is read in a prompt
+    of one document, and longer documents are scored by their best passage. The weights are kept
+    for masses of unit deviation, so that one learning rate serves all heads.
+
+    Args:
+        model: The model.
+        options: Layers, adapter and lengths.
+        started: Tuned head set that is trained further; ``None`` for a new adapter.
+
+    Raises:
+        InvalidInputError: The model has fewer layers.
+        UnsupportedModelError: The model's attention cannot be read.
+        ModelError: The model cannot be loaded.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self, model: LocalModel, options: TuneOptions, started: HeadSet | None = None
+    ) -> None:
+        super().__init__()
+        self.device = torch.device(
+            options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        dtype = torch_dtype(options.training_dtype, self.device)
+        config = model.config()
+        max_context: int = config.max_position_embeddings
+        self.layers = kept_layers(config.num_hidden_layers, options, started)
+        check_layer_types(config, self.layers)
+        for name, value in truncated_config(config, self.layers).items():
+            setattr(config, name, value)
+        self.heads_per_layer: int = config.num_attention_heads
+        self._started = started
+        self.model = self._with_adapter(self._load(model, config, dtype), options.rank)
+        heads = self.layers * self.heads_per_layer
+        self.register_buffer("scale", torch.ones(heads, device=self.device))
+        self.weights = nn.Parameter(torch.zeros(heads, device=self.device))
+        self.log_slope = nn.Parameter(torch.tensor(0.0, device=self.device))
+        self.intercept = nn.Parameter(torch.tensor(START_INTERCEPT, device=self.device))
+        encoder = load_encoder(model, options.template)
+        self.template = encoder.template.name
+        self._planner = WindowPlanner(encoder, max_context)
+        self._layout = Layout(
+            documents_per_prompt=1,
+            passage_tokens=options.passage_tokens,
+            max_document_tokens=options.max_document_tokens,
+        )
+
+    def _load(self, model: LocalModel, config: Any, dtype: torch.dtype) -> Any:
+        try:
+            with without_load_report():
+                return AutoModel.from_pretrained(
+                    model.path,
+                    config=config,
+                    dtype=dtype,
+                    device_map={"": self.device},
+                    attn_implementation=ATTENTION_NAME,
+                )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"Transformers cannot load {model.path}: {error}") from error
+
+    def _with_adapter(self, base: Any, rank: int) -> Any:
+        """Return a model with the adapter to start from, or with a new one, which does nothing."""
+        if self._started is not None and self._started.adapter is not None:
+            return PeftModel.from_pretrained(base, self._started.adapter.path, is_trainable=True)
+        adapter = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            exclude_modules=rf".*layers\.{self.layers - 1}\..*({'|'.join(UNUSED_IN_LAST_LAYER)})",
+        )
+        return get_peft_model(base, adapter)
+
+    @property
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapter."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def masses(self, question: str, documents: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Compute the calibrated mass of every head on each passage.
+
+        Returns:
+            The masses, [passages, heads], and the document of each passage, [passages].
+        """
+        windows = self._planner.windows(Candidates(question, tuple(documents)), self._layout)
+        masses = calibrated_masses(self.model, windows, self.layers)
+        owners = torch.tensor([window.indices[0] for window in windows], device=masses.device)
+        return masses, owners
+
+    def forward(self, question: str, documents: Sequence[str]) -> Tensor:
+        """Compute the scores of documents, shape [documents]."""
+        masses, owners = self.masses(question, documents)
+        scores = (masses / self.scale) @ self.weights
+        best = scores.new_full((len(documents),), -torch.inf)
+        return best.scatter_reduce(0, owners, scores, "amax")
+
+    def loss(self, item: TuningList, probability_weight: float) -> ListLoss:
+        """Compute the loss of one list.
+
+        It is the cross-entropy of the right document in the softmax of the scores, and
+        ``probability_weight`` times the mean logistic loss of the probabilities.
+        """
+        scores = self(item.question, item.documents)
+        is_right = torch.zeros_like(scores)
+        is_right[: len(item.right)] = 1
+        total = probability_weight * F.binary_cross_entropy_with_logits(
+            self.log_slope.exp() * scores + self.intercept,
+            is_right,
+            weight=1 + (RIGHT_WEIGHT - 1) * is_right,
+        )
+        if not item.right:
+            return ListLoss(total, None, False)
+        ranking = -F.log_softmax(scores, dim=0)[: len(item.right)].mean()
+        is_right_first = int(scores.argmax()) < len(item.right)
+        return ListLoss(total + ranking, ranking.item(), is_right_first)
+
+    def start(self, lists: Sequence[TuningList]) -> None:
+        """Set the first head weights: those to start from, or else a fit to the model as it is.
+
+        Args:
+            lists: Lists with right and wrong documents, by which masses are scaled to unit
+                deviation.
+        """
+        judged = []
+        for item in lists:
+            with torch.no_grad():
+                masses, owners = self.masses(item.question, item.documents)
+            grades = (owners < len(item.right)).double().cpu().numpy()
+            features = masses.double().cpu().numpy()
+            judged.append(JudgedList("", (), features, grades, None, np.zeros(len(grades))))
+        scale = heads_scale(judged)
+        weights = np.zeros(len(scale))
+        if self._started is None:
+            weights = fit_weights(judged, START_L1)
+        else:
+            for head in self._started.heads:
+                weights[head.layer * self.heads_per_layer + head.head] = head.weight
+            if calibration := self._started.scoring.calibration:
+                nn.init.constant_(self.log_slope, math.log(calibration.slope))
+                nn.init.constant_(self.intercept, calibration.intercept)
+        self.scale.copy_(torch.as_tensor(scale))
+        with torch.no_grad():
+            self.weights.copy_(torch.as_tensor(weights * scale))
+
+    def head_weights(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return the weights for masses as they are, shape [heads]."""
+        weights = self.weights.detach().double() / self.scale.double()
+        return weights.cpu().numpy()
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return copies of everything that is trained, by name."""
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in self.state_dict().items()
+            if name in names or name == "scale"
+        }
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        """Set everything that is trained."""
+        self.load_state_dict(trained, strict=False)
+
+    def save_adapter(self, folder: Path, base: str | None) -> None:
+        """Write the adapter in PEFT's format, in bfloat16.
+
+        Args:
+            folder: Folder of the two files.
+            base: Hub id of the model, if known.
+
+        Raises:
+            StorageError: A file cannot be written.
+        """
+        config = self.model.peft_config["default"]
+        config.base_model_name_or_path = base or ""  # PEFT would name a folder of this machine.
+        for parameter in self.adapter_parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        with TemporaryDirectory() as written:
+            self.model.save_pretrained(written)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ADAPTER_FILES:
+                write_atomically(folder / name, (Path(written) / name).read_bytes())
+
+
+def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> int:
+    """Return the number of layers that run, of a model of ``total``.
+
+    Raises:
+        InvalidInputError: The model has fewer, or the head set to start from has others.
+    """
+    if started is not None and started.adapter is not None:
+        given = started.adapter.layers
+        if options.layers not in (None, given):
+            raise InvalidInputError(
+                f"layers={options.layers}, but the heads {started.name!r} to start from have "
+                f"{given}; leave it out"
+            )
+        return given
+    if options.layers is not None and options.layers > total:
+        raise InvalidInputError(f"layers={options.layers}, but the model has {total}")
+    return options.layers or max(1, round(total / 3))
