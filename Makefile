@@ -10,7 +10,7 @@ ALONE := not slow and not vllm and not browser and not examples and not commands
 	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
 	test-vllm-v2 lint format typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking \
 	bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
-	bench-abstention wheels clean distclean
+	bench-abstention bench-everyday wheels clean distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ bench-evidence: $(VENV)/.installed ## Measure how often the best sentence holds 
 
 bench-extraction: $(VENV)/.installed ## Measure what extracts keep of the answers.
 	$(BIN)/python benchmarks/extraction.py $(EXTRACTION)
+
+bench-everyday: $(VENV)/.installed ## Measure lists that people write. EVERYDAY: options (see --help).
+	$(BIN)/python benchmarks/everyday.py $(EVERYDAY)
 
 bench-abstention: $(VENV)/.installed ## Measure answerability of lists with and without an answer.
 	$(BIN)/python benchmarks/abstention.py $(ABSTENTION)
