@@ -57,7 +57,8 @@ def main(
         model: str | Path = MODEL
         if tiny:
             model = Path(stack.enter_context(TemporaryDirectory()))
-            save_tiny(model)
+            # vLLM's kernels for CPUs have no smaller heads than these.
+            save_tiny(model, head_size=16 if is_local else 32)
         heads = [(2, 0), (3, 1)] if tiny else None
         reranker = stack.enter_context(
             CoReReranker(
@@ -71,7 +72,7 @@ def main(
             reranker.rerank(text(3, 30), list(islice(iter(document, ""), size)))
 
 
-def save_tiny(folder: Path) -> None:
+def save_tiny(folder: Path, head_size: int) -> None:
     """Save a random model with the tokenizer of the default model."""
     tokenizer = resolve(MODEL).tokenizer()
     config = LlamaConfig(
@@ -81,6 +82,7 @@ def save_tiny(folder: Path) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_size,
         max_position_embeddings=8192,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
