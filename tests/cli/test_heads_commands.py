@@ -108,7 +108,7 @@ def test_heads_of_several_collections(folder: Path) -> None:
         (("--data", f"{HANDBOOK}:train:run"), "cannot read"),
         (("--max-layer", "30"), "between 0 and 29"),
         (("--temperature", "0"), "temperature: Input should be greater than 0"),
-        (("--data", "elsewhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'elsewhere'"),
+        (("--data", "elsewhere"), "[:KIND] or FILE.jsonl[:N], got 'elsewhere'"),
     ],
 )
 def test_bad_input_to_find(folder: Path, options: tuple[str, ...], message: str) -> None:
@@ -197,7 +197,7 @@ def test_fitted_heads_and_their_evaluation(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--train", "nowhere"), "expected FOLDER:SPLIT:RUN[:N][:KIND], got 'nowhere'"),
+        (("--train", "nowhere"), "[:KIND] or FILE.jsonl[:N], got 'nowhere'"),
         (("--train", "no:test:run"), "cannot read"),
         (("--l1", "-1"), "l1: Input should be greater than or equal to 0"),
         (("--prune", "0.5", "--max-heads", "1"), "not both"),
