@@ -239,9 +239,33 @@ def test_tuned_heads_rank_as_they_were_trained(small: LocalModel, tmp_path: Path
     ranker.weights.data = torch.tensor(
         [weights.get((index // 4, index % 4), 0.0) for index in range(8)]
     )
-    with torch.no_grad():
-        expected = ranker(question, documents)
+    expected = ranker(question, documents)
     np.testing.assert_allclose(scores, expected, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_a_long_list_has_the_same_gradients_part_by_part(
+    small: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = TuningList("Where is it?", ("It is here.",), ("No.", "Far away " * 90, "Ferry"))
+    gradients = []
+    for tokens in (10_000, 100):
+        monkeypatch.setattr("core_rerank_integrations.research.tuning.ranker.MAX_TOKENS", tokens)
+        torch.manual_seed(0)
+        ranker = Ranker(small, options_for(small, tmp_path, passage_tokens=60))
+        ranker.start([item])
+        loss = ranker.add_gradients(item, 0.5, 0.25)
+        found = {
+            name: parameter.grad
+            for name, parameter in ranker.named_parameters()
+            if parameter.grad is not None
+        }
+        gradients.append((loss, found))
+    (whole_loss, whole), (loss, parts) = gradients
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert whole.keys() == parts.keys()
+    assert len(whole) > 10
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_heads(small: LocalModel, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.backends.transformers.checks import check_layer_types, torch_dtype
 from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
-from core_rerank_integrations.method.windows import Candidates, Layout, WindowPlanner
+from core_rerank_integrations.method.windows import Candidates, Layout, Window, WindowPlanner
 from core_rerank_integrations.models.adapter import ADAPTER_FILES
 from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.local_model import (
@@ -36,26 +36,15 @@ with requires_extra("tune"):
 
 UNUSED_IN_LAST_LAYER = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections that come after the queries and keys of the highest layer."""
+MAX_TOKENS = 3072
+"""Maximum number of tokens whose activations are in memory for gradients, unless one prompt has
+more."""
 START_LISTS = 96
 """Number of lists that the first head weights are fitted on."""
 START_L1 = 0.005
 START_INTERCEPT = -1.5
 RIGHT_WEIGHT = 3.0
 """Weight of a right document in the loss of probabilities; a list holds several wrong ones."""
-
-
-class ListLoss(NamedTuple):
-    """The loss of one list.
-
-    Attributes:
-        total: The loss that is minimised, a scalar with a gradient.
-        ranking: Cross-entropy of the ranking; ``None`` if the list has no right document.
-        is_right_first: Whether a right document has the highest score.
-    """
-
-    total: Tensor
-    ranking: float | None
-    is_right_first: bool
 
 
 class Ranker(nn.Module):
@@ -140,42 +129,79 @@ class Ranker(nn.Module):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def masses(self, question: str, documents: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Compute the calibrated mass of every head on each passage.
+        """Compute the calibrated mass of every head on each passage, without gradients.
 
         Returns:
             The masses, [passages, heads], and the document of each passage, [passages].
         """
-        windows = self._planner.windows(Candidates(question, tuple(documents)), self._layout)
-        masses = calibrated_masses(self.model, windows, self.layers)
-        owners = torch.tensor([window.indices[0] for window in windows], device=masses.device)
-        return masses, owners
+        windows = self._windows(question, documents)
+        with torch.no_grad():
+            masses = [
+                calibrated_masses(self.model, part, self.layers) for part in in_parts(windows)
+            ]
+        return torch.cat(masses), self._owners(windows)
 
     def forward(self, question: str, documents: Sequence[str]) -> Tensor:
-        """Compute the scores of documents, shape [documents]."""
+        """Compute the scores of documents, shape [documents], without gradients."""
         masses, owners = self.masses(question, documents)
-        scores = (masses / self.scale) @ self.weights
-        best = scores.new_full((len(documents),), -torch.inf)
-        return best.scatter_reduce(0, owners, scores, "amax")
+        with torch.no_grad():
+            return _best(self._scores(masses), owners, len(documents))
 
-    def loss(self, item: TuningList, probability_weight: float) -> ListLoss:
-        """Compute the loss of one list.
+    def add_gradients(self, item: TuningList, probability_weight: float, share: float) -> float:
+        """Add the gradients of the loss of one list to those of the parameters.
 
-        It is the cross-entropy of the right document in the softmax of the scores, and
-        ``probability_weight`` times the mean logistic loss of the probabilities.
+        The loss is the cross-entropy of the right document in the softmax of the scores, and
+        ``probability_weight`` times the mean logistic loss of the probabilities. A long list is
+        read twice: first for the scores, then part by part for the gradients, so that the memory
+        is that of a part.
+
+        Args:
+            item: The list.
+            probability_weight: Weight of the loss of probabilities.
+            share: Factor of the gradients.
+
+        Returns:
+            The loss.
         """
-        scores = self(item.question, item.documents)
+        windows = self._windows(item.question, item.documents)
+        parts = in_parts(windows)
+        with torch.set_grad_enabled(len(parts) == 1):
+            read = torch.cat([self._read(part) for part in parts])
+        scores = read if len(parts) == 1 else read.requires_grad_()
+        best = _best(scores, self._owners(windows), len(item.documents))
+        loss = self._loss(best, len(item.right), probability_weight)
+        torch.autograd.backward(loss * share)
+        if len(parts) > 1 and scores.grad is not None:
+            for part, gradient in zip(
+                parts, torch.split_with_sizes(scores.grad, list(map(len, parts))), strict=True
+            ):
+                torch.autograd.backward(self._read(part), gradient)
+        return loss.item()
+
+    def _windows(self, question: str, documents: Sequence[str]) -> list[Window]:
+        return self._planner.windows(Candidates(question, tuple(documents)), self._layout)
+
+    def _owners(self, windows: Sequence[Window]) -> Tensor:
+        """Return the document of each passage, [passages]."""
+        return torch.tensor([window.indices[0] for window in windows], device=self.device)
+
+    def _read(self, windows: Sequence[Window]) -> Tensor:
+        """Return the score of each passage, [passages]."""
+        return self._scores(calibrated_masses(self.model, windows, self.layers))
+
+    def _scores(self, masses: Tensor) -> Tensor:
+        return (masses / self.scale) @ self.weights
+
+    def _loss(self, scores: Tensor, right: int, probability_weight: float) -> Tensor:
+        """Return the loss of scores, the first ``right`` of which are of right documents."""
         is_right = torch.zeros_like(scores)
-        is_right[: len(item.right)] = 1
-        total = probability_weight * F.binary_cross_entropy_with_logits(
+        is_right[:right] = 1
+        loss = probability_weight * F.binary_cross_entropy_with_logits(
             self.log_slope.exp() * scores + self.intercept,
             is_right,
             weight=1 + (RIGHT_WEIGHT - 1) * is_right,
         )
-        if not item.right:
-            return ListLoss(total, None, False)
-        ranking = -F.log_softmax(scores, dim=0)[: len(item.right)].mean()
-        is_right_first = int(scores.argmax()) < len(item.right)
-        return ListLoss(total + ranking, ranking.item(), is_right_first)
+        return loss - F.log_softmax(scores, dim=0)[:right].mean() if right else loss
 
     def start(self, lists: Sequence[TuningList]) -> None:
         """Set the first head weights: those to start from, or else a fit to the model as it is.
@@ -186,8 +212,7 @@ class Ranker(nn.Module):
         """
         judged = []
         for item in lists:
-            with torch.no_grad():
-                masses, owners = self.masses(item.question, item.documents)
+            masses, owners = self.masses(item.question, item.documents)
             grades = (owners < len(item.right)).double().cpu().numpy()
             features = masses.double().cpu().numpy()
             judged.append(JudgedList("", (), features, grades, None, np.zeros(len(grades))))
@@ -242,6 +267,26 @@ class Ranker(nn.Module):
             folder.mkdir(parents=True, exist_ok=True)
             for name in ADAPTER_FILES:
                 write_atomically(folder / name, (Path(written) / name).read_bytes())
+
+
+def in_parts(windows: Sequence[Window]) -> list[list[Window]]:
+    """Divide prompts into parts of at most `MAX_TOKENS`; a longer prompt is a part of its own."""
+    parts: list[list[Window]] = [[]]
+    tokens = 0
+    for window in windows:
+        length = len(window.prefix.ids) + len(window.question)
+        if parts[-1] and tokens + length > MAX_TOKENS:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(window)
+        tokens += length
+    return parts
+
+
+def _best(scores: Tensor, owners: Tensor, documents: int) -> Tensor:
+    """Return the score of the best passage of each document, [documents]."""
+    best = scores.new_full((documents,), -torch.inf)
+    return best.scatter_reduce(0, owners, scores, "amax")
 
 
 def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> int:

@@ -159,10 +159,9 @@ class Training:
             group["lr"] = rate * share
         self._optimizer.zero_grad()
         for _ in range(options.lists_per_step):
-            loss = self._ranker.loss(self._mixture.draw(), options.probability_weight)
-            # One list at a time is in memory.
-            torch.autograd.backward(loss.total / options.lists_per_step)
-            if not torch.isfinite(loss.total):
+            item, share = self._mixture.draw(), 1 / options.lists_per_step
+            loss = self._ranker.add_gradients(item, options.probability_weight, share)
+            if not math.isfinite(loss):
                 raise InvalidInputError(
                     f"the loss is not a number after {self._state.steps} steps: lower "
                     f"learning_rate, which is {options.learning_rate:g}"
@@ -183,8 +182,7 @@ class Training:
         for query in sample.queries:
             names = [name for name, _ in sample.run[query][: self._options.candidates]]
             candidates = collection.candidates(query, names)
-            with torch.no_grad():
-                scores = self._ranker(candidates.query, candidates.documents)
+            scores = self._ranker(candidates.query, candidates.documents)
             empty = np.zeros(len(names))
             judged = JudgedList(query, tuple(names), empty[:, None], empty, None, empty)
             scored.append((judged, scores.double().cpu().numpy()))
