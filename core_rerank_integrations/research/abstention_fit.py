@@ -60,7 +60,8 @@ def judged_log_odds(
     """Compute the log-odds of the candidates of each question.
 
     If questions come with answers, unjudged candidates that contain an answer are left out. So
-    are lists without a relevant or without an irrelevant candidate.
+    are lists without an irrelevant candidate, and those that lack the relevant documents of their
+    question.
 
     Args:
         sample: Questions and their candidates.
@@ -78,7 +79,8 @@ def judged_log_odds(
             if grades.get(name, 0) > 0 or not collection.has_answer(query, text):
                 texts.append(text)
                 is_relevant.append(grades.get(name, 0) > 0)
-        if has_contrast(is_relevant):
+        holds_nothing = bool(texts) and not any(grade > 0 for grade in grades.values())
+        if has_contrast(is_relevant) or holds_nothing:
             results = reranker.rerank(collection.queries[query], texts)
             by_index = sorted(results, key=lambda result: result.index)
             odds = log_odds([result.probability or 0.0 for result in by_index])

@@ -143,3 +143,19 @@ def test_the_command_fits_it(tmp_path: Path) -> None:
         fit_abstention(
             AbstentionOptions(heads=CALIBRATED.with_documents_per_prompt(5), lists=[lists])
         )
+
+
+def test_lists_that_hold_nothing_relevant_count_as_unanswered(
+    calibrated: CoReReranker, tmp_path: Path
+) -> None:
+    path = tmp_path / "lists.jsonl"
+    path.write_text(
+        '{"question": "Who sells tickets?", "right": "The kiosk sells tickets.", "wrong": ["Fog."]}\n'
+        '{"question": "Who sells tea?", "right": [], "wrong": ["The kiosk sells tickets.", "Fog."]}\n'
+    )
+    source = JudgedRun.parse(str(path))
+    sample = Sample(source, *source.load(), ["1", "2"])
+    judged = judged_log_odds(sample, calibrated, 20)
+    assert [(len(item.relevant), len(item.others)) for item in judged] == [(1, 1), (0, 2)]
+    nothing = fit_answerability([[*made_up(60, seed=0), *[judged[1]] * 30]])
+    assert nothing.threshold > 0
