@@ -114,7 +114,8 @@ def test_what_answers_unjudged_is_left_out(calibrated: CoReReranker, tmp_path: P
     (judged,) = judged_log_odds(sample, calibrated, 20)
     assert (len(judged.relevant), len(judged.others)) == (1, 2)
     assert judged_log_odds(sample, calibrated, 1) == []
-    assert judged_log_odds(sample._replace(queries=["none"]), calibrated, 20) == []
+    (nothing,) = judged_log_odds(sample._replace(queries=["none"]), calibrated, 20)
+    assert (len(nothing.relevant), len(nothing.others)) == (0, 4)
     collection.answers.clear()
     assert len(judged_log_odds(sample, calibrated, 20)[0].others) == 3
 
@@ -150,8 +151,8 @@ def test_lists_that_hold_nothing_relevant_count_as_unanswered(
 ) -> None:
     path = tmp_path / "lists.jsonl"
     path.write_text(
-        '{"question": "Who sells tickets?", "right": "The kiosk sells tickets.", "wrong": ["Fog."]}\n'
-        '{"question": "Who sells tea?", "right": [], "wrong": ["The kiosk sells tickets.", "Fog."]}\n'
+        '{"question": "Tickets?", "right": "The kiosk sells tickets.", "wrong": ["Fog."]}\n'
+        '{"question": "Tea?", "right": [], "wrong": ["The kiosk sells tickets.", "Fog."]}\n'
     )
     source = JudgedRun.parse(str(path))
     sample = Sample(source, *source.load(), ["1", "2"])
