@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from core_rerank_integrations._internal.cancellation import check_cancelled
 from core_rerank_integrations._internal.warnings import warn_caller
@@ -121,10 +121,6 @@ class LocalBackend(ABC):
                 assert run.cached is not None
                 if self._cache.writes:
                     written += self._cache.write(run.prefix.key, run.cached)
-                else:
-                    # A baseline from the cached states cancels more of their rounding, so the
-                    # first question computes it again. Files need one at once.
-                    self._cache.put(run.prefix.key, replace(run.cached, baseline_mass=None))
             dropped += self._cache.trim() if self._cache.writes else 0
         if dropped:
             warn_caller(
@@ -219,7 +215,7 @@ class LocalBackend(ABC):
             if batch and cached is None and prefix.key == batch[-1][1].prefix.key:
                 break  # It is computed once; its other questions run in the next pass.
             run = PrefixRun(prefix, list(questions[index]), cached)
-            if cached is None or cached.baseline_mass is None:
+            if cached is None:
                 run.questions.append(prefix.baseline)
             size += cached.nbytes() if cached else 0
             has_room = size <= max(self._cache.memory_bytes, MAX_LOADED_BYTES)

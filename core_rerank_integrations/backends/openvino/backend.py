@@ -25,7 +25,13 @@ from core_rerank_integrations.settings import DocumentCache
 with requires_extra("cpu"):
     import safetensors.numpy
 
-    from core_rerank_integrations.backends.openvino.batch import Answer, Batch, Row, Workspace
+    from core_rerank_integrations.backends.openvino.batch import (
+        Answer,
+        Batch,
+        Row,
+        States,
+        Workspace,
+    )
     from core_rerank_integrations.backends.openvino.graph import build
     from core_rerank_integrations.backends.openvino.runtime import openvino
     from core_rerank_integrations.backends.openvino.weights import Weights
@@ -42,7 +48,7 @@ MAX_PIECE_TOKENS = 1024
 MAX_PREPARED_SHAPES = 64
 """Number of input shapes for which OpenVINO keeps what it has prepared, some 5 MB each. By default
 it keeps 5,000. Shapes seldom repeat, so the limit costs little: see benchmarks/README.md."""
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Increased when the meaning of cached prefixes changes."""
 
 
@@ -55,8 +61,11 @@ class OpenVINOBackend(LocalBackend):
         dtype: ``float32``; ``bfloat16``, if the processor supports it; ``int8``, which rounds
             weights and activations to eight bits where they are multiplied; or ``auto``, which is
             bfloat16 if the processor supports it, else float32. Attention mass is always float32.
-        document_cache: Size and folder of the cache; ``None`` for the defaults. Keys and values
-            are cached in float16 unless the dtype is float32.
+        document_cache: Size and folder of the cache; ``None`` for the defaults.
+
+    Keys and values are rounded to eight bits, with a scale per token and key head, before any
+    token attends to them. They are cached as such, so a score does not depend on whether a
+    document was cached. With ``dtype="float32"`` they stay exact.
 
     Raises:
         UnsupportedModelError: The model's type is not supported.
@@ -81,15 +90,17 @@ class OpenVINOBackend(LocalBackend):
         # The graph reports heads layer by layer.
         graph_order = [index for heads in by_layer.values() for _, index in heads]
         self._head_order = np.argsort(graph_order)
-        self._state_type: type = np.float32 if self.dtype == "float32" else np.float16
+        self._rounds_states = dtype != "float32"
         heads = [(head.layer, head.head) for head in head_set.heads]
-        identity = repr(("openvino", CACHE_FORMAT, model.fingerprint(), self.dtype, heads))
+        identity = repr(
+            ("openvino", CACHE_FORMAT, model.fingerprint(), self.dtype, self._rounds_states, heads)
+        )
         file_format = TensorFormat(_to_file, safetensors.numpy.load)
         super().__init__(PrefixCache(document_cache or DocumentCache(), identity, file_format))
         self._decoder = Decoder.from_config(config, head_set.highest_layer + 1)
         weights = Weights(model.path, eight_bit=self.dtype == "int8")
         selected = {layer: [head for head, _ in heads] for layer, heads in by_layer.items()}
-        graph = build(self._decoder, weights, selected, openvino.Type(self._state_type))
+        graph = build(self._decoder, weights, selected, self._rounds_states)
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
@@ -117,12 +128,12 @@ class OpenVINOBackend(LocalBackend):
         rows = [
             Row(self._empty_states(), run.prefix.ids, run.prefix.instruction_length, run.questions)
             if run.cached is None
-            else Row(run.cached.states[0], run.prefix.ids[:0], 0, run.questions)
+            else Row(run.cached.states, run.prefix.ids[:0], 0, run.questions)
             for run in runs
         ]
         masses = []
         for run, answer in zip(runs, self._run_rows(rows), strict=True):
-            cached = run.cached or CachedPrefix(answer.instruction_mass, [answer.states])
+            cached = run.cached or CachedPrefix(answer.instruction_mass, answer.states)
             if keep:
                 run.cached = cached
             masses.append([_mean(run, cached, mass) for mass in answer.question_masses])
@@ -134,15 +145,13 @@ class OpenVINOBackend(LocalBackend):
             mass, states = self._read_after(
                 self._empty_states(), run.prefix.ids, run.prefix.instruction_length
             )
-            run.cached = CachedPrefix(mass, [states])
+            run.cached = CachedPrefix(mass, states)
         return [
-            _mean(run, run.cached, self._read_after(run.cached.states[0], ids, len(ids))[0])
+            _mean(run, run.cached, self._read_after(run.cached.states, ids, len(ids))[0])
             for ids in run.questions
         ]
 
-    def _read_after(
-        self, states: npt.NDArray[Any], ids: TokenIds, query_rows: int
-    ) -> tuple[Mass, npt.NDArray[Any]]:
+    def _read_after(self, states: States, ids: TokenIds, query_rows: int) -> tuple[Mass, States]:
         """Read tokens after cached ones, in pieces that keep the memory of a pass bounded.
 
         Args:
@@ -153,7 +162,7 @@ class OpenVINOBackend(LocalBackend):
         Returns:
             The sum, [heads, all tokens], and keys and values of all tokens.
         """
-        before = states.shape[2]
+        before = states[0].shape[2]
         total = before + len(ids)
         mass = np.zeros((len(self._head_order), total), dtype=np.float32)
         start = before
@@ -164,21 +173,28 @@ class OpenVINOBackend(LocalBackend):
             piece = ids[start - before : stop - before]
             (answer,) = self._run_rows([Row(states, piece, rows, ())])
             mass[:, :stop] += answer.instruction_mass
-            states = np.concatenate((states, answer.states), axis=2)
+            states = [
+                np.concatenate(parts, axis=2) for parts in zip(states, answer.states, strict=True)
+            ]
             start = stop
         return mass, states
 
     def _run_rows(self, rows: Sequence[Row]) -> list[Answer]:
         batch = Batch(self._decoder, rows)
         self._request.infer(batch.inputs(self._workspace), share_inputs=True)
-        outputs = [self._request.get_output_tensor(i).data for i in range(2 * self._decoder.layers)]
+        outputs = [tensor.data for tensor in self._request.output_tensors]
         outputs[0] = outputs[0][:, self._head_order]
         return batch.answers(outputs)
 
-    def _empty_states(self) -> npt.NDArray[Any]:
+    def _empty_states(self) -> States:
         decoder = self._decoder
-        shape = (2 * decoder.layers - 1, decoder.key_heads, 0, decoder.head_size)
-        return np.zeros(shape, dtype=self._state_type)
+        shape = (2 * decoder.layers - 1, decoder.key_heads, 0)
+        if not self._rounds_states:
+            return [np.zeros((*shape, decoder.head_size), dtype=np.float32)]
+        return [
+            np.zeros((*shape, decoder.head_size), dtype=np.int8),
+            np.zeros((*shape, 1), dtype=np.float32),
+        ]
 
 
 def _needs_pieces(run: PrefixRun) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,18 +25,22 @@ CACHED_LENGTH_STEP = 32
 in about thirty milliseconds; a few more columns cost almost nothing."""
 
 
+States = list[npt.NDArray[Any]]
+"""Keys and values of the layers in turn, float32, [2 layers - 1, key heads, tokens, head size].
+Where they are rounded: the same in int8, and their scales, float32, with 1 as the last size."""
+
+
 class Row(NamedTuple):
     """One prefix of a batch.
 
     Attributes:
-        cached: Keys and values before the new tokens, shape
-            [2 layers - 1, key heads, cached tokens, head size].
+        cached: Keys and values before the new tokens (see `States`).
         prefix: New tokens of the prefix that follow them, shape [tokens].
         instruction_rows: Number of tokens at the end of ``prefix`` that are query rows.
         questions: New tokens of each question.
     """
 
-    cached: npt.NDArray[Any]
+    cached: States
     prefix: TokenIds
     instruction_rows: int
     questions: Sequence[TokenIds]
@@ -43,7 +48,7 @@ class Row(NamedTuple):
     @property
     def cached_tokens(self) -> int:
         """Number of cached tokens."""
-        return int(self.cached.shape[2])
+        return int(self.cached[0].shape[2])
 
     @property
     def new_tokens(self) -> int:
@@ -68,27 +73,26 @@ class Answer(NamedTuple):
             [heads, cached and prefix tokens].
         question_masses: Attention of the rows of each question, summed, each of shape
             [heads, cached, prefix and question tokens].
-        states: Keys and values of the prefix, shape
-            [2 layers - 1, key heads, prefix tokens, head size].
+        states: Keys and values of the prefix.
     """
 
     instruction_mass: Mass
     question_masses: list[Mass]
-    states: npt.NDArray[Any]
+    states: States
 
 
 class Workspace:
     """Memory that is reused from pass to pass, because fresh pages cost more than the copying."""
 
     def __init__(self) -> None:
-        self._memory = np.zeros(0, dtype=np.uint8)
+        self._memory: dict[np.dtype[Any], npt.NDArray[Any]] = {}
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Return an uninitialised array; this invalidates the previously returned one."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if size > len(self._memory):
-            self._memory = np.zeros(size, dtype=np.uint8)
-        return self._memory[:size].view(dtype).reshape(shape)
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return an uninitialised array; this invalidates the previous one of this dtype."""
+        size = math.prod(shape)
+        if dtype not in self._memory or size > len(self._memory[dtype]):
+            self._memory[dtype] = np.zeros(size, dtype)
+        return self._memory[dtype][:size].reshape(shape)
 
 
 class Batch:
@@ -117,18 +121,21 @@ class Batch:
         positions = np.zeros((count, self._new), dtype=np.int64)
         query_rows = np.zeros((count, self._query_rows), dtype=np.int64)
         row_weights = np.zeros((count, sums, self._query_rows), dtype=np.float32)
-        cached = workspace.array(
-            (2 * decoder.layers - 1, count, decoder.key_heads, self._cached, decoder.head_size),
-            self._rows[0].cached.dtype,
-        )
+        cached = [
+            workspace.array(
+                (len(part), count, decoder.key_heads, self._cached, part.shape[-1]), part.dtype
+            )
+            for part in self._rows[0].cached
+        ]
         masks = {
             window: np.full((count, self._new, self._cached + self._new), HIDDEN, dtype=np.float32)
             for window in dict.fromkeys(decoder.windows)
         }
         for index, row in enumerate(self._rows):
             border = row.cached_tokens
-            cached[:, index, :, :border] = row.cached
-            cached[:, index, :, border:] = 0
+            for padded, part in zip(cached, row.cached, strict=True):
+                padded[:, index, :, :border] = part
+                padded[:, index, :, border:] = 0
             pieces = [row.prefix, *row.questions]
             tokens[index, : row.new_tokens] = np.concatenate(pieces)
             starts = [border, *(border + len(row.prefix) for _ in row.questions)]
@@ -148,11 +155,13 @@ class Batch:
         rotary = [
             part for rotary in dict.fromkeys(decoder.rotaries) for part in rotary.cos_sin(positions)
         ]
-        return [tokens, *masks.values(), *rotary, query_rows, row_weights, *cached]
+        return [tokens, *masks.values(), *rotary, query_rows, row_weights, *chain(*cached)]
 
     def answers(self, outputs: Sequence[npt.NDArray[Any]]) -> list[Answer]:
         """Divide the graph's outputs into rows."""
         mass, *states = outputs
+        per_part = 2 * self._decoder.layers - 1
+        parts = [states[i : i + per_part] for i in range(0, len(states), per_part)]
         answers = []
         for index, row in enumerate(self._rows):
             border, length = row.cached_tokens, len(row.prefix)
@@ -173,11 +182,7 @@ class Batch:
                 )
                 for number, (start, stop) in enumerate(row.question_spans, start=1)
             ]
-            new_states = (
-                np.stack([state[index, :, :length] for state in states])
-                if length
-                else row.cached[:, :, :0]
-            )
+            new_states = [np.stack([state[index, :, :length] for state in part]) for part in parts]
             answers.append(Answer(before[:, 0].copy(), questions, new_states))
         return answers
 

@@ -16,6 +16,11 @@ from core_rerank_integrations.backends.openvino.decoder import Decoder, Rotary
 from core_rerank_integrations.backends.openvino.runtime import Model, Node, PartialShape, Type, ops
 from core_rerank_integrations.backends.openvino.weights import Weights
 
+MAX_CODE = 126
+"""Largest of the eight-bit codes. Scales lose up to 1/128 in bfloat16, which makes it 127."""
+MIN_SCALE = 1e-30
+"""Scale of keys and values that are all zero."""
+
 
 class Inputs(NamedTuple):
     """Inputs for B rows, T new tokens, P cached tokens, S = P + T.
@@ -27,8 +32,8 @@ class Inputs(NamedTuple):
             [B, T, head size].
         query_rows: Indices of the new tokens whose attention is read, [B, R], int64.
         row_weights: Weight of each query row in each of G sums, [B, G, R].
-        cached: Keys and values of each layer in turn, each [B, key heads, P, head size]. There
-            are no values for the last layer.
+        cached: Keys and values of each layer in turn, each [B, key heads, P, head size], as
+            they are multiplied. There are no values for the last layer.
     """
 
     tokens: Node
@@ -40,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 def build(
-    decoder: Decoder, weights: Weights, heads: dict[int, list[int]], state_type: Type
+    decoder: Decoder, weights: Weights, heads: dict[int, list[int]], rounds_states: bool
 ) -> Model:
     """Build the graph.
 
@@ -48,22 +53,26 @@ def build(
         decoder: Shape of the model up to its highest selected head.
         weights: Weights of the checkpoint.
         heads: Selected heads by layer.
-        state_type: Element type of keys and values, in and out.
+        rounds_states: Whether keys and values are rounded to eight bits before any token attends
+            to them, so that new and cached ones are the same.
 
     Returns:
         A model whose inputs are those of `Inputs`, flattened. Its outputs are the attention mass
         of the selected heads in the order of ``heads``, float32, [B, heads, G, S]; then keys and
-        values of the new tokens, in the order of the cached ones.
+        values of the new tokens, in the order of the cached ones. Where they are rounded, they
+        are int8, in and out, and their scales follow, float32, each [B, key heads, tokens, 1].
     """
-    return _Builder(decoder, weights, state_type).model(heads)
+    return _Builder(decoder, weights, rounds_states).model(heads)
 
 
 class _Builder:
-    def __init__(self, decoder: Decoder, weights: Weights, state_type: Type) -> None:
+    def __init__(self, decoder: Decoder, weights: Weights, rounds_states: bool) -> None:
         self._decoder = decoder
         self._weights = weights
-        self._state_type = state_type
+        self._rounds_states = rounds_states
         self._parameters: list[Node] = []
+        self._states: list[Node] = []
+        self._scales: list[Node] = []
 
     def model(self, heads: dict[int, list[int]]) -> Model:
         decoder = self._decoder
@@ -82,7 +91,6 @@ class _Builder:
         }
         row_weights = ops.unsqueeze(ops.unsqueeze(inputs.row_weights, _int(1)), _int(-1))
         masses: list[Node] = []
-        states: list[Node] = []
         for layer in range(decoder.layers):
             is_last = layer == decoder.layers - 1
             window = decoder.windows[layer]
@@ -91,8 +99,7 @@ class _Builder:
             normed = self._norm(hidden, f"layers.{layer}.input_layernorm.weight")
             query = self._heads(normed, f"{name}.q_proj", decoder.heads, f"{name}.q_norm", rotary)
             key = self._heads(normed, f"{name}.k_proj", decoder.key_heads, f"{name}.k_norm", rotary)
-            states.append(ops.convert(key, self._state_type))
-            keys = ops.concat([ops.convert(inputs.cached[2 * layer], "f32"), key], 2)
+            keys = ops.concat([inputs.cached[2 * layer], self._returned(key)], 2)
             if layer in heads:
                 masses.append(
                     self._mass(
@@ -102,8 +109,7 @@ class _Builder:
             if is_last:
                 break
             value = self._heads(normed, f"{name}.v_proj", decoder.key_heads)
-            states.append(ops.convert(value, self._state_type))
-            values = ops.concat([ops.convert(inputs.cached[2 * layer + 1], "f32"), value], 2)
+            values = ops.concat([inputs.cached[2 * layer + 1], self._returned(value)], 2)
             hidden = self._block(
                 hidden,
                 self._attention(query, keys, values, tiled[window], f"{name}.o_proj"),
@@ -116,10 +122,14 @@ class _Builder:
                 self._feed_forward(normed, f"layers.{layer}.mlp"),
                 f"layers.{layer}.post_feedforward_layernorm.weight",
             )
-        mass = ops.concat(masses, 1)
-        model = Model([mass, *states], self._parameters, "core_rerank")
-        for index, output in enumerate(model.outputs):
-            output.get_tensor().set_names({f"state.{index - 1}" if index else "mass"})
+        outputs = {
+            "mass": ops.concat(masses, 1),
+            **{f"state.{index}": state for index, state in enumerate(self._states)},
+            **{f"scale.{index}": scale for index, scale in enumerate(self._scales)},
+        }
+        model = Model(list(outputs.values()), self._parameters, "core_rerank")
+        for name, output in zip(outputs, model.outputs, strict=True):
+            output.get_tensor().set_names({name})
         return model
 
     def _inputs(self) -> Inputs:
@@ -130,6 +140,18 @@ class _Builder:
             node.output(0).get_tensor().set_names({name})
             self._parameters.append(node)
             return node
+
+        def cached() -> list[Node]:
+            shape, count = [-1, decoder.key_heads, -1], 2 * decoder.layers - 1
+            kind = Type.i8 if self._rounds_states else Type.f32
+            states = [parameter(f"cached.{i}", [*shape, size], kind) for i in range(count)]
+            if not self._rounds_states:
+                return states
+            scales = [parameter(f"cached_scale.{i}", [*shape, 1]) for i in range(count)]
+            return [
+                ops.multiply(ops.convert(state, "f32"), scale)
+                for state, scale in zip(states, scales, strict=True)
+            ]
 
         size = decoder.head_size
         return Inputs(
@@ -147,11 +169,23 @@ class _Builder:
             },
             parameter("query_rows", [-1, -1], Type.i64),
             parameter("row_weights", [-1, -1, -1]),
-            [
-                parameter(f"cached.{i}", [-1, decoder.key_heads, -1, size], self._state_type)
-                for i in range(2 * decoder.layers - 1)
-            ],
+            cached(),
         )
+
+    def _returned(self, numbers: Node) -> Node:
+        """Add keys or values to the outputs; return what is attended to."""
+        if not self._rounds_states:
+            self._states.append(numbers)
+            return numbers
+        largest = ops.reduce_max(ops.abs(numbers), _int(-1), True)
+        scale = ops.maximum(ops.multiply(largest, _float(1 / MAX_CODE)), _float(MIN_SCALE))
+        # OpenVINO may multiply in bfloat16. With a scale of that precision, the products of new and
+        # cached codes are the same.
+        scale = ops.convert(ops.convert(scale, "bf16"), "f32")
+        codes = ops.round(ops.divide(numbers, scale), "half_to_even")
+        self._states.append(ops.convert(codes, "i8"))
+        self._scales.append(scale)
+        return ops.multiply(codes, scale)
 
     def _norm(self, hidden: Node, name: str) -> Node:
         weight = self._weights.vector(name) + np.float32(self._decoder.norm_offset)

@@ -26,7 +26,7 @@ from core_rerank_integrations.models.local_model import (
 from core_rerank_integrations.settings import DocumentCache
 
 TOLERANCE = 1e-3
-FORMAT = 1
+FORMAT = 2
 """Increased when the graph or this test changes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,35 @@ from torch import Tensor
 
 from core_rerank_integrations.heads.head_set import HeadSet
 
+MAX_CODE = 127
 MAX_PROBED_ROWS = 128
 """Maximum number of query rows whose attention weights are in memory at once, per head."""
+
+
+def to_stored(numbers: Tensor, rounds: bool) -> list[Tensor]:
+    """Return keys or values, [key heads, tokens, size], as they are cached.
+
+    Args:
+        numbers: The keys or values.
+        rounds: Whether to round them to eight bits, with a scale per token and key head.
+
+    Returns:
+        The numbers; or int8, and the scales, float32, [key heads, tokens, 1].
+    """
+    if not rounds:
+        return [numbers]
+    full = numbers.float()
+    largest = full.abs().amax(dim=-1, keepdim=True)
+    scales = (largest / MAX_CODE).clamp_min(torch.finfo(torch.float32).tiny)
+    return [(full / scales).round().to(torch.int8), scales]
+
+
+def from_stored(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the numbers that `to_stored` has kept."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales = parts
+    return (codes * scales).to(dtype)
 
 
 class LayerHeads(NamedTuple):

@@ -17,7 +17,9 @@ from core_rerank_integrations.backends.transformers.attention import (
     LayerHeads,
     attention_sums,
     causal_attention,
+    from_stored,
     question_attention,
+    to_stored,
 )
 from core_rerank_integrations.backends.transformers.checks import check_arguments
 from core_rerank_integrations.errors import UnsupportedModelError
@@ -77,6 +79,8 @@ class PackedSequence:
         runs: The prefixes and questions.
         heads: Selected heads by layer.
         keep: Whether to keep keys and values.
+        rounds_states: Whether keys and values are rounded to eight bits before any token attends
+            to them, so that new and cached ones are the same.
         device: Device of the model.
     """
 
@@ -85,6 +89,7 @@ class PackedSequence:
         runs: Sequence[PrefixRun],
         heads: dict[int, LayerHeads],
         keep: bool,
+        rounds_states: bool,
         device: torch.device,
     ) -> None:
         count = sum(len(layer.heads) for layer in heads.values())
@@ -105,6 +110,7 @@ class PackedSequence:
         self.tokens = torch.as_tensor(np.concatenate(tokens), device=device)
         self.positions = torch.as_tensor(np.concatenate(positions), device=device)
         self._heads = heads
+        self._rounds_states = rounds_states
         self._last_layer = max(heads)
 
     def attend(
@@ -137,6 +143,8 @@ class PackedSequence:
         heads = self._heads.get(layer)
         is_last = layer == self._last_layer
         output = None if is_last else query.new_empty(*query.shape[:2], value.shape[-1])
+        stored = [to_stored(state, self._rounds_states) for state in (key, value)]
+        key, value = (from_stored(parts, query.dtype) for parts in stored)
         for run in self.runs:
             start, border, cached = run.start, run.border, run.cached
             if run.is_new:
@@ -154,12 +162,11 @@ class PackedSequence:
                         own, keys, values, scale=scale, window=window
                     )
                 if run.keep:  # Copies, because the pass's own tensors hold all runs.
-                    cached.states.append(keys.clone())
-                    if not is_last:
-                        cached.states.append(values.clone())
+                    for parts in stored[: 1 if is_last else 2]:
+                        cached.states += [part[:, start:border].clone() for part in parts]
             else:
-                keys = cached.states[2 * layer]
-                values = value if is_last else cached.states[2 * layer + 1]
+                keys = self._cached(cached, 2 * layer, query.dtype)
+                values = value if is_last else self._cached(cached, 2 * layer + 1, query.dtype)
             for question, (begin, stop) in enumerate(run.questions):
                 outputs, sums = question_attention(
                     query[:, begin:stop],
@@ -176,6 +183,11 @@ class PackedSequence:
         if output is None:
             raise LastHeadReached
         return output
+
+    def _cached(self, cached: CachedPrefix, index: int, dtype: torch.dtype) -> Tensor:
+        """Return the keys (even index) or values of a layer of a cached prefix."""
+        parts = 2 if self._rounds_states else 1
+        return from_stored(cached.states[index * parts : (index + 1) * parts], dtype)
 
 
 def packed_attention(

@@ -26,7 +26,10 @@ from core_rerank_integrations import DocumentCache, HeadSet
 from core_rerank_integrations.backends.base import PromptGroup
 from core_rerank_integrations.backends.local import backend as backend_module
 from core_rerank_integrations.backends.local.backend import LocalBackend, PrefixRun
+from core_rerank_integrations.backends.openvino import backend as openvino_backend
 from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
+from core_rerank_integrations.backends.openvino.runtime import openvino
+from core_rerank_integrations.backends.transformers import backend as transformers_backend
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import ClosedError, InvalidInputError, StorageError
 from core_rerank_integrations.models.local_model import LocalModel
@@ -42,6 +45,14 @@ def load(request: pytest.FixtureRequest) -> Load:
         return backend
 
     return loaded
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``dtype="auto"`` compute in float32: only keys and values are rounded."""
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: [])
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
 
 
 def tokens_run(backend: LocalBackend, groups: Sequence[PromptGroup]) -> int:
@@ -132,6 +143,53 @@ def test_the_cache_in_memory_is_bounded(load: Load, tmp_path: Path) -> None:
     keys_and_values = (4 + 3) * 2 * 8 * 4  # Layers, key heads, head size, bytes.
     masses_bytes = sum(prefix.context_length + 1 for prefix in prefixes) + tokens
     assert stats[2][1:] == (3, tokens * keys_and_values + masses_bytes * len(HEADS.heads) * 4)
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+def test_keys_and_values_are_cached_in_eight_bits(load: Load, tmp_path: Path) -> None:
+    cache = DocumentCache(folder=tmp_path / "documents")
+    backend = load(tiny(tmp_path / "model", "llama"), dtype="auto", document_cache=cache)
+    prefixes = [group.prefix for group in groups()]
+    written = backend.cache_prefixes(prefixes)
+    tokens = sum(len(prefix.ids) for prefix in prefixes)
+    keys_and_values = (4 + 3) * 2 * (8 + 4)  # Layers, key heads, head size, bytes of a scale.
+    masses_bytes = sum(prefix.context_length + 1 for prefix in prefixes) + tokens
+    expected = tokens * keys_and_values + masses_bytes * len(HEADS.heads) * 4
+    assert backend.stats.bytes_cached == expected
+    assert expected < written < expected + 3 * 2500, "names and shapes"
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+def test_rounded_documents_get_the_same_mass_new_and_cached(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once and in pieces, from memory and from disk."""
+    model = tiny(tmp_path / "model", "llama")
+    exact = masses(load(model), groups())
+    cache = DocumentCache(folder=tmp_path / "documents")
+    backend = load(model, dtype="auto", document_cache=cache)
+    new = masses(backend, groups())
+    assert_close(masses(backend, groups()), new)
+    backend.cache_prefixes([group.prefix for group in groups()])
+    backend.clear_cache()
+    assert_close(masses(backend, groups()), new)
+    monkeypatch.setattr(openvino_backend, "MAX_PIECE_TOKENS", 25)
+    nothing = DocumentCache(memory_bytes=0, disk_bytes=0)
+    assert_close(masses(load(model, dtype="auto", document_cache=nothing), groups()), new)
+    differences = [np.abs(mass - other).max() for mass, other in zip(new, exact, strict=True)]
+    assert 1e-5 < max(differences) < 2e-2
+
+
+def test_files_of_an_older_format_are_ignored(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tmp_path / "model", "llama")
+    cache = DocumentCache(folder=tmp_path / "documents")
+    for module in (transformers_backend, openvino_backend):
+        monkeypatch.setattr(module, "CACHE_FORMAT", 0)
+    load(model, document_cache=cache).cache_prefixes([group.prefix for group in groups()])
+    monkeypatch.undo()
+    assert tokens_run(load(model, document_cache=cache), groups()) == all_tokens(groups())
 
 
 def requests(count: int, tokens: int, questions: int = 1, length: int = 5) -> list[PromptGroup]:

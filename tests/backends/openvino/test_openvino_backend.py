@@ -132,6 +132,20 @@ def test_less_precision_stays_close(dtype: str, tmp_path: Path) -> None:
     assert max(differences) > 1e-6, "it is float32"
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16")
+def test_scales_have_the_precision_in_which_they_are_multiplied(tmp_path: Path) -> None:
+    """Otherwise new and cached keys would differ."""
+    backend = OpenVINOBackend(tiny(tmp_path, "llama"), HEADS, dtype="bfloat16")
+    backend.attention_mass(groups())
+    for group in groups():
+        cached = backend._cache.get(group.prefix.key)
+        assert cached is not None
+        codes, scales = cached.states
+        assert codes.dtype == np.int8
+        assert np.abs(codes.astype(int)).max() in (126, 127)
+        assert not (scales.view(np.uint32) & 0xFFFF).any()
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
