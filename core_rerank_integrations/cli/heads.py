@@ -101,7 +101,10 @@ def tune(options: TuneOptions, output: OutputOption) -> None:
     tuned = research.tune_heads(options, show_progress=True)
     for evaluation in tuned.evaluations:
         by_source = ", ".join(f"{ndcg:.4f}" for ndcg in evaluation.ndcg)
-        print(f"{evaluation.steps} steps: nDCG@10 on dev {evaluation.mean:.4f} ({by_source})")
+        print(
+            f"{evaluation.steps} steps: loss {evaluation.loss:.3f}, "
+            f"nDCG@10 on dev {evaluation.mean:.4f} ({by_source})"
+        )
     tuned.head_set.save(output)
     print(f"Wrote {output} and {adapter}")
 

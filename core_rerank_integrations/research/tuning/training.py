@@ -39,10 +39,12 @@ class Evaluation(NamedTuple):
 
     Attributes:
         steps: Number of steps.
+        loss: Mean loss of the lists that were trained on since the last evaluation.
         ndcg: Mean nDCG@10 of each dev source.
     """
 
     steps: int
+    loss: float
     ndcg: tuple[float, ...]
 
     @property
@@ -57,11 +59,13 @@ class State:
 
     Attributes:
         steps: Number of steps that were made.
+        losses: Losses of the lists since the last evaluation.
         evaluations: Evaluations up to here.
         best: What was trained, at the best evaluation.
     """
 
     steps: int = 0
+    losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
@@ -166,12 +170,15 @@ class Training:
                     f"the loss is not a number after {self._state.steps} steps: lower "
                     f"learning_rate, which is {options.learning_rate:g}"
                 )
+            self._state.losses.append(loss)
         torch.nn.utils.clip_grad_norm_(self._adapter, MAX_GRADIENT_NORM)
         self._optimizer.step()
 
     def _evaluate(self) -> None:
         state = self._state
-        evaluation = Evaluation(state.steps, tuple(map(self._ndcg, self._dev)))
+        ndcg = tuple(map(self._ndcg, self._dev))
+        evaluation = Evaluation(state.steps, float(np.mean(state.losses)), ndcg)
+        state.losses.clear()
         if not state.best or evaluation.mean > max(item.mean for item in state.evaluations):
             state.best = self._ranker.trained()
         state.evaluations.append(evaluation)
@@ -198,6 +205,7 @@ class Training:
         torch.save(
             {
                 "steps": state.steps,
+                "losses": state.losses,
                 "evaluations": [tuple(evaluation) for evaluation in state.evaluations],
                 "best": state.best,
                 "trained": self._ranker.trained(),
@@ -229,7 +237,8 @@ class Training:
                 f"cannot continue from {self._checkpoint}: {error}; delete it and run again"
             ) from error
         state = self._state
-        state.steps, state.best = saved["steps"], saved["best"]
+        state.steps, state.losses = saved["steps"], saved["losses"]
+        state.best = saved["best"]
         state.evaluations = [Evaluation(*evaluation) for evaluation in saved["evaluations"]]
         return True
 
