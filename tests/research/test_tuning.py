@@ -12,11 +12,12 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from support import tiny_models
+from support.cli import run
 from transformers import AutoModel, LlamaConfig
 
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
-from core_rerank_integrations.errors import InvalidInputError, StorageError
+from core_rerank_integrations.errors import HeadSetError, InvalidInputError, StorageError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.list_scores import WindowAttention
 from core_rerank_integrations.method.prompt import SharedPrefix, Span
@@ -341,3 +342,26 @@ def test_lists_of_the_repository_can_be_read_and_no_page_is_in_both_splits() -> 
             passage.text for collection in collections for passage in collection.passages.values()
         }
     assert not passages["train"] & passages["dev"]
+
+
+def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_path: Path) -> None:
+    lists = lists_file(tmp_path / "lists.jsonl", count=12)
+    output = tmp_path / "keys.json"
+    printed = run(
+        *("heads", "tune", "--model", str(small.path), "--backend", "transformers"),
+        *("--train", f"{lists}:8*2", "--dev", f"{lists}:4", "--steps", "2", "--rank", "2"),
+        *("--template", "chatml", "--checkpoints", str(tmp_path / "ck"), "--output", str(output)),
+    )
+    assert "2 steps: loss" in printed
+    heads = HeadSet.load(output)
+    assert heads.name == "keys"
+    assert heads.adapter is not None
+    assert heads.adapter.path == str(tmp_path / "keys")
+    assert heads.adapter.layers == 1, "a third of three layers"
+    assert "lists.jsonl, 8 lists, weight 2" in heads.provenance.details["train"]
+
+    tune_heads(options_for(small, tmp_path, start=output, layers=None, steps=2))
+    with pytest.raises(InvalidInputError, match=r"layers=2, but the heads 'keys' .* have 1"):
+        tune_heads(options_for(small, tmp_path, start=output, layers=2))
+    with pytest.raises(HeadSetError, match="have no adapter"):
+        tune_heads(options_for(small, tmp_path, start=HeadSet.from_pairs([(0, 1)])))
