@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +90,29 @@ def check_candidates(
             f"got {first_stage_scores!r}"
         )
     return Candidates(query, documents, scores)
+
+
+def check_requests(
+    requests: Iterable[tuple[str, Sequence[str]]],
+    first_stage_scores: Sequence[Sequence[float]] | None,
+) -> list[Candidates]:
+    """Validate the lists of a batch.
+
+    Raises:
+        InvalidInputError: A query, a list of documents or their scores are invalid, see
+            `check_candidates`; or there is not one list of scores per request.
+    """
+    pairs = list(requests)
+    scores = [None] * len(pairs) if first_stage_scores is None else first_stage_scores
+    if len(scores) != len(pairs):
+        raise InvalidInputError(
+            f"first_stage_scores must be one list for each of the {len(pairs)} requests, got "
+            f"{len(scores)}"
+        )
+    return [
+        check_candidates(query, documents, own)
+        for (query, documents), own in zip(pairs, scores, strict=True)
+    ]
 
 
 def check_documents(documents: Any) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 from core_rerank_integrations._internal.cancellation import run_in_thread
+from core_rerank_integrations._internal.closing import Closeable
 from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.backends.base import BackendStats
 from core_rerank_integrations.backends.loading import chosen_backend
@@ -27,6 +27,7 @@ from core_rerank_integrations.ranking import (
     check_candidates,
     check_documents,
     check_options,
+    check_requests,
     rank,
 )
 from core_rerank_integrations.results import RerankResults
@@ -43,7 +44,7 @@ MAX_CONCURRENT_CALLS = 32
 """Number of `arerank` calls that run at once; more calls wait."""
 
 
-class CoReReranker:
+class CoReReranker(Closeable):
     """Rerank documents by the attention of a language model's contrastive retrieval heads.
 
     One forward pass over the documents and the query, up to the layer of the highest head; no
@@ -260,20 +261,7 @@ class CoReReranker:
             InvalidInputError: See `rerank`; or ``first_stage_scores`` does not hold one list of
                 scores per request.
         """
-        pairs = list(requests)
-        scores = [None] * len(pairs) if first_stage_scores is None else first_stage_scores
-        if len(scores) != len(pairs):
-            raise InvalidInputError(
-                f"first_stage_scores must be one list for each of the {len(pairs)} requests, got "
-                f"{len(scores)}"
-            )
-        return self._rank(
-            [
-                check_candidates(query, documents, own)
-                for (query, documents), own in zip(pairs, scores, strict=True)
-            ],
-            options,
-        )
+        return self._rank(check_requests(requests, first_stage_scores), options)
 
     async def arerank(
         self,
@@ -374,32 +362,6 @@ class CoReReranker:
             self._handle.close()  # Ends waiting calls. They may need the loop that runs this.
             self._executor.shutdown(wait=False)
 
-    async def aclose(self) -> None:
-        """Free the model without blocking the event loop; see `close`."""
-        await run_in_thread(self.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings; the model is loaded again after unpickling.
 
@@ -412,13 +374,6 @@ class CoReReranker:
                 "need an engine and a reranker of their own"
             )
         return _rebuild, (dict(self.settings),)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the reranker itself: frameworks copy their components, the model is shared."""
-        return self
 
     def __repr__(self) -> str:
         return (

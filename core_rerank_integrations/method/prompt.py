@@ -209,7 +209,7 @@ class PromptEncoder:
             with a space in front, as in a prompt.
         """
         encodings = self._plain.encode_batch(
-            [f" {_encodable(document)}" for document in documents], add_special_tokens=False
+            [f" {encodable(document)}" for document in documents], add_special_tokens=False
         )
         return [encoding.offsets for encoding in encodings]
 
@@ -258,12 +258,12 @@ class _PromptText:
         length = sum(map(len, parts))
         self.documents: list[Span] = []
         for number, document in enumerate(documents, start=1):
-            marker, text = f"[document {number}]", f" {_encodable(document)}"
+            marker, text = f"[document {number}]", f" {encodable(document)}"
             start = length + len(marker)
             self.documents.append(Span(start, start + len(text)))
             parts += (marker, text, "\n\n")
             length = start + len(text) + 2
-        query = _encodable(query.strip())
+        query = encodable(query.strip())
         start = length + len(INSTRUCTION)
         self.query = Span(start, start + len(query))
         parts += (INSTRUCTION, query, template.turn_end)
@@ -322,13 +322,13 @@ def text_key(texts: Sequence[str]) -> bytes:
     return digest.digest()
 
 
+def encodable(text: str) -> str:
+    """Replace surrogates, which UTF-8 cannot encode, by U+FFFD; offsets do not change."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
 def _unpadded_copy(tokenizer: Tokenizer) -> Tokenizer:
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
     return copy
-
-
-def _encodable(text: str) -> str:
-    """Replace surrogates, which no tokenizer can encode, by U+FFFD; offsets do not change."""
-    return _SURROGATES.sub("\ufffd", text)
