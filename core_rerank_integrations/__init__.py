@@ -1,6 +1,7 @@
 """Rerank retrieved documents by a language model's contrastive retrieval heads.
 
 reranker.py     `CoReReranker`: a query and its documents in, ranked results out
+remote/         `RemoteReranker`: the same, by a server
 ranking.py      from scores to results
 scorer.py       from lists of documents to scores
 method/         the method of the paper: prompts, windows, scores, evidence

@@ -31,6 +31,9 @@ from .integrations.llama_index import (
 from .method.templates import (
     PromptTemplate as PromptTemplate,
 )
+from .remote.reranker import (
+    RemoteReranker as RemoteReranker,
+)
 from .reranker import (
     CoReReranker as CoReReranker,
 )

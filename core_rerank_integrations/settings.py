@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
@@ -36,11 +40,38 @@ from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 Backend = Literal["auto", "openvino", "transformers", "vllm", "vllm-shared"]
 VLLM_BACKENDS = ("vllm", "vllm-shared")
 
+_PASSWORD = re.compile(r"^(\w+://)?.*@")
+
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool | np.bool_):
         raise ValueError("must be a number")
     return value
+
+
+def _server_url(url: str) -> str:
+    """Check the address of a server, and remove what routes begin with.
+
+    Raises:
+        InvalidInputError: It is not an address, or holds a password.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or any(not "!" <= character <= "~" for character in url):
+        shown = _PASSWORD.sub(r"\1...@", url)
+        raise InvalidInputError(
+            "base_url must be the address of a server, such as 'http://127.0.0.1:8080', got "
+            f"{shown!r}"
+        )
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InvalidInputError(
+            "base_url must not contain a user name, a password, '?' or '#': give the server's key "
+            "as api_key, or by the environment variable CORE_RERANK_API_KEY"
+        )
+    return url.rstrip("/").removesuffix("/v1")
 
 
 Threshold = Annotated[Probability, BeforeValidator(_not_bool)] | Literal["auto"]
@@ -65,13 +96,11 @@ class CheckedModel(BaseModel):
             problems: dict[str, list[str]] = {}
             for item in error.errors():
                 cause = item.get("ctx", {}).get("error")
-                if isinstance(cause, HeadSetError):
-                    raise cause from error
+                if isinstance(cause, HeadSetError | InvalidInputError):
+                    raise cause from None
                 name = str(item["loc"][0]) if item["loc"] else ""
-                is_own = isinstance(cause, InvalidInputError)
-                problems.setdefault(name, []).append(
-                    str(cause) if is_own else item["msg"].removeprefix("Value error, ")
-                )
+                problems.setdefault(name, []).append(item["msg"].removeprefix("Value error, "))
+            # Without its cause, which shows all fields, and a password among them.
             raise InvalidInputError(
                 "; ".join(
                     f"{name}: {' or '.join(messages)}, got {fields[name]!r}"
@@ -79,7 +108,7 @@ class CheckedModel(BaseModel):
                     else messages[0]
                     for name, messages in problems.items()
                 )
-            ) from error
+            ) from None
 
 
 class DocumentCache(BaseModel):
@@ -196,6 +225,29 @@ class RerankerSettings(CheckedModel):
     def _paths_as_text(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
         """Serialize paths as strings, because JSON has no path type."""
         return str(value) if isinstance(value, Path) else serialize(value)
+
+
+class ServerSettings(CheckedModel):
+    """A server that ranks, instead of a model in this process."""
+
+    base_url: Annotated[str, AfterValidator(_server_url)] | None = Field(
+        default=None,
+        description="Address of a server, `core-rerank serve`, that ranks instead of a model in "
+        "this process.",
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        repr=False,
+        exclude=True,  # Saved settings contain no secret.
+        description="The server's key; by default that of CORE_RERANK_API_KEY.",
+    )
+    timeout: Annotated[Positive, BeforeValidator(_not_bool)] = Field(
+        default=60.0, description="Seconds after which a request to the server is an error."
+    )
+    max_retries: Annotated[Whole, Field(ge=0)] = Field(
+        default=3,
+        description="How often a request is repeated if the server is busy or cannot be reached.",
+    )
 
 
 class RerankOptions(CheckedModel):

@@ -16,7 +16,7 @@ from core_rerank_integrations import __version__
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ["torch", "transformers", "openvino", "vllm", "langchain_core", "llama_index"]
-USED_LATE = ["huggingface_hub", "rich", "sentencex", "tqdm", "typer", "yaml"]
+USED_LATE = ["httpx", "huggingface_hub", "rich", "sentencex", "tqdm", "typer", "yaml"]
 
 
 def run(code: str) -> str:
@@ -43,6 +43,7 @@ def test_importing_the_package_imports_no_framework() -> None:
         ("kreuzberg", "import core_rerank_integrations.chat.app", "chat"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         ("yaml", "core_rerank_integrations.HeadSet.load('heads.yaml')", "cli"),
+        ("httpx", "core_rerank_integrations.RemoteReranker('http://host')", "client"),
         (
             "transformers",
             "core_rerank_integrations.CoReReranker('.', heads=[(0, 0)])",
