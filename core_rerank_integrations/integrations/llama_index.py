@@ -136,7 +136,7 @@ class CoReNodePostprocessor(RerankerFields, BaseNodePostprocessor):
         """
         ranked_nodes: list[NodeWithScore] = []
         top_n = min(self.top_n or len(nodes), len(nodes))
-        model = str(self.model)
+        model = self._model_name
         _dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=model))
         payload: dict[str, Any] = {
             EventPayload.NODES: nodes,
@@ -225,7 +225,8 @@ class CoReNodeIndexer(ModelFields, TransformComponent):
         """Return what changes with each new or dropped file; always new if there are no files."""
         config = self.document_cache or DocumentCache()
         changes = []
-        if config.disk_bytes and self.backend not in VLLM_BACKENDS:
+        has_files = self.base_url is None and self.backend not in VLLM_BACKENDS
+        if config.disk_bytes and has_files:
             changes = last_changes(config.folder or cache_folder("documents"))
         return sha256(repr(changes).encode()).hexdigest() if changes else uuid4().hex
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.ranking import check_options
+from core_rerank_integrations.remote.reranker import RemoteReranker
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.settings import RerankOptions
 
@@ -18,8 +19,13 @@ def with_reranker(
     ``score_threshold="auto"`` becomes ``None`` if the heads do not know a list's answerability.
 
     Raises:
-        InvalidInputError: The heads do not support an option.
+        InvalidInputError: The heads do not support an option, or are those of a server.
     """
+    if isinstance(reranker, RemoteReranker):
+        raise InvalidInputError(
+            f"{reranker!r} does not know the thresholds of its heads, which chains need: use it in "
+            "CoReRetriever or CoReNodePostprocessor, or pass a CoReReranker"
+        )
     reranker = reranker or CoReReranker()
     if options.score_threshold == "auto" and reranker.heads.scoring.abstention is None:
         options = options.model_copy(update={"score_threshold": None})

@@ -9,7 +9,7 @@ from operator import add, itemgetter
 from typing import Any, NotRequired, TypedDict, cast
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.heads.scoring_config import FirstStage, ScoringConfig
 from core_rerank_integrations.integrations.langchain import DocumentRanker
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
 from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
@@ -135,6 +135,7 @@ def create_rag_chain(
             evidence=True,
             extract=extract if llm else None,
             limits=limits,
+            scoring=reranker.heads.scoring,
         )
         ranking = [("reranked", _ranking_inputs, ranker.runnable())]
 
@@ -188,6 +189,7 @@ class _CandidateRanker(DocumentRanker):
     """Rerank all candidates, and choose the documents that the answer is drawn from."""
 
     limits: RerankOptions
+    scoring: ScoringConfig
 
     def runnable(self) -> RunnableLambda[dict[str, Any], AddableDict]:
         return self._run("CoReDocumentCompressor", self._chosen)
@@ -197,11 +199,10 @@ class _CandidateRanker(DocumentRanker):
         part = AddableDict(reranked=reranked)
         if results.answerability is not None:
             part["answerable"] = results.answerability
-        scoring = self._loaded_reranker().heads.scoring
         documents = [
             document
             for document, result in zip(reranked, results, strict=True)
-            if passes(result, results.answerability, scoring, self.limits)
+            if passes(result, results.answerability, self.scoring, self.limits)
         ]
         part["documents"] = documents[: self.limits.top_n]
         return part
