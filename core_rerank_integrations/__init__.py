@@ -11,6 +11,7 @@ backends/       the libraries that run models
 integrations/   LangChain and LlamaIndex
 research/       finding, fitting and evaluating heads
 chat/           a chatbot
+serving/        a rerank server
 cli/            the command line
 """
 

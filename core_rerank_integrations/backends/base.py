@@ -44,11 +44,16 @@ class BackendStats(NamedTuple):
         tokens_run: Number of prompt tokens the model has computed.
         prefixes_cached: Number of prefixes in memory.
         bytes_cached: Size of the cached prefixes in memory.
+        prefixes_asked: Number of prefixes that questions were asked about; 0 with vLLM, which
+            does not say which ones it knew.
+        prefixes_known: How many of these were cached.
     """
 
     tokens_run: int
     prefixes_cached: int
     bytes_cached: int
+    prefixes_asked: int = 0
+    prefixes_known: int = 0
 
 
 class AttentionBackend(Protocol):

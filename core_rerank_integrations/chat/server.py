@@ -5,9 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
-import os
 import re
-import socket
 import time
 import webbrowser
 from collections.abc import Sequence
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from core_rerank_integrations.errors import InvalidInputError, requires_extra
+from core_rerank_integrations._internal import web
+from core_rerank_integrations._internal.web import LOCAL_NAMES, read_body, replayed, url_of
+from core_rerank_integrations.errors import requires_extra
 
 with requires_extra("chat"):
     import uvicorn
@@ -25,9 +25,10 @@ with requires_extra("chat"):
     from starlette.responses import PlainTextResponse
 
 if TYPE_CHECKING:
+    import socket
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 FIRST_PORT, PORTS = 7860, 100
 MAX_JSON_BYTES = 1 << 20
 MAX_UPLOAD_BYTES = 80 << 20
@@ -74,31 +75,8 @@ def listen(host: str, port: int | None) -> socket.socket:
     Raises:
         InvalidInputError: The address is in use or does not exist.
     """
-    failure: OSError | None = None
-    for candidate in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
-        try:
-            return _listen(host.strip("[]"), candidate)
-        except OSError as error:
-            failure = error
-    where = f"{host}:{port}" if port else f"{host}, ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
-    raise InvalidInputError(
-        f"cannot listen on {where} ({failure}); stop the program that uses it, or pass another "
-        "--port or --host"
-    ) from failure
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # On Windows, the option allows two servers on one port.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    ports = [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS)
+    return web.listen(host, ports)
 
 
 def serve(app: ASGIApp, listener: socket.socket, opens: bool) -> None:
@@ -109,10 +87,7 @@ def serve(app: ASGIApp, listener: socket.socket, opens: bool) -> None:
         listener: The socket; see `listen`.
         opens: Whether to open a browser.
     """
-    host, port = listener.getsockname()[:2]
-    if ipaddress.ip_address(host).is_unspecified:
-        host = "localhost"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(listener)
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=CLOSE_SECONDS
     )
@@ -173,7 +148,8 @@ class Guard:
             await send(message)
 
         try:
-            limited = _limited(receive, self._check(scope))
+            limit = self._check(scope)
+            limited = web.limited(receive, limit, HTTPException(413, _too_large(limit)))
             if scope["method"] == "POST" and scope["path"] != UPLOAD:
                 limited = await self._with_checked_files(limited)
         except HTTPException as error:
@@ -232,13 +208,9 @@ class Guard:
         Raises:
             HTTPException: The body is not JSON, or names a file that is not an upload.
         """
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return receive
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        body = await read_body(receive)
+        if body is None:
+            return receive
         try:
             found = [json.loads(body)]
         except (ValueError, RecursionError) as error:
@@ -251,12 +223,7 @@ class Guard:
                 found += value.values()
             elif isinstance(value, list):
                 found += value
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive_again() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return receive_again
+        return replayed(body, receive)
 
     def _is_upload(self, path: object) -> bool:
         try:
@@ -287,21 +254,6 @@ class Guard:
                 continue
         if waiting > MAX_WAITING_BYTES:
             raise HTTPException(429, "Too many files wait to be read: try again later.")
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Return a function that receives at most ``limit`` bytes of a body."""
-    received = 0
-
-    async def receive_limited() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise HTTPException(413, _too_large(limit))
-        return message
-
-    return receive_limited
 
 
 def _too_large(limit: int) -> str:

@@ -5,6 +5,7 @@ common.py      options from pydantic models, errors without tracebacks, tables
 rerank.py      rerank a file of documents
 cache.py       read documents before a question is asked
 chat.py        a chatbot in the browser
+serve.py       a rerank server
 models.py      list and download models
 heads.py       list, find and fit head sets
 evaluate.py    measure rankings on judged questions

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from core_rerank_integrations._internal.web import LOCAL_NAMES
 from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.settings import RerankerSettings
 
@@ -57,7 +58,7 @@ def chat(
     ] = True,
 ) -> None:
     """Start a chatbot in the browser, over a handbook or your own documents."""
-    from core_rerank_integrations.chat.server import LOCAL_NAMES, listen, serve
+    from core_rerank_integrations.chat.server import listen, serve
 
     console = Console(stderr=True, markup=False)
     with listen(host, port) as listener:  # Before anything is loaded, which takes a while.

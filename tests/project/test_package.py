@@ -41,6 +41,8 @@ def test_importing_the_package_imports_no_framework() -> None:
         ("vllm", "import core_rerank_integrations.backends.vllm.caller.dedicated", "vllm"),
         ("gradio", "import core_rerank_integrations.chat.app", "chat"),
         ("kreuzberg", "import core_rerank_integrations.chat.app", "chat"),
+        ("fastapi", "import core_rerank_integrations.serving.app", "server"),
+        ("prometheus_client", "import core_rerank_integrations.serving.app", "server"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         ("yaml", "core_rerank_integrations.HeadSet.load('heads.yaml')", "cli"),
         ("httpx", "core_rerank_integrations.RemoteReranker('http://host')", "client"),

@@ -58,12 +58,14 @@ class LocalBackend(ABC):
         self._can_cache = can_cache
         self._lock = threading.Lock()
         self._closed = False
-        self._tokens_run = 0
+        self._tokens_run = self._asked = self._known = 0
 
     @property
     def stats(self) -> BackendStats:
         """See `AttentionBackend.stats`."""
-        return BackendStats(self._tokens_run, len(self._cache), self._cache.nbytes)
+        return BackendStats(
+            self._tokens_run, len(self._cache), self._cache.nbytes, self._asked, self._known
+        )
 
     def attention_mass(
         self, groups: Sequence[PromptGroup], weights: Mass | None = None
@@ -81,6 +83,8 @@ class LocalBackend(ABC):
             self._read_ahead(waiting, loaded)
             with self._lock:
                 batch = self._next_batch(waiting, [part for _, part in jobs], loaded)
+                self._asked += len(batch)
+                self._known += sum(run.cached is not None for _, run in batch)
                 computed = self._run([run for _, run in batch], keep)
             for (job, run), masses in zip(batch, computed, strict=True):
                 stop = run.prefix.context_length + 1

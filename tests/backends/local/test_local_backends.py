@@ -81,7 +81,7 @@ def test_a_cached_document_costs_the_tokens_of_the_question(load: Load, tmp_path
     assert tokens_run(backend, [short, second]) == all_tokens([short]) + question_tokens([second])
     assert_close(masses(backend, [second]), before)
     backend.clear_cache()
-    assert backend.stats[1:] == (0, 0)
+    assert backend.stats[1:3] == (0, 0)
     assert tokens_run(backend, [second]) == all_tokens([second]), "it is read again"
 
 
@@ -135,14 +135,14 @@ def test_the_cache_in_memory_is_bounded(load: Load, tmp_path: Path) -> None:
         for _ in range(2):
             assert_close(masses(backend, groups()), plain)
         stats.append(backend.stats)
-    assert stats[0][1:] == (0, 0)
+    assert stats[0][1:3] == (0, 0)
     assert stats[1].prefixes_cached in (1, 2)
     assert stats[1].bytes_cached <= 40_000
     prefixes = [group.prefix for group in groups()]
     tokens = sum(len(prefix.ids) for prefix in prefixes)
     keys_and_values = (4 + 3) * 2 * 8 * 4  # Layers, key heads, head size, bytes.
     masses_bytes = sum(prefix.context_length + 1 for prefix in prefixes) + tokens
-    assert stats[2][1:] == (3, tokens * keys_and_values + masses_bytes * len(HEADS.heads) * 4)
+    assert stats[2][1:3] == (3, tokens * keys_and_values + masses_bytes * len(HEADS.heads) * 4)
 
 
 @pytest.mark.usefixtures("no_bfloat16")

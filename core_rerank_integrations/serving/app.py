@@ -1,0 +1,378 @@
+"""Routes, errors, loading and closing the model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from pydantic_core import from_json
+
+from core_rerank_integrations import __version__
+from core_rerank_integrations._internal.cancellation import run_in_thread
+from core_rerank_integrations.errors import (
+    ClosedError,
+    CoReError,
+    InvalidInputError,
+    requires_extra,
+)
+from core_rerank_integrations.ranking import check_candidates
+from core_rerank_integrations.reranker import CoReReranker
+from core_rerank_integrations.serving.dialects import (
+    AnyRequest,
+    DocumentsReply,
+    DocumentsRequest,
+    ErrorReply,
+    ModelCard,
+    ModelList,
+    RerankReply,
+    TEIErrorReply,
+    TEIRequest,
+    TEIResult,
+    is_tei,
+)
+from core_rerank_integrations.serving.errors import RefusedError
+from core_rerank_integrations.serving.guard import Guard
+from core_rerank_integrations.serving.limits import Limits
+from core_rerank_integrations.serving.metrics import Measured, Metrics
+from core_rerank_integrations.serving.queue import RequestQueue
+from core_rerank_integrations.serving.replies import (
+    error_reply,
+    json_reply,
+    rerank_reply,
+    tei_reply,
+    text_of,
+    wants_spans,
+)
+from core_rerank_integrations.settings import RerankOptions
+
+with requires_extra("server"):
+    from fastapi import APIRouter, FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.routing import APIRoute
+    from starlette.exceptions import HTTPException
+
+T = TypeVar("T")
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+RERANK = ("/rerank", "/v1/rerank", "/v2/rerank")
+OWN_OPTIONS = ("score_threshold", "min_score", "first_stage", "max_seconds", "evidence")
+SHOWN_PROBLEMS = 3
+"""Maximum number of invalid fields that an error names."""
+DIALECTS = (("rerank",), ("tei",))
+"""Where pydantic says which of the two kinds of requests a body is."""
+HUNG_UP = 499
+"""Status of a reply that nobody receives."""
+TEST_QUERY = "What is bread made of?"
+TEST_DOCUMENTS = ("Bread is made of flour.", "Bell patented the telephone.")
+
+_log = logging.getLogger(__name__)
+
+
+class Service:
+    """The model behind the routes, from its loading to its end.
+
+    Args:
+        load: Loads the model.
+        limits: The limits.
+        metrics: The figures.
+
+    Attributes:
+        is_closing: Whether the server is being stopped; it then answers no new request.
+        failure: Why the model could not be loaded.
+        on_failure: Called if the model could not be loaded.
+    """
+
+    def __init__(self, load: Callable[[], CoReReranker], limits: Limits, metrics: Metrics) -> None:
+        self._load = load
+        self._limits = limits
+        self._metrics = metrics
+        self._model: tuple[CoReReranker, RequestQueue] | None = None
+        self.is_closing = False
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.created = int(time.time())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are answered."""
+        return self._model is not None and not self.is_closing
+
+    @property
+    def model(self) -> tuple[CoReReranker, RequestQueue]:
+        """The loaded model and its queue.
+
+        Raises:
+            RefusedError: The model is still being loaded.
+        """
+        if self._model is None:
+            raise RefusedError(503, "The model is being loaded: try again in a moment")
+        return self._model
+
+    async def start(self) -> None:
+        """Load the model and test it."""
+        begun = time.perf_counter()
+        try:
+            reranker = await run_in_thread(self._tested)
+        except Exception as error:
+            self.failure = error
+            self.on_failure()
+            return
+        self._metrics.watch(reranker)
+        self._model = reranker, RequestQueue(reranker, self._metrics, self._limits.max_waiting)
+        _log.info(
+            "%s is ready after %.1f s: %s", reranker.model, time.perf_counter() - begun, reranker
+        )
+
+    def _tested(self) -> CoReReranker:
+        reranker = self._load()
+        reranker.rerank(TEST_QUERY, TEST_DOCUMENTS)  # Raises an error if a score is not a number.
+        return reranker
+
+    async def stop(self) -> None:
+        """End waiting requests and free the model."""
+        self.is_closing = True
+        if self._model is not None:
+            reranker, queue = self._model
+            await queue.close()
+            await reranker.aclose()
+
+
+class _Request(Request):
+    """A request whose JSON is checked as a whole: depth, numbers and Unicode."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            # Of other errors, FastAPI makes one without a reason.
+            raise HTTPException(422, f"The body is not JSON: {error}") from error
+
+
+class _Route(APIRoute):
+    """A route whose errors are replies that clients can read, and never their texts in a log."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def handle_or_explain(request: Request) -> Response:
+            request = _Request(request.scope, request.receive)
+            try:
+                if request.method == "POST":
+                    _check_type(request)
+                return await handle(request)
+            except Exception as error:
+                return _explained(request, error)
+
+        return handle_or_explain
+
+
+def create_app(
+    load: Callable[[], CoReReranker], limits: Limits | None = None, api_key: str | None = None
+) -> FastAPI:
+    """Return the server as an ASGI application, which loads the model when it starts.
+
+    Args:
+        load: Loads the model, in a thread.
+        limits: The limits; ``None`` for the defaults.
+        api_key: The key that requests have to carry; ``None`` for none.
+    """
+    limits = limits or Limits()
+    metrics = Metrics()
+    service = Service(load, limits, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.start())
+        yield
+        service.is_closing = True
+        await asyncio.wait([loading])  # A model that is being loaded cannot be freed.
+        await service.stop()
+
+    app = FastAPI(
+        title="CoRe reranker",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        responses={422: {"model": ErrorReply | TEIErrorReply}},
+    )
+    app.state.service = service
+    app.include_router(_router(service, limits, metrics))
+    app.add_exception_handler(HTTPException, _explain_http)
+    app.add_middleware(Guard, limits=limits, api_key=api_key, is_closing=lambda: service.is_closing)
+    routes = [route.path for route in app.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Measured, metrics=metrics, routes=routes)
+    return app
+
+
+def _router(service: Service, limits: Limits, metrics: Metrics) -> APIRouter:
+    router = APIRouter(route_class=_Route)
+
+    async def rerank(request: Request, body: AnyRequest) -> Response:
+        reranker, queue = service.model
+        if isinstance(body, TEIRequest):
+            documents, options, truncated = body.texts, RerankOptions(), None
+        else:
+            documents = [text_of(document) for document in body.documents]
+            own = {name: getattr(body, name) for name in OWN_OPTIONS}
+            own["evidence"] = body.evidence or wants_spans(body)
+            options = RerankOptions.checked(top_n=body.top_n or None, **own)
+            truncated = body.max_tokens_per_doc
+        limits.check(documents, body.query)
+        scores = None if isinstance(body, TEIRequest) else body.first_stage_scores
+        candidates = check_candidates(body.query, documents, scores)
+        results, tokens = await _unless_hung_up(
+            request, queue.rank(candidates, options, truncated), limits.max_request_seconds
+        )
+        if isinstance(body, TEIRequest):
+            return tei_reply(body, results)
+        name = f"rerank-{uuid.uuid4().hex}"
+        return rerank_reply(name, body, results, tokens, reranker.model, reranker.heads)
+
+    for path in RERANK:
+        router.add_api_route(
+            path,
+            rerank,
+            methods=["POST"],
+            response_model=RerankReply | list[TEIResult],
+            summary="Rank documents by their relevance to a query",
+        )
+
+    if limits.cache_documents:
+
+        @router.post("/v1/documents", response_model=DocumentsReply)
+        async def documents(request: Request, body: DocumentsRequest) -> Response:
+            """Read documents ahead and store them, so that later requests are fast."""
+            _, queue = service.model
+            texts = tuple(map(text_of, body.documents))
+            limits.check(texts)
+            written = await _unless_hung_up(request, queue.store(texts), limits.max_request_seconds)
+            return json_reply(DocumentsReply(cached=len(texts), bytes_written=written))
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> Response:
+        """List the model."""
+        reranker, _ = service.model
+        card = ModelCard(
+            id=reranker.model, object="model", created=service.created, owned_by="core-rerank"
+        )
+        return json_reply(ModelList(object="list", data=[card]))
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the server is alive."""
+        return {"status": "alive"}
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """Say whether the model is loaded and tested."""
+        if not service.is_ready:
+            state = "being stopped" if service.is_closing else "loading the model"
+            return error_reply(503, f"The server is {state}")
+        return Response('{"status":"ready"}', media_type="application/json")
+
+    @router.get("/metrics", include_in_schema=False)
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _check_type(request: Request) -> None:
+    """Check that the body is JSON, which a page of another site cannot send unasked.
+
+    Raises:
+        RefusedError: It is something else.
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise RefusedError(415, "The body must be JSON: send 'Content-Type: application/json'")
+
+
+async def _unless_hung_up(request: Request, work: Awaitable[T], seconds: float) -> T:
+    """Return the result of work, which is cancelled if the client hangs up or the time ends.
+
+    Raises:
+        RefusedError: The client has hung up, or the time is over.
+    """
+    working = asyncio.ensure_future(work)
+    hang_up = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait((working, hang_up), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if hang_up.done():
+            raise RefusedError(HUNG_UP, "The client has hung up")
+        raise RefusedError(
+            504, f"The request was not answered within {seconds:g} seconds: send fewer documents"
+        )
+    finally:
+        working.cancel()
+        hang_up.cancel()
+
+
+async def _hang_up(request: Request) -> None:
+    """Wait until the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _explained(request: Request, error: Exception) -> Response:
+    """Return an error in the shape that the request's client reads."""
+    for_tei = False
+    if isinstance(error, RequestValidationError):
+        for_tei = is_tei(error.body)
+        status, message = 422, _problems(error)
+    elif isinstance(error, RefusedError):
+        status, message = error.status, error.message
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, error.detail
+    elif isinstance(error, InvalidInputError):
+        status, message = 422, str(error)
+    elif isinstance(error, ClosedError):
+        status, message = 503, "The server is being stopped: try again later"
+    elif isinstance(error, CoReError):
+        status, message = 500, str(error)
+    else:
+        status, message = 500, "Internal error: see the log of the server"
+    if status >= 500 and not isinstance(error, (RefusedError, ClosedError)):
+        # Messages of errors may quote texts.
+        _log.error(
+            "%s in %s:\n%s",
+            type(error).__name__,
+            request.scope["path"],
+            "".join(traceback.format_tb(error.__traceback__)),
+        )
+    return error_reply(status, message, for_tei=for_tei or _is_from_tei(request))
+
+
+def _is_from_tei(request: Request) -> bool:
+    body = getattr(request, "_body", b"")
+    if not body or request.scope["path"] != RERANK[0]:
+        return False
+    try:
+        return is_tei(from_json(body))
+    except ValueError:
+        return False
+
+
+async def _explain_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_reply(error.status_code, error.detail)
+
+
+def _problems(error: RequestValidationError) -> str:
+    """Return what is wrong with the fields of a request, without their values."""
+    places = [problem["loc"][1:] for problem in error.errors()]
+    fields = [place[1:] if place[:1] in DIALECTS else place for place in places]
+    problems = [
+        f"{'.'.join(map(str, field)) or 'body'}: {problem['msg']}"
+        for field, problem in zip(fields, error.errors(), strict=True)
+    ]
+    more = len(problems) - SHOWN_PROBLEMS
+    return "; ".join(problems[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else []))

@@ -1,0 +1,221 @@
+"""Errors in the shape of each dialect, limits, the key, and what logs and metrics contain."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from support.servers import running
+
+from core_rerank_integrations import BackendError, CoReReranker, ModelError
+from core_rerank_integrations.scorer import AttentionScorer
+
+KEY = "s3cret-key"
+SECRET = "Zanzibar's hidden sentence"
+BODY = {"query": "q", "documents": ["a", "b"]}
+TEI = {"query": "q", "texts": ["a", "b"]}
+
+
+def refused(response: httpx.Response, status: int, kind: str = "invalid_request_error") -> str:
+    """Return the message of an error that Cohere, Jina and OpenAI-style clients read."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body["error"] == {"message": body["message"], "type": kind, "code": status}
+    assert body["detail"] == body["message"]
+    return body["message"]
+
+
+def refused_by_tei(response: httpx.Response, status: int, kind: str = "Validation") -> str:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error", "error_type"}
+    assert response.json()["error_type"] == kind
+    return response.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def guarded(shared: Callable[[], CoReReranker]):
+    limits = {"max_body_bytes": 5000, "max_documents": 5, "max_characters": 1000}
+    with running(shared, KEY, max_body_seconds=0.5, cache_documents=False, **limits) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"query": None}, "query: Field required"),
+        ({"query": 3}, "query: Input should be a valid string"),
+        ({"documents": None}, "documents: Field required"),
+        ({"documents": "a"}, "documents: "),
+        ({"documents": [{"image": "x"}]}, "documents.0"),
+        ({"top_n": -1}, "top_n: "),
+        ({"query": "  "}, "the query is empty"),
+        ({"first_stage": "vectors"}, "first_stage: "),
+        ({"first_stage_scores": [1.0]}, "first_stage_scores must be one number for each"),
+        ({"max_seconds": 0}, "max_seconds: "),
+        ({"score_threshold": 2}, "score_threshold"),
+        ({"relevant_spans": {"mode": "x"}}, "relevant_spans.mode"),
+        ({"query": "word " * 2000}, "the query takes"),
+    ],
+)
+def test_invalid_fields_are_named(server, fields: dict[str, Any], named: str) -> None:
+    assert named in refused(server.client.post("/v2/rerank", json=BODY | fields), 422)
+
+
+def test_many_problems_are_not_all_shown(server) -> None:
+    response = server.client.post("/v2/rerank", json=BODY | {"documents": [1] * 50})
+    assert "and 97 more" in refused(response, 422)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"query": None}, "query"), ({"texts": [1]}, "texts.0"), ({"query": ""}, "empty")],
+)
+def test_errors_for_clients_of_tei(server, fields: dict[str, Any], named: str) -> None:
+    assert named in refused_by_tei(server.client.post("/rerank", json=TEI | fields), 422)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"null", b"[]", b"[" * 200_000, b'{"query":"\xff","documents":[]}',
+        b'{"query":"\\ud800","documents":["a"]}', b'{"query":"a","documents":["a"],"top_n":NaN}',
+        b'{"query":"a","documents":[{"text":"a","x":' + b"[" * 5000 + b"]" * 5000 + b"}]}",
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_is_not_valid_json(server, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    refused(server.client.post("/v1/rerank", content=content, headers=headers), 422)
+
+
+def test_a_page_of_another_site_cannot_post(server) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        response = server.client.post("/rerank", content=b"{}", headers={"content-type": kind})
+        assert "application/json" in refused(response, 415)
+
+
+def test_unknown_paths_and_methods(server, guarded) -> None:
+    refused(server.client.get("/nothing"), 404)
+    refused(server.client.get("/rerank"), 405)
+    refused(guarded.client.post("/v1/documents", json={"documents": []}), 404)
+
+
+@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer wrong", KEY, f"Basic {KEY}", "é"])
+def test_the_key(guarded, given: str | None) -> None:
+    headers = {} if given is None else {"authorization": given.encode()}
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/v1/documents"):
+        response = httpx.post(guarded.url + path, json=BODY, headers=headers)
+        assert "missing or wrong" in refused(response, 401, "authentication_error")
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 401
+    for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+        assert httpx.get(guarded.url + path, headers=headers).status_code == 200
+
+
+def test_the_right_key(guarded) -> None:
+    assert guarded.client.post("/rerank", json=BODY).status_code == 200
+
+
+def test_too_much(guarded) -> None:
+    post = guarded.client.post
+    assert "6 documents are more than the 5" in refused(
+        post("/rerank", json=BODY | {"documents": ["a"] * 6}), 413
+    )
+    assert "characters are more than the 1000" in refused(
+        post("/rerank", json=BODY | {"documents": ["a" * 500] * 2}), 413
+    )
+    refused_by_tei(post("/rerank", json=TEI | {"texts": ["a"] * 6}), 413)
+    large = b'{"query":"' + b"a" * 6000
+    assert "larger than 5000 bytes" in refused(post("/rerank", content=large), 413)
+    parts = (large[start : start + 1000] for start in range(0, len(large), 1000))
+    refused(post("/rerank", content=parts), 413)
+
+
+def test_slow_senders_are_not_waited_for(guarded) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST /rerank HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {KEY}\r\n"
+        connection.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+        assert b" 408 " in connection.recv(100)
+
+
+def test_a_flood_of_headers(guarded) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        line = b"x-flood: " + b"a" * 1000 + b"\r\n"
+        try:
+            connection.sendall(b"POST /rerank HTTP/1.1\r\n" + line * 1000)
+            answer = connection.recv(100)
+        except ConnectionError:
+            answer = b""
+        assert answer == b"" or b" 400 " in answer
+    assert guarded.client.get("/health").status_code == 200
+
+
+def test_loading_and_its_failure() -> None:
+    def fails() -> CoReReranker:
+        time.sleep(0.5)
+        raise ModelError("no such model")
+
+    with running(fails) as server:
+        assert server.client.get("/health").status_code == 200
+        for response in (
+            server.client.get("/ready"),
+            server.client.get("/v1/models"),
+            server.client.post("/v2/rerank", json=BODY),
+        ):
+            refused(response, 503, "server_error")
+            assert int(response.headers["retry-after"]) >= 1
+        refused_by_tei(server.client.post("/rerank", json=TEI), 503, "Unhealthy")
+        for _ in range(200):
+            if server.server.should_exit:
+                break
+            time.sleep(0.02)
+        assert server.server.should_exit
+        assert isinstance(server.server._service.failure, ModelError)
+
+
+class _Broken(AttentionScorer):
+    error: Exception = BackendError("the engine has died")
+
+    def score(self, lists, *arguments: Any, **options: Any):
+        if any("Is the" in text for one in lists for text in one.documents):
+            raise self.error
+        return super().score(lists, *arguments, **options)
+
+
+def test_no_text_of_requests_in_logs_and_metrics(default, caplog) -> None:
+    scorer = _Broken(default.scorer.encoder, default.scorer.backend)
+    with (
+        caplog.at_level(logging.DEBUG),
+        running(lambda: CoReReranker.from_scorer(scorer)) as server,
+    ):
+        server.wait_until_ready()
+        post = server.client.post
+        post(f"/rerank?{SECRET}", json=BODY | {"query": SECRET, "documents": [SECRET]})
+        post("/rerank", json={"query": SECRET, "documents": [{"a": SECRET}]})
+        post(f"/{SECRET}", json=BODY)
+        broken = BODY | {"documents": [f"{SECRET} Is the"]}
+        assert "engine has died" in refused(post("/rerank", json=broken), 500, "server_error")
+        response = post("/rerank", json={"query": "q", "texts": broken["documents"]})
+        refused_by_tei(response, 424, "Backend")
+        scorer.error = RuntimeError(f"unexpected: {SECRET}")
+        message = refused(post("/rerank", json=broken), 500, "server_error")
+        assert SECRET not in message
+        assert post("/rerank", json=BODY).status_code == 200, "the others go on"
+        figures = server.client.get("/metrics").text
+    assert "RuntimeError in /rerank" in caplog.text
+    own = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    assert not [record for record in own if "Zanzibar" in record.getMessage()]
+    assert "Zanzibar" not in figures
+    assert re.search(r'requests_total\{route="/rerank",status="500"\} 2\.0', figures)
+    assert re.search(r'requests_total\{route="other",status="404"\} 1\.0', figures)
+    assert re.search(r"core_rerank_tokens_run_total [1-9]", figures)
+    assert re.search(r"core_rerank_documents_total [1-9]", figures)

@@ -1,0 +1,113 @@
+"""`RemoteReranker` and the adapters against `core-rerank serve` with the real model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from support.servers import running
+
+from core_rerank_integrations import (
+    CoReDocumentCompressor,
+    CoReNodePostprocessor,
+    CoReReranker,
+    InvalidInputError,
+    RemoteReranker,
+    RerankResults,
+)
+
+KEY = "a-key"
+QUERY = "Who patented the telephone?"
+DOCUMENTS = [
+    "Bread is baked from flour. It rises.",
+    "March is often wet. Alexander Graham Bell patented the telephone in 1876. Gulls 🐦 cry.",
+    "The ferry leaves at six. " * 120,
+]
+
+
+@pytest.fixture(scope="module")
+def url(shared: Callable[[], CoReReranker]) -> Iterator[str]:
+    with running(shared, KEY, max_documents=50) as server:
+        server.wait_until_ready()
+        yield server.url
+
+
+def check_equal(remote: RerankResults, local: RerankResults) -> None:
+    assert remote.answerability == pytest.approx(local.answerability, abs=1e-4)
+    assert [result.index for result in remote] == [result.index for result in local]
+    for got, expected in zip(remote, local, strict=True):
+        assert got.score == pytest.approx(expected.score, abs=1e-4)
+        assert got.probability == pytest.approx(expected.probability, abs=1e-4)
+        assert (got.document, got.best_passage) == (expected.document, expected.best_passage)
+        assert got.reranked == expected.reranked
+        assert len(got.evidence) == len(expected.evidence)
+        for part, own in zip(sorted(got.evidence), sorted(expected.evidence), strict=True):
+            assert (part.start, part.stop, part.tokens) == (own.start, own.stop, own.tokens)
+            assert part.score == pytest.approx(own.score, abs=1e-4)
+            assert [word[:2] for word in part.words] == [word[:2] for word in own.words]
+
+
+async def test_results_are_those_of_the_model(default: CoReReranker, url: str) -> None:
+    lists = [(QUERY, DOCUMENTS), ("When does the ferry leave?", DOCUMENTS), (QUERY, [])]
+    with RemoteReranker(url, KEY) as remote:
+        assert remote.cache_documents(DOCUMENTS) >= 0
+        options: list[Any] = [
+            {"evidence": True},
+            {"top_n": 1, "first_stage": "dense"},
+            {"score_threshold": "auto"},
+            {"min_score": 1e6},
+        ]
+        for option in options:
+            local = default.rerank_batch(lists, **option)
+            for got, expected in zip(remote.rerank_batch(lists, **option), local, strict=True):
+                check_equal(got, expected)
+        scores = [3.0, 2.0, 1.0]
+        changed: Any = {"first_stage": "other", "first_stage_scores": scores}
+        check_equal(
+            await remote.arerank(QUERY, DOCUMENTS, **changed),
+            default.rerank(QUERY, DOCUMENTS, **changed),
+        )
+        found = await asyncio.gather(*(remote.arerank(*own) for own in lists * 4))
+        for got, expected in zip(found, default.rerank_batch(lists * 4), strict=True):
+            check_equal(got, expected)
+        unread = remote.rerank(
+            QUERY, [f"{number} {DOCUMENTS[2]}" for number in range(20)], max_seconds=1e-6
+        )
+        assert not unread[-1].reranked
+
+
+def test_adapters_say_the_same(default: CoReReranker, url: str) -> None:
+    documents = [Document(text) for text in DOCUMENTS]
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in DOCUMENTS]
+    settings: Any = {"extract": 0.5, "evidence": True, "top_n": 2}
+    remote = RemoteReranker(url, KEY)
+    with remote:
+        own = CoReDocumentCompressor(reranker=default, **settings)
+        other = CoReDocumentCompressor(reranker=remote, **settings)
+        local = own.compress_documents(documents, QUERY)
+        for got, expected in zip(other.compress_documents(documents, QUERY), local, strict=True):
+            assert got.page_content == expected.page_content
+            ours, theirs = (d.metadata["core_rerank"] for d in (got, expected))
+            assert ours["extracted"] == theirs["extracted"]
+            assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
+        ranked = [
+            CoReNodePostprocessor(reranker=reranker, **settings).postprocess_nodes(
+                nodes, QueryBundle(QUERY)
+            )
+            for reranker in (default, remote)
+        ]
+    assert [node.text for node in ranked[0]] == [node.text for node in ranked[1]]
+
+
+def test_what_the_server_refuses(url: str) -> None:
+    with RemoteReranker(url, KEY) as remote, RemoteReranker(url, "wrong") as wrong:
+        with pytest.raises(InvalidInputError, match=r"answered 413: .*more than the 50"):
+            remote.rerank(QUERY, ["a"] * 51)
+        with pytest.raises(InvalidInputError, match=r"answered 422: .*max_query_tokens"):
+            remote.rerank("word " * 2000, DOCUMENTS)
+        with pytest.raises(InvalidInputError, match=r"answered 401: .*; pass the server's"):
+            wrong.rerank(QUERY, DOCUMENTS)
