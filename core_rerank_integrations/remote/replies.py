@@ -10,10 +10,12 @@ from pydantic import BaseModel, ValidationError
 
 from core_rerank_integrations.errors import BackendError
 from core_rerank_integrations.heads.scoring_config import Finite, Index, Probability
-from core_rerank_integrations.method.evidence import Evidence
+from core_rerank_integrations.method.evidence import Evidence, Word
 from core_rerank_integrations.results import RerankResult, RerankResults
 
 Reply = TypeVar("Reply", bound=BaseModel)
+# All of it: extracts count the tokens of a sentence, and LlamaIndex's nodes need its words.
+Sentence = tuple[Index, Index, Finite, tuple[Word, ...], Index]
 
 
 class _ResultDetails(BaseModel):
@@ -21,7 +23,7 @@ class _ResultDetails(BaseModel):
     probability: Probability | None
     reranked: bool
     best_passage: tuple[Index, Index] | None
-    evidence: tuple[Evidence, ...] = ()
+    evidence: tuple[Sentence, ...] = ()
 
 
 class _Result(BaseModel):
@@ -72,7 +74,7 @@ def results_of(reply: Any, documents: Sequence[str], url: str) -> RerankResults:
                 own.probability,
                 own.best_passage,
                 is_read,
-                own.evidence,
+                tuple(Evidence(*sentence) for sentence in own.evidence),
             )
         )
     return RerankResults(tuple(results), checked.core_rerank.answerability)

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from core_rerank_integrations.heads.scoring_config import Count, Finite, Probability
+from core_rerank_integrations.method.evidence import Evidence
 from core_rerank_integrations.settings import RerankOptions
 
 
@@ -141,8 +142,10 @@ class Details(BaseModel):
     probability: float | None
     reranked: bool
     best_passage: tuple[int, int] | None
-    evidence: list[tuple[int, int, float]] = Field(
-        default=[], description="Start, end and score of each sentence, if requested."
+    evidence: list[Evidence] = Field(
+        default=[],
+        description="Start, end and score of each sentence, if requested, then those of its words, "
+        "and its number of tokens.",
     )
 
 

@@ -149,7 +149,7 @@ def _result(result: RerankResult, score: float, request: RerankRequest) -> Resul
         best_passage=result.best_passage,
     )
     if request.evidence:
-        details.evidence = [(part.start, part.stop, part.score) for part in result.evidence]
+        details.evidence = list(result.evidence)
     reply = Result(index=result.index, relevance_score=score, core_rerank=details)
     if request.return_documents:
         document = request.documents[result.index]

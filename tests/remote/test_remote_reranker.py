@@ -243,6 +243,7 @@ async def test_a_server_that_is_not_there() -> None:
             BackendError,
             r"results.0.core_rerank: Field required.*Cohere, Jina",
         ),
+        (200, reply([result(0, 0.5, evidence=[[0, 8, 1]])]), BackendError, "Field required"),
         (200, reply([result(3, 0.5)]), BackendError, r"documents \[3\] of a list of 3"),
         (200, reply([result(0, 1), result(0, 1)]), BackendError, r"documents \[0, 0\]"),
     ],
