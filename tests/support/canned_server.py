@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -65,8 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {**more, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
+        with suppress(ConnectionError):  # The client has hung up.
+            self.end_headers()
+            self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         pass
