@@ -1,6 +1,6 @@
 """Measure rankings and probabilities of lists that people write; `make bench-everyday`.
 
-Each file holds lists of a few documents without an order (see `lists/README.md`). The table shows
+Each file holds lists of a few documents without an order (see `judged_lists/README.md`). The table shows
 how often a right document is first: by the heads, by MiniLM's vectors, by both together, and by
 BM25. Lists without a right document show what is thought of documents that do not answer.
 """
@@ -24,7 +24,10 @@ from core_rerank_integrations.research import JudgedRun
 from core_rerank_integrations.research.measures import expected_calibration_error, reliability
 
 ROOT = Path(__file__).parents[1]
-FILES = [*sorted((ROOT / "lists/dev").glob("*.jsonl")), *sorted((ROOT / "tests/data").glob("ev*l"))]
+FILES = [
+    *sorted((ROOT / "judged_lists/dev").glob("*.jsonl")),
+    *sorted((ROOT / "tests/data").glob("ev*l")),
+]
 METHODS = ("heads", "MiniLM", "both", "BM25")
 
 

@@ -335,7 +335,7 @@ def test_lists_without_a_relevant_document_cannot_be_chosen_by(
 def test_lists_of_the_repository_can_be_read_and_no_page_is_in_both_splits() -> None:
     passages = {}
     for split in ("train", "dev"):
-        files = sorted((Path(__file__).parents[2] / "lists" / split).glob("*.jsonl"))
+        files = sorted((Path(__file__).parents[2] / "judged_lists" / split).glob("*.jsonl"))
         assert len(files) == 10
         collections = [JudgedRun.parse(str(path)).load()[0] for path in files]
         passages[split] = {
