@@ -1,8 +1,8 @@
 """Measure rankings and probabilities of lists that people write; `make bench-everyday`.
 
-Each file holds lists of a few documents without an order (see `judged_lists/README.md`). The table shows
-how often a right document is first: by the heads, by MiniLM's vectors, by both together, and by
-BM25. Lists without a right document show what is thought of documents that do not answer.
+Each file holds lists of a few documents without an order (see `judged_lists/README.md`). The table
+shows how often a right document is first: by the heads, by MiniLM's vectors, by both together, and
+by BM25. Lists without a right document show what is thought of documents that do not answer.
 """
 
 from __future__ import annotations
