@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 BATCH_DOCUMENTS = 32
 BATCH_CHARACTERS = 16_000
-"""Maximum size of a batch of several lists, and of a list that is read whole."""
+"""Maximum size of a batch of several lists, and of a list that is read whole. Documents that
+several lists hold count once, because they are read once. Larger batches bring nothing."""
+BATCH_REQUESTS = 8
+"""Maximum number of lists in a batch: each waits for the answers of all."""
 DOCUMENT_CHARACTERS = 200
 """What a document costs besides its text: the instruction and the question are read too."""
 FIRST_PART_CHARACTERS = 2_000
@@ -223,12 +226,11 @@ class RequestQueue:
                 429, f"{len(self._requests)} requests wait already: try again in a moment"
             )
         self._metrics.documents.inc(len(documents))
-        is_short = len(documents) <= BATCH_DOCUMENTS and _characters(documents) <= BATCH_CHARACTERS
         job = _Job(
             query,
             documents,
             reading,
-            is_short or self._reranker.heads.scoring.documents_per_prompt != 1,
+            _fits(documents) or self._reranker.heads.scoring.documents_per_prompt != 1,
             None if max_seconds is None else time.perf_counter() + max_seconds,
             asyncio.get_running_loop().create_future(),
         )
@@ -271,15 +273,13 @@ class RequestQueue:
         batch = [first.next_part()]
         if first.is_alone:
             return tuple(batch)
-        documents, characters = len(first.documents), _characters(first.documents)
+        documents = set(first.documents)
         for job in list(self._jobs):
-            if job.is_alone or job.reading != first.reading:
-                continue
-            own = _characters(job.documents)
-            if documents + len(job.documents) > BATCH_DOCUMENTS:
-                continue
-            if characters + own <= BATCH_CHARACTERS:
-                documents, characters = documents + len(job.documents), characters + own
+            if len(batch) == BATCH_REQUESTS:
+                break
+            together = documents.union(job.documents)
+            if not job.is_alone and job.reading == first.reading and _fits(together):
+                documents = together
                 self._jobs.remove(job)
                 batch.append(job.next_part())
         return tuple(batch)
@@ -345,7 +345,12 @@ class RequestQueue:
         return [_Answer(*answer) for answer in zip(scored, tokens, strict=True)]
 
 
-def _characters(documents: Sequence[str]) -> int:
+def _fits(documents: Collection[str]) -> bool:
+    """Return whether one batch may hold documents."""
+    return len(documents) <= BATCH_DOCUMENTS and _characters(documents) <= BATCH_CHARACTERS
+
+
+def _characters(documents: Collection[str]) -> int:
     """Return the size of documents; it stands for the time that they take."""
     return sum(len(document) + DOCUMENT_CHARACTERS for document in documents)
 

@@ -137,13 +137,13 @@ def test_requests_are_read_together_and_a_long_one_lets_others_pass(
     with ThreadPoolExecutor(3) as pool:
         pool.submit(ask, "long", documents)
         wait_for(lambda: len(held.batches) == 1)
-        pool.submit(ask, "short", documents[:3])
-        pool.submit(ask, "short", documents[:5])
+        pool.submit(ask, "short", documents[:20])
+        pool.submit(ask, "short", documents[:25])
         wait_for(lambda: figure(slow, "core_rerank_waiting_requests") == 3)
         held.let.set()
     assert finished == ["short", "short", "long"]
-    assert sorted(held.batches[1]) == [3, 5], "both short ones in one batch, after one part"
-    parts = [batch for batch in held.batches if sorted(batch) != [3, 5]]
+    assert sorted(held.batches[1]) == [20, 25], "both are about the same 25, and wait for one part"
+    parts = [batch for batch in held.batches if sorted(batch) != [20, 25]]
     assert all(len(batch) == 1 for batch in parts)
     assert sum(map(sum, parts)) == 60
     assert len(parts) > 1
