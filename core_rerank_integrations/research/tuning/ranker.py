@@ -260,6 +260,7 @@ class Ranker(nn.Module):
         """
         config = self.model.peft_config["default"]
         config.base_model_name_or_path = base or ""  # PEFT would name a folder of this machine.
+        config.target_modules = sorted(config.target_modules)  # A set has another order each time.
         for parameter in self.adapter_parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
         with TemporaryDirectory() as written:
