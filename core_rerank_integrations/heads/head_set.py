@@ -69,7 +69,8 @@ class Provenance(BaseModel):
     """How a head set was made.
 
     Attributes:
-        method: How the heads were found: ``core``, ``qr``, ``icr``, ``fit`` or ``custom``.
+        method: How the heads were found: ``core``, ``qr``, ``icr``, ``fit``, ``tuned`` or
+            ``custom``.
         details: Source, data, temperature, licence and the like.
         ranked_heads: All heads of the model as (layer, head, score), best first, if known.
     """
