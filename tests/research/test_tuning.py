@@ -17,6 +17,7 @@ from transformers import AutoModel, LlamaConfig
 
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
+from core_rerank_integrations.backends.transformers.packing import ATTENTION_NAME
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, StorageError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.list_scores import WindowAttention
@@ -29,7 +30,7 @@ from core_rerank_integrations.research.sources import JudgedRun, WeightedRun, dr
 from core_rerank_integrations.research.tuning import training
 from core_rerank_integrations.research.tuning.lists import Mixture, TuningList, tuning_lists
 from core_rerank_integrations.research.tuning.ranker import Ranker
-from core_rerank_integrations.research.tuning.reading import ATTENTION_NAME, calibrated_masses
+from core_rerank_integrations.research.tuning.reading import calibrated_masses
 from core_rerank_integrations.research.tuning.tune import tune_heads
 
 LAYERS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,23 @@ class PackedRun:
             sums[:, : self.cached.instruction_mass.shape[1]] += self.cached.instruction_mass
             masses.append((sums / (self.instruction_rows + stop - start)).cpu().numpy())
         return masses
+
+
+class AttendingSequence(Protocol):
+    """What computes and reads the attention of a forward pass; see `PackedSequence.attend`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Compute the attention output of a layer."""
+        ...
 
 
 class PackedSequence:
@@ -199,7 +216,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,  # noqa: ARG001  Part of the interface; zero in evaluation.
     sliding_window: int | None = None,
-    core_sequence: PackedSequence | None = None,
+    core_sequence: AttendingSequence | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Implement Transformers' attention interface; tensors are [batch, heads, tokens, size].

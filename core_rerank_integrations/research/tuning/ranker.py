@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.backends.transformers.checks import check_layer_types, torch_dtype
+from core_rerank_integrations.backends.transformers.packing import ATTENTION_NAME
 from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.windows import Candidates, Layout, Window, WindowPlanner
@@ -27,7 +28,7 @@ from core_rerank_integrations.models.local_model import (
 )
 from core_rerank_integrations.research.options import TuneOptions
 from core_rerank_integrations.research.tuning.lists import TuningList
-from core_rerank_integrations.research.tuning.reading import ATTENTION_NAME, calibrated_masses
+from core_rerank_integrations.research.tuning.reading import calibrated_masses
 from core_rerank_integrations.research.weights import JudgedList, fit_weights, heads_scale
 
 with requires_extra("tune"):

@@ -13,22 +13,20 @@ The linear layers see no padding. The attention function pads, and decides which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from core_rerank_integrations.backends.transformers.checks import check_arguments
 from core_rerank_integrations.backends.transformers.packing import LastHeadReached
 from core_rerank_integrations.errors import UnsupportedModelError
 from core_rerank_integrations.method.prompt import Span, TokenIds
 from core_rerank_integrations.method.windows import Window
 
-ATTENTION_NAME = "core_rerank_tuning"
 PADDED_TOGETHER = 8
 """Number of prompts, of similar length, whose attention is computed together."""
 
@@ -111,11 +109,19 @@ class PackedPrompts:
         return torch.stack(self._masses, dim=1)[self._order]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Compute the attention output of a layer, and collect its calibrated mass.
 
         Args:
+            layer: Index of the layer.
             query: Shape [heads, tokens, head size], with rotary embedding applied.
             key: Shape [key heads, tokens, head size], with rotary embedding applied.
             value: Shape [key heads, tokens, value size].
@@ -131,7 +137,7 @@ class PackedPrompts:
         """
         query = query * scale
         self._masses.append(torch.cat([group.mass(query, key, window) for group in self._groups]))
-        if len(self._masses) > self._last_layer:
+        if layer == self._last_layer:
             raise LastHeadReached
         outputs = [group.outputs(query, key, value, window) for group in self._groups]
         return torch.cat((self._first_tokens(query, key, value, window), *outputs), dim=1)
@@ -248,7 +254,7 @@ def calibrated_masses(model: PreTrainedModel, prompts: Sequence[Window], layers:
     """Compute the calibrated mass of every head on the document of each prompt.
 
     Args:
-        model: A decoder with the attention function `ATTENTION_NAME`.
+        model: A decoder with the attention function of the Transformers backend.
         prompts: Prompts of one document each.
         layers: Number of layers of the model.
 
@@ -264,42 +270,11 @@ def calibrated_masses(model: PreTrainedModel, prompts: Sequence[Window], layers:
             input_ids=packed.tokens[None],
             position_ids=packed.positions[None],
             use_cache=False,
-            core_prompts=packed,
+            core_sequence=packed,
         )
     except LastHeadReached:
         return packed.masses().flatten(1)
     raise UnsupportedModelError(f"{type(model).__name__} never called attention in its last layer")
-
-
-def tuning_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,  # noqa: ARG001  Part of the interface; the loss needs none.
-    sliding_window: int | None = None,
-    core_prompts: PackedPrompts | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Implement Transformers' attention interface; tensors are [batch, heads, tokens, size].
-
-    Raises:
-        UnsupportedModelError: The attention of the model cannot be read.
-    """
-    model = type(module).__name__
-    if core_prompts is None:
-        raise UnsupportedModelError(f"{model} does not pass keyword arguments to its attention")
-    check_arguments(model, {**kwargs, "attention_mask": attention_mask})
-    output = core_prompts.attend(
-        query[0],
-        key[0],
-        value[0],
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-    )
-    return output.transpose(0, 1)[None], None
 
 
 def _shared_length(prompts: Sequence[PromptParts]) -> int:
@@ -309,6 +284,3 @@ def _shared_length(prompts: Sequence[PromptParts]) -> int:
     while any(not np.array_equal(prompt.context[:shared], first[:shared]) for prompt in prompts):
         shared -= 1
     return shared
-
-
-AttentionInterface.register(ATTENTION_NAME, tuning_attention)
