@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from support import tiny_models
 from support.cli import run
@@ -29,6 +29,7 @@ from core_rerank_integrations.research.options import TuneOptions
 from core_rerank_integrations.research.sources import JudgedRun, WeightedRun, draw_samples
 from core_rerank_integrations.research.tuning import training
 from core_rerank_integrations.research.tuning.lists import Mixture, TuningList, tuning_lists
+from core_rerank_integrations.research.tuning.low_rank import fuse_adapters
 from core_rerank_integrations.research.tuning.ranker import Ranker
 from core_rerank_integrations.research.tuning.reading import calibrated_masses
 from core_rerank_integrations.research.tuning.tune import tune_heads
@@ -86,6 +87,28 @@ def test_masses_have_gradients_up_to_the_first_layer(tmp_path: Path) -> None:
         tuned.layers[0].get_parameter(name).grad.abs().max() > 0
         for name in ("self_attn.k_proj.weight", "mlp.down_proj.weight")
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_products_equal_those_of_peft(bias: bool) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=bias), torch.nn.Linear(5, 4, bias=bias))
+    model = get_peft_model(
+        base, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear")
+    ).double()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter)
+    states = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def output_and_gradients() -> tuple[torch.Tensor, ...]:
+        output = model(states)
+        return output, *torch.autograd.grad(output.sin().sum(), (states, *trained))
+
+    expected = output_and_gradients()
+    fuse_adapters(model)
+    for value, other in zip(output_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(value, other)
 
 
 def lists_file(path: Path, count: int = 6) -> Path:

@@ -26,10 +26,17 @@ from core_rerank_integrations.models.local_model import (
     truncated_config,
     without_load_report,
 )
-from core_rerank_integrations.research.options import TuneOptions
+from core_rerank_integrations.research.options import L1_STRENGTHS, TuneOptions
 from core_rerank_integrations.research.tuning.lists import TuningList
+from core_rerank_integrations.research.tuning.low_rank import fuse_adapters
 from core_rerank_integrations.research.tuning.reading import calibrated_masses
-from core_rerank_integrations.research.weights import JudgedList, fit_weights, heads_scale
+from core_rerank_integrations.research.weights import (
+    Array,
+    JudgedList,
+    ListwiseLoss,
+    fit_weights,
+    heads_scale,
+)
 
 with requires_extra("tune"):
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,9 +47,9 @@ UNUSED_IN_LAST_LAYER = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_TOKENS = 3072
 """Maximum number of tokens whose activations are in memory for gradients, unless one prompt has
 more."""
-START_LISTS = 96
-"""Number of lists that the first head weights are fitted on."""
-START_L1 = 0.005
+START_LISTS = 400
+"""Number of lists that the first head weights are fitted on. Fewer give large weights to noise,
+which the adapter then has to work against."""
 START_INTERCEPT = -1.5
 RIGHT_WEIGHT = 3.0
 """Weight of a right document in the loss of probabilities; a list holds several wrong ones."""
@@ -85,6 +92,7 @@ class Ranker(nn.Module):
         self.heads_per_layer: int = config.num_attention_heads
         self._started = started
         self.model = self._with_adapter(self._load(model, config, dtype), options.rank)
+        fuse_adapters(self.model)
         heads = self.layers * self.heads_per_layer
         self.register_buffer("scale", torch.ones(heads, device=self.device))
         self.weights = nn.Parameter(torch.zeros(heads, device=self.device))
@@ -220,7 +228,7 @@ class Ranker(nn.Module):
         scale = heads_scale(judged)
         weights = np.zeros(len(scale))
         if self._started is None:
-            weights = fit_weights(judged, START_L1)
+            weights = _first_weights(judged)
         else:
             for head in self._started.heads:
                 weights[head.layer * self.heads_per_layer + head.head] = head.weight
@@ -269,6 +277,15 @@ class Ranker(nn.Module):
             folder.mkdir(parents=True, exist_ok=True)
             for name in ADAPTER_FILES:
                 write_atomically(folder / name, (Path(written) / name).read_bytes())
+
+
+def _first_weights(lists: Sequence[JudgedList]) -> Array:
+    """Fit weights with the penalty whose loss is lowest on a quarter of the lists, [heads]."""
+    border = math.ceil(len(lists) * 3 / 4)
+    fitted, held_back = lists[:border], lists[border:] or lists
+    loss = ListwiseLoss([item.features for item in held_back], [item.grades for item in held_back])
+    trials = [fit_weights(fitted, l1) for l1 in L1_STRENGTHS]
+    return min(trials, key=lambda weights: loss.value_and_gradient(weights)[0])
 
 
 def in_parts(windows: Sequence[Window]) -> list[list[Window]]:
