@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ class OpenVINOBackend(LocalBackend):
     token attends to them. They are cached as such, so a score does not depend on whether a
     document was cached. With ``dtype="float32"`` they stay exact.
 
+    The environment variable ``OMP_NUM_THREADS`` limits the number of threads.
+
     Raises:
         UnsupportedModelError: The model's type is not supported.
         InvalidInputError: The dtype is unknown, or the processor does not support it.
@@ -107,6 +110,9 @@ class OpenVINOBackend(LocalBackend):
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.dtype == "int8" else 0,
             "CPU_RUNTIME_CACHE_CAPACITY": MAX_PREPARED_SHAPES,
         }
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        if threads.isdecimal():  # PyTorch keeps to it by itself, OpenVINO does not.
+            properties["INFERENCE_NUM_THREADS"] = int(threads)
         self._workspace = Workspace()
         self._request = core.compile_model(graph, "CPU", properties).create_infer_request()
 

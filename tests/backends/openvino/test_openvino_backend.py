@@ -221,6 +221,13 @@ def test_wrong_dtype_and_missing_weights(tmp_path: Path) -> None:
         OpenVINOBackend(model, HEADS)
 
 
+def test_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    backend = OpenVINOBackend(tiny(tmp_path, "llama"), HEADS)
+    compiled = backend._request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
 def test_pytorch_is_not_needed(smollm2: LocalModel) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
