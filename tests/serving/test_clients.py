@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from core_rerank_integrations import CoReReranker, RerankResults
 
 QUERY = "What is the capital of Australia?"
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 TEXTS = [
     "Ottawa is the capital of Canada.",
     "Sydney is the largest city in Australia.",
@@ -87,3 +99,102 @@ def test_llama_index(server, expected: RerankResults, name: str) -> None:
     assert [node.score for node in found] == pytest.approx(
         [r.relevance_score for r in expected][:2], **CLOSE
     )
+
+
+def test_langchain_reranker(server, expected: RerankResults) -> None:
+    langchain_reranker = pytest.importorskip("langchain_reranker.rerankers")
+    from langchain_core.documents import Document
+
+    compressor = langchain_reranker.init_reranker(
+        "custom:any", base_url=server.url, api_key="key", top_n=2
+    )
+    found = compressor.rerank(QUERY, [Document(text) for text in TEXTS])
+    check([(row.index, row.relevance_score) for row in found], expected)
+    kept = compressor.compress_documents([Document(text) for text in TEXTS], QUERY)
+    assert [document.page_content for document in kept] == [r.document for r in expected][:2]
+
+
+LITELLM = """
+import json, sys
+import litellm
+
+url, query, texts = json.loads(sys.argv[1])
+for provider in ("cohere", "hosted_vllm", "jina_ai", "huggingface"):
+    reply = litellm.rerank(
+        model=f"{provider}/any", query=query, documents=texts, top_n=2, api_base=url, api_key="key"
+    )
+    print(json.dumps([(row["index"], row["relevance_score"]) for row in reply.results]))
+"""
+
+
+@pytest.mark.commands
+def test_litellm(server, expected: RerankResults) -> None:
+    """As a client of Cohere, vLLM, Jina and Text Embeddings Inference."""
+    pytest.importorskip("litellm")
+    done = subprocess.run(
+        [sys.executable, "-c", LITELLM, json.dumps([server.url, QUERY, TEXTS])],
+        check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        text=True,
+    )
+    replies = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert len(replies) == 4
+    for reply in replies:
+        check(reply, expected)
+
+
+def test_curl(server, default: CoReReranker) -> None:
+    """The command of the page."""
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    (block,) = re.findall(r"^curl .+?^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    command = shlex.split(block.removesuffix("```").replace("http://127.0.0.1:8080", server.url))
+    done = subprocess.run([*command, "--silent"], check=True, stdout=subprocess.PIPE)
+    body = json.loads(command[command.index("-d") + 1])
+    check(
+        [(row["index"], row["relevance_score"]) for row in json.loads(done.stdout)["results"]],
+        default.rerank(body["query"], body["documents"], top_n=body["top_n"]),
+    )
+
+
+def posted(url: str, key: str, **fields: Any) -> dict[str, Any]:
+    """Return the reply to a body. Unlike httpx, this sends an empty key."""
+    request = urllib.request.Request(
+        url,
+        json.dumps({"model": "m", "query": QUERY, "documents": TEXTS} | fields).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as response:
+        reply: dict[str, Any] = json.load(response)
+    return reply
+
+
+def test_the_body_of_open_webui(server, expected: RerankResults) -> None:
+    """It takes the scores by position, so every document has to come back."""
+    rows = posted(f"{server.url}/v1/rerank", "", top_n=len(TEXTS))["results"]
+    scores = [row["relevance_score"] for row in sorted(rows, key=lambda row: row["index"])]
+    by_index = sorted(expected, key=lambda result: result.index)
+    assert scores == pytest.approx([result.relevance_score for result in by_index], **CLOSE)
+    assert all(0 <= score <= 1 for score in scores)
+
+
+@pytest.mark.parametrize("fields", [{"top_n": 2}, {"top_n": 3, "score_threshold": None}])
+def test_the_body_of_dify(server, expected: RerankResults, fields: dict[str, Any]) -> None:
+    rows = posted(f"{server.url}/rerank", "", **fields)["results"]
+    assert len(rows) == fields["top_n"]
+    check([(row["index"], row["relevance_score"]) for row in rows], expected)
+    assert [row["document"]["text"] for row in rows] == [TEXTS[row["index"]] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_n": len(TEXTS)}, {"return_documents": "true", "return_len": "true"}],
+    ids=["jina", "xinference"],
+)
+def test_the_body_of_ragflow(server, expected: RerankResults, fields: dict[str, Any]) -> None:
+    reply = posted(f"{server.url}/v1/rerank", "key", **fields)
+    rows = reply["results"]
+    assert len(rows) == len(TEXTS)
+    check([(row["index"], row["relevance_score"]) for row in rows], expected)
+    assert reply["usage"]["total_tokens"] > 0

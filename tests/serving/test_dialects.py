@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from typing import Any
 
 import httpx
@@ -224,25 +222,6 @@ def test_documents_are_stored_ahead(server, default) -> None:
     again = server.client.post("/v1/documents", json={"documents": documents}).json()
     assert again == {"cached": 2, "bytes_written": 0}
     assert default.cache_documents(["A new document."]) == 0
-
-
-def test_bodies_of_other_programs(server) -> None:
-    """Open WebUI, Dify, RAGFlow and langchain-reranker, as their code builds them."""
-    common = {"model": "m", "query": QUERY, "documents": TEXTS, "top_n": len(TEXTS)}
-    for path, extra in [
-        ("/rerank", {}),
-        ("/v1/rerank", {}),
-        ("/rerank", {"return_documents": "true", "return_len": "true"}),
-    ]:
-        request = urllib.request.Request(  # It sends an empty key, unlike httpx.
-            server.url + path,
-            json.dumps(common | extra).encode(),
-            {"authorization": "Bearer ", "content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as response:
-            rows = json.load(response)["results"]
-        assert sorted(row["index"] for row in rows) == [0, 1, 2, 3]
-        assert all(0 <= row["relevance_score"] <= 1 for row in rows)
 
 
 def test_the_schema_names_both_kinds_of_requests(server) -> None:
