@@ -10,7 +10,7 @@ ALONE := not slow and not vllm and not browser and not examples and not commands
 	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
 	test-vllm-v2 test-ray lint format typecheck docs bench bench-cpu bench-memory bench-heads \
 	bench-ranking bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
-	bench-abstention bench-everyday wheels clean distclean
+	bench-abstention bench-everyday bench-serving wheels clean distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,9 @@ bench-ranking: $(VENV)/.installed ## Measure rankings. RANKING adds judged lists
 
 bench-package: $(VENV)/.installed ## Measure imports and sizes. PACKAGE=--environment: of an installation too.
 	$(BIN)/python benchmarks/package.py $(PACKAGE)
+
+bench-serving: $(VENV)/.installed ## Measure a server: load, fairness and memory. SERVING: options.
+	$(BIN)/python benchmarks/serving.py $(SERVING)
 
 # In the environment at hand, which has CUDA and perhaps vLLM. vLLM finds this package only if it is
 # installed. Where the package cannot be built, install a wheel and run the script itself.
