@@ -75,6 +75,12 @@ class ModelHandle:
         self._check_restart()
         raise ClosedError("this CoReReranker is being restarted; call it again after that")
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model answers: it is loaded, and vLLM's engine has not died."""
+        scorer = self._scorer
+        return scorer is not None and scorer.backend.is_alive
+
     def restart(self) -> None:
         """Load the model again. Waiting calls end with an error.
 

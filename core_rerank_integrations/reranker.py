@@ -205,6 +205,15 @@ class CoReReranker(Closeable):
         return self._handle.scorer
 
     @property
+    def is_alive(self) -> bool:
+        """Whether calls are answered.
+
+        ``False`` after vLLM's engine has died, until `restart` has started another one, and after
+        `close`.
+        """
+        return self._handle.is_alive
+
+    @property
     def stats(self) -> BackendStats:
         """Counters of the backend: tokens run, prefixes cached, bytes."""
         return self.scorer.backend.stats

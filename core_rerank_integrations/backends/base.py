@@ -63,6 +63,11 @@ class AttentionBackend(Protocol):
     """Maximum number of tokens of a prompt."""
 
     @property
+    def is_alive(self) -> bool:
+        """Whether calls are answered; ``False`` after vLLM's engine has died."""
+        ...
+
+    @property
     def dtype(self) -> object:
         """Precision that the model runs in, which ``auto`` may have selected."""
         ...

@@ -70,6 +70,12 @@ HUNG_UP = 499
 """Status of a reply that nobody receives."""
 TEST_QUERY = "What is bread made of?"
 TEST_DOCUMENTS = ("Bread is made of flour.", "Bell patented the telephone.")
+CHECK_SECONDS = 1.0
+"""Time between two checks of the model."""
+FIRST_RESTART_SECONDS = 1.0
+"""Time from the death of vLLM's engine to its restart; each further time twice as long."""
+MAX_RESTART_SECONDS = 60.0
+"""Longest such time. After an engine has lived so long, the first one holds again."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,16 +107,16 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether requests are answered."""
-        return self._model is not None and not self.is_closing
+        return self._model is not None and self._model[0].is_alive and not self.is_closing
 
     @property
     def model(self) -> tuple[CoReReranker, RequestQueue]:
         """The loaded model and its queue.
 
         Raises:
-            RefusedError: The model is still being loaded.
+            RefusedError: The model is being loaded, for the first time or again.
         """
-        if self._model is None:
+        if self._model is None or not self._model[0].is_alive:
             raise RefusedError(503, "The model is being loaded: try again in a moment")
         return self._model
 
@@ -133,6 +139,26 @@ class Service:
         reranker = self._load()
         reranker.rerank(TEST_QUERY, TEST_DOCUMENTS)  # Raises an error if a score is not a number.
         return reranker
+
+    async def keep_alive(self) -> None:
+        """Restart vLLM's engine whenever it has died, each time later if it dies again soon."""
+        seconds, loaded = FIRST_RESTART_SECONDS, time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if self._model is None or self._model[0].is_alive:
+                continue
+            reranker, _ = self._model
+            if time.monotonic() - loaded > MAX_RESTART_SECONDS:
+                seconds = FIRST_RESTART_SECONDS
+            _log.warning("%s has died, and is loaded again in %g s", reranker.model, seconds)
+            await asyncio.sleep(seconds)
+            seconds = min(2 * seconds, MAX_RESTART_SECONDS)
+            try:
+                await run_in_thread(reranker.restart)
+                _log.info("%s is ready again", reranker.model)
+            except Exception as error:
+                _log.error("%s could not be loaded again: %s", reranker.model, error)
+            loaded = time.monotonic()
 
     async def stop(self) -> None:
         """End waiting requests and free the model."""
@@ -189,8 +215,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(service.start())
+        keeping = asyncio.create_task(service.keep_alive())
         yield
         service.is_closing = True
+        keeping.cancel()
         await asyncio.wait([loading])  # A model that is being loaded cannot be freed.
         await service.stop()
 
@@ -202,15 +230,23 @@ def create_app(
         responses={422: {"model": ErrorReply | TEIErrorReply}},
     )
     app.state.service = service
-    app.include_router(_router(service, limits, metrics))
+    app.include_router(rerank_router(service, limits))
+    app.include_router(_server_router(service, metrics))
     app.add_exception_handler(HTTPException, _explain_http)
-    app.add_middleware(Guard, limits=limits, api_key=api_key, is_closing=lambda: service.is_closing)
+    keys = [] if api_key is None else [api_key]
+    app.add_middleware(Guard, limits=limits, api_keys=keys, is_closing=lambda: service.is_closing)
     routes = [route.path for route in app.routes if isinstance(route, APIRoute)]
     app.add_middleware(Measured, metrics=metrics, routes=routes)
     return app
 
 
-def _router(service: Service, limits: Limits, metrics: Metrics) -> APIRouter:
+def rerank_router(service: Service, limits: Limits) -> APIRouter:
+    """Return the routes that need the model.
+
+    Args:
+        service: The model.
+        limits: The limits.
+    """
     router = APIRouter(route_class=_Route)
 
     async def rerank(request: Request, body: AnyRequest) -> Response:
@@ -254,6 +290,21 @@ def _router(service: Service, limits: Limits, metrics: Metrics) -> APIRouter:
             written = await _unless_hung_up(request, queue.store(texts), limits.max_request_seconds)
             return json_reply(DocumentsReply(cached=len(texts), bytes_written=written))
 
+    @router.get("/ready")
+    async def ready() -> Response:
+        """Say whether the model is loaded and tested."""
+        if not service.is_ready:
+            state = "being stopped" if service.is_closing else "loading the model"
+            return error_reply(503, f"The server is {state}")
+        return Response('{"status":"ready"}', media_type="application/json")
+
+    return router
+
+
+def _server_router(service: Service, metrics: Metrics) -> APIRouter:
+    """Return the other routes of a server of this package."""
+    router = APIRouter(route_class=_Route)
+
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
         """List the model."""
@@ -267,14 +318,6 @@ def _router(service: Service, limits: Limits, metrics: Metrics) -> APIRouter:
     async def health() -> dict[str, str]:
         """Say that the server is alive."""
         return {"status": "alive"}
-
-    @router.get("/ready")
-    async def ready() -> Response:
-        """Say whether the model is loaded and tested."""
-        if not service.is_ready:
-            state = "being stopped" if service.is_closing else "loading the model"
-            return error_reply(503, f"The server is {state}")
-        return Response('{"status":"ready"}', media_type="application/json")
 
     @router.get("/metrics", include_in_schema=False)
     async def figures() -> Response:

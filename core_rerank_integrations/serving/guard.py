@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from core_rerank_integrations._internal.web import limited, read_body, replayed
@@ -31,16 +31,16 @@ class Guard:
     Args:
         app: The application.
         limits: The limits.
-        api_key: The key; ``None`` lets everyone in.
+        api_keys: The keys, of which a request has to carry one; without any, everyone is let in.
         is_closing: Whether the server is being stopped.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, api_key: str | None, is_closing: Callable[[], bool]
+        self, app: ASGIApp, limits: Limits, api_keys: Sequence[str], is_closing: Callable[[], bool]
     ) -> None:
         self._app = app
         self._limits = limits
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = [f"Bearer {key}".encode() for key in api_keys]
         self._is_closing = is_closing
         self._held = 0
 
@@ -72,7 +72,8 @@ class Guard:
 
     def _check(self, headers: Headers) -> None:
         given = headers.get("authorization", "").encode()
-        if self._expected is not None and not hmac.compare_digest(given, self._expected):
+        known = [hmac.compare_digest(given, expected) for expected in self._expected]
+        if known and not any(known):
             raise RefusedError(
                 401, "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
             )

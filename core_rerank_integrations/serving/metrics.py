@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from core_rerank_integrations.errors import ClosedError, requires_extra
+from core_rerank_integrations.errors import CoReError, requires_extra
 from core_rerank_integrations.reranker import CoReReranker
 
 with requires_extra("server"):
@@ -22,10 +22,14 @@ SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
-    """The figures of one server."""
+    """The figures of one server.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    Args:
+        registry: Where they are registered; ``None`` for a registry of their own.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
         self.requests = Counter(
             "core_rerank_requests",
             "Requests that were answered",
@@ -109,7 +113,7 @@ class _Backend(Collector):
     def collect(self) -> Iterable[Metric]:
         try:
             stats = self._reranker.stats
-        except ClosedError:
+        except CoReError:  # The model is closed, or is loaded again.
             return
         yield CounterMetricFamily(
             "core_rerank_tokens_run", "Prompt tokens that the model has computed", stats.tokens_run

@@ -300,7 +300,10 @@ class RequestQueue:
             if worker is not None and worker.cancelling():
                 raise  # The queue is closed. Else all clients of the batch have hung up.
             return
-        except Exception as error:
+        except Exception as failure:
+            error = failure
+            if not self._reranker.is_alive:  # vLLM's engine has died, with all its calls.
+                error = RefusedError(503, "The model has died: try again in a moment")
             waiting = [part for part in batch if not part.job.done.done()]
             if len(batch) == 1:
                 for part in waiting:

@@ -52,6 +52,8 @@ class LocalBackend(ABC):
     """
 
     max_context: int
+    is_alive = True
+    """See `AttentionBackend.is_alive`. The model is in this process."""
 
     def __init__(self, cache: PrefixCache, can_cache: bool = True) -> None:
         self._cache = cache

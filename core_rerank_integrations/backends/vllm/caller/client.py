@@ -92,6 +92,12 @@ class EngineClient(ABC):
         return self._engine
 
     @property
+    def is_alive(self) -> bool:
+        """See `AttentionBackend.is_alive`."""
+        engine = self._engine  # Another thread may close it meanwhile.
+        return engine is not None and not engine.errored
+
+    @property
     def dtype(self) -> object:
         """See `AttentionBackend.dtype`."""
         return self.engine.model_config.dtype
