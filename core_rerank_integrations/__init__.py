@@ -12,6 +12,7 @@ integrations/   LangChain and LlamaIndex
 research/       finding, fitting and evaluating heads
 chat/           a chatbot
 serving/        a rerank server
+batch/          reranking whole collections
 cli/            the command line
 """
 

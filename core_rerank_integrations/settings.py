@@ -30,6 +30,7 @@ from core_rerank_integrations.heads.scoring_config import (
     Count,
     Finite,
     FirstStage,
+    NotNegative,
     Positive,
     Probability,
     Whole,
@@ -248,6 +249,26 @@ class ServerSettings(CheckedModel):
         default=3,
         description="How often a request is repeated if the server is busy or cannot be reached.",
     )
+
+
+class ReplicaResources(CheckedModel):
+    """What each model gets on Ray."""
+
+    num_cpus: Count = Field(default=1, description="Processors of each replica, and its threads.")
+    num_gpus: NotNegative = Field(
+        default=0.0, description="GPUs of each replica; a fraction shares one."
+    )
+
+    def actor_options(self) -> dict[str, Any]:
+        """Return options of an actor.
+
+        The number of threads is that of the processors, also where Ray inherits another one.
+        """
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self.num_cpus)}},
+        }
 
 
 class RerankOptions(CheckedModel):

@@ -15,6 +15,7 @@ from core_rerank_integrations.cli.chat import chat
 from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.cli.evaluate import evaluate
 from core_rerank_integrations.cli.rerank import rerank
+from core_rerank_integrations.cli.rerank_run import rerank_run
 from core_rerank_integrations.cli.serve import serve
 from core_rerank_integrations.models.aliases import DEFAULT_MODEL
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     # Rich would take brackets in texts of users for markup, and break paths.
     rich_markup_mode=None,
 )
-for function in (rerank, cache, chat, serve, evaluate):
+for function in (rerank, rerank_run, cache, chat, serve, evaluate):
     app.command()(function)
 app.add_typer(models.app, name="models")
 app.add_typer(heads.app, name="heads")

@@ -59,12 +59,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents, queries and judgments of a folder in the layout of BEIR.
+    """Documents, queries and judgments, as in a folder in the layout of BEIR.
 
     Attributes:
         passages: Documents by id.
-        queries: Texts of the judged queries by id.
-        qrels: Judgments.
+        queries: Texts of the queries by id.
+        qrels: Judgments; none if they were not loaded.
         answers: Answers by query id, for queries that come with answers.
     """
 
@@ -90,10 +90,7 @@ class Collection:
             InvalidInputError: A file is missing or malformed, or a judgment names a query or,
                 unless ``partial``, a document that the folder lacks.
         """
-        passages = {
-            name: Passage(name, record.title or "", record.text)
-            for name, record in _records(folder / "corpus.jsonl")
-        }
+        passages = _passages(folder / "corpus.jsonl")
         records = dict(_records(folder / "queries.jsonl"))
         qrels: Qrels = {}
         path = folder / "qrels" / f"{split}.tsv"
@@ -111,6 +108,21 @@ class Collection:
             {query: record.text for query, record in judged.items()},
             qrels,
             {query: record.answers for query, record in judged.items() if record.answers},
+        )
+
+    @classmethod
+    def unjudged(cls, corpus: Path, queries: Path) -> Collection:
+        """Read documents and queries, without judgments.
+
+        Args:
+            corpus: Documents, as in ``corpus.jsonl``.
+            queries: Queries, as in ``queries.jsonl``.
+
+        Raises:
+            InvalidInputError: A file is missing or malformed.
+        """
+        return cls(
+            _passages(corpus), {name: record.text for name, record in _records(queries)}, {}
         )
 
     def candidates(self, query: str, documents: Iterable[str]) -> Candidates:
@@ -200,8 +212,8 @@ def load_scored_run(path: Path, collection: Collection) -> ScoredRun:
         scored[query][document] = entry
     if unknown := set(scored) - set(collection.queries):
         raise InvalidInputError(
-            f"{path} ranks {len(unknown)} queries that this split does not judge, such as "
-            f"{min(unknown)!r}; is it the run of another split?"
+            f"{path} ranks {len(unknown)} queries that are missing, or that this split does not "
+            f"judge, such as {min(unknown)!r}; is it the run of another split?"
         )
     if not scored:
         raise InvalidInputError(f"the run {path} is empty")
@@ -220,6 +232,12 @@ def save_run(path: Path, scores: Mapping[str, Sequence[tuple[str, float]]], tag:
         for rank, (document, score) in enumerate(ranking, start=1)
     )
     write_atomically(path, "".join(lines))
+
+
+def _passages(path: Path) -> dict[str, Passage]:
+    return {
+        name: Passage(name, record.title or "", record.text) for name, record in _records(path)
+    }
 
 
 def _records(path: Path) -> Iterator[tuple[str, _Record]]:

@@ -1,0 +1,142 @@
+"""Rerank a table of lists on Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from core_rerank_integrations.batch.lists import ListReranker, Row
+from core_rerank_integrations.batch.options import PoolOptions
+from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
+from core_rerank_integrations.settings import RerankerSettings, RerankOptions
+
+with requires_extra("ray"):
+    import pyarrow as pa
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayTaskError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+RESULTS = pa.list_(
+    pa.struct(
+        {
+            "index": pa.int64(),
+            "score": pa.float64(),
+            "probability": pa.float64(),
+            "reranked": pa.bool_(),
+            "best_passage": pa.list_(pa.int64()),
+            "evidence": pa.list_(
+                pa.struct({"start": pa.int64(), "stop": pa.int64(), "score": pa.float64()})
+            ),
+        }
+    )
+)
+"""Type of the results of a list, best first. ``index`` is that of the document in its list."""
+
+
+class _TableReranker:
+    """Rerank tables in an actor of Ray."""
+
+    def __init__(self, settings: RerankerSettings, options: RerankOptions) -> None:
+        self._rerank = ListReranker(settings, options)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = self._rerank(table.to_pylist())
+        for name, kind in (("results", RESULTS), ("answerability", pa.float64())):
+            table = table.append_column(name, pa.array([row[name] for row in rows], kind))
+        return table
+
+
+def rerank_dataset(
+    dataset: Dataset,
+    settings: RerankerSettings | None = None,
+    options: RerankOptions | None = None,
+    pool: PoolOptions | None = None,
+) -> Dataset:
+    """Rerank each row of a Ray dataset, lazily.
+
+    If a process dies, Ray starts another one and repeats its batches.
+
+    Args:
+        dataset: Rows with ``query``, ``documents`` (a list of texts) and, optionally,
+            ``first_stage_scores``. Other columns stay as they are.
+        settings: The model and its heads; ``None`` for the defaults.
+        options: Options of each list; ``None`` for the defaults.
+        pool: Number of models, their processors, and lists that are read together; ``None`` for
+            the defaults, one model.
+
+    Returns:
+        The dataset with two more columns: ``results``, of the type `RESULTS`, and
+        ``answerability``.
+
+    Raises:
+        InvalidInputError: A column is missing.
+    """
+    pool = pool or PoolOptions()
+    columns = dataset.columns()
+    if missing := {"query", "documents"}.difference(columns or ()):
+        raise InvalidInputError(
+            f"the dataset has no column {', '.join(sorted(missing))}, but {columns}: rename its "
+            "columns"
+        )
+    return dataset.map_batches(
+        _TableReranker,
+        fn_constructor_args=(settings or RerankerSettings(), options or RerankOptions()),
+        batch_size=pool.lists_per_batch,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=pool.replicas or 1),
+        **pool.actor_options(),
+    )
+
+
+def rerank_batches(
+    batches: Sequence[Sequence[Row]],
+    settings: RerankerSettings,
+    options: RerankOptions,
+    pool: PoolOptions,
+) -> Iterator[list[Row]]:
+    """Rerank batches of lists on Ray, and start it if the program has not.
+
+    Args:
+        batches: Rows of each batch.
+        settings: The model and its heads.
+        options: Options of each list.
+        pool: Number of models, and their processors.
+
+    Yields:
+        Rows with their ``key``, their ``results`` and their ``answerability``, in any order.
+
+    Raises:
+        CoReError: A list cannot be reranked.
+        RayTaskError: An actor has failed in another way.
+    """
+    with _cluster():
+        tables = [pa.Table.from_pylist(batch) for batch in batches]
+        dataset = rerank_dataset(ray.data.from_arrow(tables), settings, options, pool)
+        dataset.context.enable_progress_bars = False
+        try:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield table.select(["key", "results", "answerability"]).to_pylist()
+        except RayTaskError as error:
+            if isinstance(error.cause, CoReError):
+                raise error.cause from None
+            raise
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """Use the cluster of the program, or that of ``RAY_ADDRESS``, or start one here."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
