@@ -233,11 +233,16 @@ class PromptEncoder:
             for index in np.flatnonzero(np.isin(ids, self._special_ids))
             if any(offsets[index, 0] < stop and offsets[index, 1] > start for start, stop in data)
         ]
-        for index in reversed(forged):
+        parts: list[tuple[TokenIds, npt.NDArray[np.int64]]] = []
+        done = 0
+        for index in forged:
             start, stop = offsets[index]
             plain_ids, plain_offsets = self._plain_tokens(text.text[start:stop])
-            ids = np.concatenate((ids[:index], plain_ids, ids[index + 1 :]))
-            offsets = np.concatenate((offsets[:index], plain_offsets + start, offsets[index + 1 :]))
+            parts.append((ids[done:index], offsets[done:index]))
+            parts.append((plain_ids, plain_offsets + start))
+            done = index + 1
+        parts.append((ids[done:], offsets[done:]))
+        ids, offsets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         # The begin-of-sequence token is at (0, 0), and normalizers may step back by a character:
         # binary search needs sorted starts.
         return ids, np.maximum.accumulate(offsets[:, 0])
