@@ -10,8 +10,10 @@ from core_rerank_integrations.serving.limits import Limits
 
 with requires_extra("server"):
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     import socket
     from types import FrameType
 
@@ -19,6 +21,46 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS = 2048
 MAX_HEADER_BYTES = 1 << 16
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed if its client keeps it busy and sends no request.
+
+    uvicorn waits for the headers of a request, and for a client to read a reply, without limit. It
+    limits only the time without a byte after a reply.
+    """
+
+    seconds: float
+    """Time from the connection, or from a reply, to the end of the next request's headers. If a
+    client is still reading the reply then, it has as long again, as often as it has gone on."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._wait_for_request()
+        super().on_response_complete()  # It may find that the next request is there.
+
+    def _wait_for_request(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(self.seconds, self._end_wait)
+
+    def _end_wait(self) -> None:
+        if 0 < self.transport.get_write_buffer_size() < self._unread:
+            self._wait_for_request()
+        else:
+            self.transport.abort()
 
 
 class RerankServer(uvicorn.Server):
@@ -33,7 +75,7 @@ class RerankServer(uvicorn.Server):
         config = uvicorn.Config(
             app,
             # Of uvicorn's parsers, this one limits the size of headers.
-            http="h11",
+            http=type("_Connection", (_Connection,), {"seconds": limits.max_body_seconds}),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             limit_concurrency=MAX_CONNECTIONS,

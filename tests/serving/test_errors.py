@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -138,17 +140,60 @@ def test_too_much(guarded) -> None:
     refused(post("/rerank", content=parts), 413)
 
 
+def connected(server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
 def test_slow_senders_are_not_waited_for(guarded) -> None:
-    host, port = guarded.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with connected(guarded) as connection:
         head = f"POST /rerank HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {KEY}\r\n"
         connection.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
         assert b" 408 " in connection.recv(100)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /rerank HTTP/1.1\r\nx-slow: ", b"GET /health HTTP/1.1\r\nhost: a\r\n\r\nGET "],
+    ids=["nothing", "headers", "headers of a second request"],
+)
+def test_slow_headers_are_not_waited_for(guarded, sent: bytes) -> None:
+    with connected(guarded) as connection:
+        connection.sendall(sent)
+        end = time.monotonic() + 10
+        connection.settimeout(0.1)
+        with suppress(ConnectionError):
+            while time.monotonic() < end:
+                with suppress(TimeoutError):
+                    if not connection.recv(1000):
+                        break
+                connection.sendall(b"a" if sent else b"")
+        assert time.monotonic() < end
+    assert guarded.client.get("/health").status_code == 200
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(shared: Callable[[], CoReReranker]) -> None:
+    """The reply contains the document, and is larger than what the system buffers."""
+    document = {"text": "a", "padding": "b" * 15_000_000}
+    body = json.dumps({"query": "q", "documents": [document]}).encode()
+    head = "POST /rerank HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    with running(shared, max_body_seconds=1) as server:
+        server.wait_until_ready()
+        with connected(server) as connection:
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            end = time.monotonic() + 20
+            while server.server.server_state.connections and time.monotonic() < end:
+                time.sleep(0.05)
+            assert time.monotonic() < end
+            received = 0
+            with suppress(ConnectionError):
+                while part := connection.recv(1 << 20):
+                    received += len(part)
+            assert received < len(body)
+
+
 def test_a_flood_of_headers(guarded) -> None:
-    host, port = guarded.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with connected(guarded) as connection:
         line = b"x-flood: " + b"a" * 1000 + b"\r\n"
         try:
             connection.sendall(b"POST /rerank HTTP/1.1\r\n" + line * 1000)
