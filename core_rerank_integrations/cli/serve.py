@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Annotated
 
@@ -11,7 +10,6 @@ from rich.console import Console
 
 from core_rerank_integrations._internal.web import LOCAL_NAMES, listen, url_of
 from core_rerank_integrations.cli.common import command
-from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.serving.limits import Limits
 from core_rerank_integrations.settings import RerankerSettings
 
@@ -32,25 +30,14 @@ def serve(
     """Start a rerank server for clients of Cohere, Jina, vLLM and Text Embeddings Inference."""
     from core_rerank_integrations.reranker import CoReReranker
     from core_rerank_integrations.serving.app import create_app
+    from core_rerank_integrations.serving.guard import key_from
     from core_rerank_integrations.serving.server import serve as run
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    key = _key(api_key_env)
+    key = key_from(api_key_env)
     with listen(host, [port]) as listener:
         if host not in LOCAL_NAMES and key is None:
             console.print(f"Everyone who can reach {host} can use it: no --api-key-env is given.")
         console.print(f"Listening on {url_of(listener)}; loading {settings.model} ...")
         app = create_app(partial(CoReReranker, **dict(settings)), limits, key)
         run(app, listener, limits)
-
-
-def _key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    key = os.environ.get(name, "")
-    if not key or not key.isascii() or key != key.strip():
-        raise InvalidInputError(
-            f"--api-key-env {name}: the variable must hold the key, in ASCII and without spaces "
-            "around it"
-        )
-    return key

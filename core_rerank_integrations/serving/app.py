@@ -92,6 +92,7 @@ class Service:
         is_closing: Whether the server is being stopped; it then answers no new request.
         failure: Why the model could not be loaded.
         on_failure: Called if the model could not be loaded.
+        loaded: Set when the model is loaded, or could not be.
     """
 
     def __init__(self, load: Callable[[], CoReReranker], limits: Limits, metrics: Metrics) -> None:
@@ -102,6 +103,7 @@ class Service:
         self.is_closing = False
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
+        self.loaded = asyncio.Event()
         self.created = int(time.time())
 
     @property
@@ -127,10 +129,12 @@ class Service:
             reranker = await run_in_thread(self._tested)
         except Exception as error:
             self.failure = error
+            self.loaded.set()
             self.on_failure()
             return
         self._metrics.watch(reranker)
         self._model = reranker, RequestQueue(reranker, self._metrics, self._limits.max_waiting)
+        self.loaded.set()
         _log.info(
             "%s is ready after %.1f s: %s", reranker.model, time.perf_counter() - begun, reranker
         )
@@ -230,6 +234,7 @@ def create_app(
         responses={422: {"model": ErrorReply | TEIErrorReply}},
     )
     app.state.service = service
+    app.state.metrics = metrics
     app.include_router(rerank_router(service, limits))
     app.include_router(_server_router(service, metrics))
     app.add_exception_handler(HTTPException, _explain_http)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from core_rerank_integrations._internal.web import limited, read_body, replayed
-from core_rerank_integrations.errors import requires_extra
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.serving.errors import RefusedError
 from core_rerank_integrations.serving.limits import Limits
 from core_rerank_integrations.serving.replies import error_reply
@@ -23,6 +24,23 @@ OPEN = ("/health", "/ready", "/metrics", "/docs", "/openapi.json")
 """Paths that need no key: they say nothing about requests but their number."""
 HELD_BODIES = 32
 """Bodies of the maximum size that may be in memory at once."""
+
+
+def key_from(variable: str | None) -> str | None:
+    """Return the key that an environment variable holds; ``None`` for no variable.
+
+    Raises:
+        InvalidInputError: The variable holds no key.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key or not key.isascii() or key != key.strip():
+        raise InvalidInputError(
+            f"the environment variable {variable} must hold the key, in ASCII and without spaces "
+            "around it"
+        )
+    return key
 
 
 class Guard:
