@@ -55,6 +55,7 @@ with requires_extra("server"):
     from fastapi import APIRouter, FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.routing import APIRoute
+    from fastapi_offline import FastAPIOffline
     from starlette.exceptions import HTTPException
 
 T = TypeVar("T")
@@ -226,11 +227,13 @@ def create_app(
         await asyncio.wait([loading])  # A model that is being loaded cannot be freed.
         await service.stop()
 
-    app = FastAPI(
+    # The page of FastAPI itself makes browsers load its script from a public server.
+    app = FastAPIOffline(
         title="CoRe reranker",
         version=__version__,
         lifespan=lifespan,
         redoc_url=None,
+        static_url="/docs/files",
         responses={422: {"model": ErrorReply | TEIErrorReply}},
     )
     app.state.service = service

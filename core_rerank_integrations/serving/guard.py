@@ -67,7 +67,8 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] == "lifespan" or scope["path"] in OPEN:
+        path = scope.get("path", "")
+        if scope["type"] == "lifespan" or path in OPEN or path.startswith("/docs/"):
             await self._app(scope, receive, send)
             return
         held = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -229,4 +230,12 @@ def test_the_schema_names_both_kinds_of_requests(server) -> None:
     names = schema["components"]["schemas"]
     assert {"RerankRequest", "TEIRequest", "RerankReply", "TEIResult", "ErrorReply"} <= set(names)
     assert set(schema["paths"]) == {*PATHS, "/v1/documents", "/v1/models", "/health", "/ready"}
-    assert "swagger" in server.client.get("/docs").text
+
+
+def test_the_page_of_the_schema_needs_no_other_server(server) -> None:
+    page = server.client.get("/docs").text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(files) == 3
+    for file in files:
+        assert httpx.get(f"{server.url}{file}").status_code == 200
+    assert "https://" not in page
