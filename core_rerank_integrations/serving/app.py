@@ -67,6 +67,8 @@ SHOWN_PROBLEMS = 3
 """Maximum number of invalid fields that an error names."""
 DIALECTS = (("rerank",), ("tei",))
 """Where pydantic says which of the two kinds of requests a body is."""
+ERRORS = (401, 408, 413, 415, 422, 424, 429, 500, 503, 504)
+"""Statuses of errors that the schema names."""
 HUNG_UP = 499
 """Status of a reply that nobody receives."""
 TEST_QUERY = "What is bread made of?"
@@ -234,7 +236,7 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
         static_url="/docs/files",
-        responses={422: {"model": ErrorReply | TEIErrorReply}},
+        responses={status: {"model": ErrorReply | TEIErrorReply} for status in ERRORS},
     )
     app.state.service = service
     app.state.metrics = metrics
@@ -414,7 +416,9 @@ def _is_from_tei(request: Request) -> bool:
 
 async def _explain_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_reply(error.status_code, error.detail)
+    reply = error_reply(error.status_code, error.detail)
+    reply.headers.update(error.headers or {})  # Such as the methods that a path allows.
+    return reply
 
 
 def _problems(error: RequestValidationError) -> str:

@@ -141,7 +141,9 @@ def test_a_page_of_another_site_cannot_post(server) -> None:
 
 def test_unknown_paths_and_methods(server, guarded) -> None:
     refused(server.client.get("/nothing"), 404)
-    refused(server.client.get("/rerank"), 405)
+    response = server.client.get("/rerank")
+    refused(response, 405)
+    assert response.headers["allow"] == "POST"
     refused(guarded.client.post("/v1/documents", json={"documents": []}), 404)
 
 
