@@ -23,6 +23,7 @@ TESTED = {
     "llama_index_query_engine.py",
     "one_vllm_engine.py",
     "rag_chatbot.py",
+    "rerank_server.py",
     "search_agent.py",
     "telephone_or_light_bulb.py",
 }
@@ -130,6 +131,14 @@ def test_one_vllm_engine_reranks_and_answers() -> None:
         assert len(answer.split()) > 3
         assert len(sources) == 3
         assert re.fullmatch(rf"  0\.\d{{3}}  {title}", sources[0])
+
+
+def test_rerank_server_starts_answers_and_stops() -> None:
+    output = run("rerank_server.py", "May I bring my dog?")
+    assert "alone:\n\n[Bringing a dog] " in output
+    assert output.count("\n[") == 3
+    with socket.socket() as connection:
+        assert connection.connect_ex(("127.0.0.1", 8093)) != 0, "the server still runs"
 
 
 def test_search_agent_writes_a_query_and_answers() -> None:
