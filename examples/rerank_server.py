@@ -1,7 +1,6 @@
 """A rerank server, and a LangChain chain that uses it.
 
 python examples/rerank_server.py
-python examples/rerank_server.py --url http://rerank.example:8080 "May I bring my dog?"
 """
 
 import argparse
