@@ -1,6 +1,8 @@
 """A rerank server, and a LangChain chain that uses it.
 
-python examples/rerank_server.py
+    python examples/rerank_server.py
+
+The server stops at the end.
 """
 
 import argparse
@@ -18,15 +20,14 @@ from langchain_huggingface import HuggingFaceEmbeddings
 
 from core_rerank_integrations import CoReRetriever, RemoteReranker
 
-CORPUS = Path(__file__).parent / "data/corpus.jsonl"
-
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("question", nargs="?", default="Until when is a day ticket valid?")
 parser.add_argument("--url", help="server that runs already; without it, one is started")
 arguments = parser.parse_args()
 
 
-handbook = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
+corpus = Path(__file__).parent / "data/corpus.jsonl"
+handbook = map(json.loads, corpus.read_text(encoding="utf-8").splitlines())
 documents = [Document(page["text"], metadata={"title": page["title"]}) for page in handbook]
 embedding = HuggingFaceEmbeddings(model_name=str(get_model_path()))
 store = InMemoryVectorStore.from_documents(documents, embedding)
