@@ -32,9 +32,7 @@ documents = [Document(page["text"], metadata={"title": page["title"]}) for page 
 embedding = HuggingFaceEmbeddings(model_name=str(get_model_path()))
 store = InMemoryVectorStore.from_documents(documents, embedding)
 found = store.as_retriever(search_kwargs={"k": 20})
-prompt = ChatPromptTemplate.from_template(
-    "Answer from these passages alone:\n\n{context}\n\nQuestion: {question}"
-)
+prompt = ChatPromptTemplate.from_template("Read:\n\n{context}\n\nAnswer: {question}")
 
 
 def ask(url: str) -> None:

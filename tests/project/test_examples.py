@@ -135,7 +135,7 @@ def test_one_vllm_engine_reranks_and_answers() -> None:
 
 def test_rerank_server_starts_answers_and_stops() -> None:
     output = run("rerank_server.py", "May I bring my dog?")
-    assert "alone:\n\n[Bringing a dog] " in output
+    assert "Read:\n\n[Bringing a dog] " in output
     assert output.count("\n[") == 3
     with socket.socket() as connection:
         assert connection.connect_ex(("127.0.0.1", 8093)) != 0, "the server still runs"
