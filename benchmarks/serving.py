@@ -30,6 +30,8 @@ MAX_DIFFERENCE = 0.05
 LONG_LIST = 1000
 POINTS = 10
 """Number of rows of the table of memory."""
+KNOWN = 600
+"""Number of documents, about, of the requests for memory."""
 
 Lists = Sequence[tuple[str, list[str]]]
 
@@ -192,9 +194,17 @@ async def fairness(url: str, count: int) -> None:
 
 
 def memory(url: str, process: psutil.Process, count: int) -> None:
-    """Print the memory of the server after every tenth of the requests."""
+    """Print the memory of the server after every tenth of the requests.
+
+    Their documents come again, so that most are known and the time is short.
+    """
     print("\n| requests | MiB |\n| --- | --- |")
-    asked = lists(count, "memory")
+    draw = random.Random(0)
+    pool = [text for _, texts in lists(KNOWN // 6, "memory") for text in texts]
+    asked = [
+        (f"{query} {number}", draw.choices(pool, k=draw.randint(1, 20)))
+        for number, (query, _) in enumerate(requests(count, 1))
+    ]
     step = max(1, count // POINTS)
     for start in tracked(range(0, count, step), "Requests"):
         asyncio.run(ask_all(url, asked[start : start + step], 16))
