@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from core_rerank_integrations.batch.lists import ListReranker, Row
 from core_rerank_integrations.batch.options import PoolOptions
-from core_rerank_integrations.errors import CoReError, InvalidInputError, requires_extra
+from core_rerank_integrations.errors import BackendError, InvalidInputError, requires_extra
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 with requires_extra("ray"):
     import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -37,6 +38,8 @@ RESULTS = pa.list_(
     )
 )
 """Type of the results of a list, best first. ``index`` is that of the document in its list."""
+
+OWN_ERROR = re.compile(r"^core_rerank_integrations\.errors\.\w+: (.*)$", re.MULTILINE)
 
 
 class _TableReranker:
@@ -112,8 +115,7 @@ def rerank_batches(
         Rows with their ``key``, their ``results`` and their ``answerability``, in any order.
 
     Raises:
-        CoReError: A list cannot be reranked.
-        RayTaskError: An actor has failed in another way.
+        BackendError: The model cannot be loaded, or a list cannot be reranked.
     """
     with _cluster():
         tables = [pa.Table.from_pylist(batch) for batch in batches]
@@ -122,10 +124,14 @@ def rerank_batches(
         try:
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield table.select(["key", "results", "answerability"]).to_pylist()
-        except RayTaskError as error:
-            if isinstance(error.cause, CoReError):
-                raise error.cause from None
-            raise
+        except RayError as error:
+            raise BackendError(_reason(error)) from error
+
+
+def _reason(error: RayError) -> str:
+    """Return this package's own error, of which Ray hands over no more than a traceback as text."""
+    own = OWN_ERROR.findall(str(error))
+    return own[-1] if own else f"a process of Ray has failed: {error}"
 
 
 @contextmanager

@@ -68,6 +68,7 @@ def rerank_run(
     Raises:
         InvalidInputError: A file cannot be read, a query or a document is missing, the output
             exists, or the finished queries beside it were ranked with other settings.
+        BackendError: A process of Ray has failed, for example because a query is too long.
         StorageError: The output cannot be written.
     """
     settings = settings or RerankerSettings()
