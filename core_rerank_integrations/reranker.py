@@ -14,13 +14,14 @@ from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.backends.base import BackendStats
 from core_rerank_integrations.backends.loading import chosen_backend
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.heads.shipped import Heads, head_set_for
 from core_rerank_integrations.method.templates import PromptTemplate
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.model_handle import ModelHandle
 from core_rerank_integrations.models.aliases import DEFAULT_MODEL
-from core_rerank_integrations.models.local_model import model_shape
+from core_rerank_integrations.models.local_model import LocalModel, model_shape
 from core_rerank_integrations.models.resolve import resolve
 from core_rerank_integrations.ranking import (
     check_abstention,
@@ -176,14 +177,7 @@ class CoReReranker(Closeable):
         self.settings = settings
         self.model = str(settings.model)
         self._engine = engine
-        model = resolve(
-            settings.model,
-            revision=settings.revision,
-            token=settings.token,
-            local_files_only=settings.local_files_only,
-        )
-        heads = head_set_for(settings.heads, model.model_id)
-        heads.check(model.model_id, model_shape(model.config()))
+        model, heads = checked_model(settings)
         self.heads = heads.with_documents_per_prompt(settings.documents_per_prompt)
         self._layout = self.heads.scoring.layout(
             settings.max_document_tokens, settings.max_query_tokens
@@ -407,6 +401,25 @@ class CoReReranker(Closeable):
             ]
             finish(results)
         return results
+
+
+def checked_model(settings: RerankerSettings) -> tuple[LocalModel, HeadSet]:
+    """Return the model that settings name, and its heads; download the model if needed.
+
+    Raises:
+        InvalidInputError: The model's name is invalid.
+        HeadSetError: There is no head set for the model, or it belongs to another model.
+        ModelError: The model cannot be found, downloaded, or read exactly.
+    """
+    model = resolve(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        local_files_only=settings.local_files_only,
+    )
+    heads = head_set_for(settings.heads, model.model_id)
+    heads.check(model.model_id, model_shape(model.config()))
+    return model, heads
 
 
 def _rebuild(arguments: dict[str, Any]) -> CoReReranker:

@@ -36,6 +36,22 @@ def chosen_backend(settings: RerankerSettings, model: LocalModel, heads: HeadSet
     return "openvino" if uses_openvino else "transformers"
 
 
+def check_adapter(backend: str, model: LocalModel, heads: HeadSet) -> None:
+    """Check that the backend runs the model with the adapter of the heads.
+
+    Raises:
+        InvalidInputError: The heads have an adapter, and the engine also generates.
+    """
+    if backend == "vllm-shared" and heads.adapter is not None:
+        plain = [other.name for other in sets_of(model.model_id) if other.adapter is None]
+        raise InvalidInputError(
+            f"the heads {heads.name!r} have an adapter, which changes the model's weights, and an "
+            "engine that also generates needs them unchanged: use an engine that only reranks, "
+            "backend='vllm', or heads without an adapter"
+            + (f" (shipped for this model: {', '.join(plain)})" if plain else "")
+        )
+
+
 def load_backend(
     backend: str, settings: RerankerSettings, model: LocalModel, heads: HeadSet, engine: Any = None
 ) -> AttentionBackend:
@@ -55,14 +71,7 @@ def load_backend(
         UnsupportedModelError: The backend cannot read the attention of the model.
     """
     dtype = settings.dtype
-    if backend == "vllm-shared" and heads.adapter is not None:
-        plain = [other.name for other in sets_of(model.model_id) if other.adapter is None]
-        raise InvalidInputError(
-            f"the heads {heads.name!r} have an adapter, which changes the model's weights, and an "
-            "engine that also generates needs them unchanged: use an engine that only reranks, "
-            "backend='vllm', or heads without an adapter"
-            + (f" (shipped for this model: {', '.join(plain)})" if plain else "")
-        )
+    check_adapter(backend, model, heads)
     model = with_adapter(
         model, heads, token=settings.token, local_files_only=settings.local_files_only
     )

@@ -112,7 +112,6 @@ def test_the_tolerance_of_probes_depends_on_rounding(monkeypatch: pytest.MonkeyP
         ({"pipeline_parallel_size": 2}, "does not support pipeline"),
         ({"decode_context_parallel_size": 2}, "does not support context"),
         ({"prefill_context_parallel_size": 2}, "does not support context"),
-        ({"data_parallel_size": 2}, "data_parallel_size=2.*a reranker for each GPU"),
         ({"no_such_argument": 1}, "no engine argument no_such_argument"),
         ({"kv_cache_dtype": "fp8"}, 'keys in full precision.*"bfloat16"'),
     ],
@@ -123,6 +122,33 @@ def test_refused_arguments(
 ) -> None:
     with pytest.raises(InvalidInputError, match=message):
         CoReReranker(smollm2.path, heads=HEADS, backend=backend, engine_args=engine_args)
+
+
+@pytest.mark.parametrize(
+    ("backend", "engine_args", "message"),
+    [
+        ("vllm", {"data_parallel_rank": 0}, "data_parallel_rank=0.*data_parallel_size alone"),
+        ("vllm", {"data_parallel_hybrid_lb": True}, "data_parallel_hybrid_lb=True"),
+        ("vllm-shared", {"data_parallel_size": 2}, "data_parallel_size=2.*behind a balancer"),
+    ],
+)
+def test_refused_data_parallelism(
+    backend: str, engine_args: dict[str, Any], message: str, smollm2: LocalModel
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        CoReReranker(smollm2.path, heads=HEADS, backend=backend, engine_args=engine_args)
+
+
+def test_mixtures_of_experts_are_not_data_parallel(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    MixtralConfig(architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match="mixture of experts"):
+        VLLMBackend(
+            LocalModel(tmp_path, None),
+            HeadSet.from_pairs([(0, 0)]),
+            engine_args={"data_parallel_size": 2},
+        )
 
 
 def test_fixed_arguments_cannot_be_set(smollm2: LocalModel) -> None:

@@ -14,7 +14,16 @@ import pytest
 from support import reference
 from support.adapters import adapted, write_adapter
 from support.head_sets import HEADS
-from support.tiny_models import FAMILIES, HEADS as TINY_HEADS, TINY, assert_close, groups, saved
+from support.tiny_models import (
+    FAMILIES,
+    HEADS as TINY_HEADS,
+    TINY,
+    VOCABULARY,
+    assert_close,
+    groups,
+    prefix,
+    saved,
+)
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.base import AttentionBackend, GroupMass, PromptGroup
@@ -249,8 +258,8 @@ def test_the_mass_of_heads_sums_to_the_weighted_mass(
     gulls, pier = (encoder.question(query).ids for query in ("gulls", "What is over the pier?"))
     other = TransformersBackend(smollm2, vllm_reranker.heads, dtype="float32")
     weights = np.array([[1, 1, 1, 1], [0, 2, -1, 0.5]], dtype=np.float32)
-    for prefix, question in ((pair, gulls), (single, gulls), (single, pier)):
-        group = [PromptGroup(prefix, [question])]
+    for documents, question in ((pair, gulls), (single, gulls), (single, pier)):
+        group = [PromptGroup(documents, [question])]
         by_head, expected = flat(backend.attention_mass(group)), flat(other.attention_mass(group))
         assert_close(by_head, expected, TOLERANCE)
         summed = flat(backend.attention_mass(group, weights[:1]))
@@ -316,6 +325,40 @@ def test_two_tensor_parallel_ranks_equal_one(
         },
     )
     assert_close(masses(backend, head_set), expected, TOLERANCE)
+
+
+def test_documents_stay_in_one_of_two_data_parallel_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    changes = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    model = saved(tmp_path, transformers.LlamaConfig(**{**TINY, **changes}))
+    other = TransformersBackend(model, TINY_HEADS, dtype="float32")
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (8, 110))
+    read = [prefix(ids[:96], 6, ids[-3:]) for ids in tokens]
+    backend = VLLMBackend(
+        model,
+        TINY_HEADS,
+        dtype="float32",
+        engine_args={
+            "data_parallel_size": 2,
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "block_size": 32,
+        },
+    )
+    try:
+        backend.cache_prefixes(read)
+        before = backend.stats.tokens_run
+        asked = [PromptGroup(one, [ids[96:107]]) for one, ids in zip(read, tokens, strict=True)]
+        weights = TINY_HEADS.weights[None]
+        results = flat(backend.attention_mass(asked, weights))
+        assert backend.stats.tokens_run - before == 8 * 11, "the questions alone"
+        assert_close(results, flat(other.attention_mass(asked, weights)), TOLERANCE)
+    finally:
+        backend.close()
 
 
 @pytest.mark.parametrize(

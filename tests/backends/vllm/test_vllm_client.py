@@ -40,8 +40,11 @@ class Engine:
 class Client(EngineClient):
     max_context = 512
 
-    async def send(self, ids: list[int], options: RequestOptions, read_cache: bool) -> Any:
+    async def send(
+        self, ids: list[int], options: RequestOptions, read_cache: bool, rank: int
+    ) -> Any:
         assert read_cache
+        assert rank < self._engines
         rows = float(len(ids) - options.first_row)
         return np.append(np.full(options.columns, rows, np.float32), np.float32(rows))
 
@@ -138,11 +141,34 @@ async def test_a_cancelled_caller_leaves_the_preparation_to_the_others() -> None
     assert first.cancelled()
 
 
+def test_a_prefix_and_its_questions_go_to_one_engine(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[list[int], int]] = []
+
+    async def send(ids: list[int], options: RequestOptions, read_cache: bool, rank: int) -> Any:
+        sent.append((ids, rank))
+        return await Client.send(started, ids, options, read_cache, rank)
+
+    started = Client(HEADS, engines=4)
+    started.start()
+    monkeypatch.setattr(started, "send", send)
+    started.attention_mass(groups(), HEADS.weights[None])
+    started.close()
+    for prefix, questions in groups():
+        start = prefix.ids.tolist()
+        ranks = [rank for ids, rank in sent if ids[: len(start)] == start]
+        assert len(ranks) > len(questions)
+        assert len(set(ranks)) == 1
+    assert len({rank for _, rank in sent}) > 1
+    assert len(engines) == 1
+
+
 def test_attention_that_is_not_a_number_is_passed_on(
     engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def send(ids: list[int], options: RequestOptions, read_cache: bool) -> Any:
-        vector = await Client.send(started, ids, options, read_cache)
+    async def send(ids: list[int], options: RequestOptions, read_cache: bool, rank: int) -> Any:
+        vector = await Client.send(started, ids, options, read_cache, rank)
         vector[0] = np.nan
         return vector
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ with requires_extra("vllm"):
     from safetensors import safe_open
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 CPU_BLOCK_SIZE = 32
 """vLLM's default on CPU is 128: a block that a short document does not fill, and cannot share."""
@@ -23,8 +25,6 @@ REFUSED_PARALLELISM = {
     "pipeline_parallel_size": "pipeline parallelism; use tensor_parallel_size",
     "decode_context_parallel_size": "context parallelism; use tensor_parallel_size",
     "prefill_context_parallel_size": "context parallelism; use tensor_parallel_size",
-    "data_parallel_size": "data parallelism, where a question and its N/A prompt may reach "
-    "engines that do not share a cache; make a reranker for each GPU",
 }
 
 HALF_PRECISION = ("auto", "half", "float16", "bfloat16")
@@ -80,6 +80,25 @@ def engine_arguments(
         **engine_args,
         **fixed,
     }
+
+
+def parsed_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parse arguments as the command ``vllm`` does.
+
+    Returns:
+        The engine's arguments among them, and those that are not of the engine.
+
+    Raises:
+        InvalidInputError: A value is invalid.
+    """
+    parser = FlexibleArgumentParser(add_help=False, exit_on_error=False)
+    for action in AsyncEngineArgs.add_cli_args(parser)._actions:
+        action.default = SUPPRESS  # Only what is given.
+    try:
+        parsed, others = parser.parse_known_args(list(arguments))
+    except ArgumentError as error:
+        raise InvalidInputError(f"vLLM's {error}") from error
+    return vars(parsed), others
 
 
 def refuse_parallelism(settings: Mapping[str, Any]) -> None:

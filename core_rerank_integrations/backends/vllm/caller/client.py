@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -65,14 +66,21 @@ class EngineClient(ABC):
     Args:
         head_set: The heads to read.
         loop: The event loop of the caller's engine; ``None`` starts one.
+        engines: Number of data parallel engines, each with a cache of its own.
     """
 
     max_context: int
 
-    def __init__(self, head_set: HeadSet, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self,
+        head_set: HeadSet,
+        loop: asyncio.AbstractEventLoop | None = None,
+        engines: int = 1,
+    ) -> None:
         self.loop = EngineLoop(loop, self._check_alive)
         self._engine: AsyncLLM | None = None
         self._preparation: Future[None] | None = None
+        self._engines = engines
         self._weights = head_set.weights[None]
         self._ids = itertools.count()
         self._tokens_run = 0
@@ -173,9 +181,15 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def send(
-        self, ids: list[int], options: RequestOptions, read_cache: bool
+        self, ids: list[int], options: RequestOptions, read_cache: bool, rank: int
     ) -> npt.NDArray[Any]:
-        """Send one request to the engine, which may use its prefix cache if ``read_cache``.
+        """Send one request to the engine.
+
+        Args:
+            ids: Token ids of the prompt.
+            options: What the request asks for.
+            read_cache: Whether the engine may use its prefix cache.
+            rank: Which of the data parallel engines gets the request.
 
         Returns:
             `AttentionSum.vector`, summed over tensor parallel ranks.
@@ -220,7 +234,11 @@ class EngineClient(ABC):
             raise
 
     async def _test_probes(self) -> None:
-        """Compare the probes with the engine's own attention on a tiny prompt.
+        """Compare the probes with the engine's own attention on a tiny prompt, in each engine."""
+        await asyncio.gather(*map(self._test_probes_of, range(self._engines)))
+
+    async def _test_probes_of(self, rank: int) -> None:
+        """Compare the probes of one engine.
 
         Raises:
             UnsupportedModelError: They differ.
@@ -231,7 +249,7 @@ class EngineClient(ABC):
         ids = [7919 * position % vocabulary for position in range(1, SELF_TEST_TOKENS + 1)]
         options = RequestOptions(first_row=0, columns=1, unshared=0, is_self_test=True)
         for _ in range(SELF_TESTS):
-            error, rows = await self.send(ids, options, read_cache=False)
+            error, rows = await self.send(ids, options, read_cache=False, rank=rank)
             if rows:
                 break
         else:
@@ -254,11 +272,13 @@ class EngineClient(ABC):
             BackendError: The engine has died, or did not compute all rows.
         """
         rows = 0
+        # A question and what was read of its documents meet in one engine.
+        rank = zlib.crc32(ids[: options.unshared].tobytes()) % self._engines
         # Rows that came from the prefix cache have no queries, and those in a captured graph were
         # not seen. The second attempt does not read the cache.
         for read_cache in (True, False):
             try:
-                vector = await self.send(ids.tolist(), options, read_cache)
+                vector = await self.send(ids.tolist(), options, read_cache, rank)
             except EngineDeadError as error:
                 raise BackendError(ENGINE_DIED) from error
             rows = int(vector[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,11 @@ import numpy.typing as npt
 
 from core_rerank_integrations.backends.vllm.caller.client import EngineClient
 from core_rerank_integrations.backends.vllm.request import HEADS_KEY, OPTIONS_KEY, RequestOptions
-from core_rerank_integrations.errors import UnsupportedModelError, requires_extra
+from core_rerank_integrations.errors import (
+    InvalidInputError,
+    UnsupportedModelError,
+    requires_extra,
+)
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.models.local_model import LocalModel, truncated_config
 
@@ -23,6 +28,15 @@ with requires_extra("vllm"):
     from core_rerank_integrations.backends.vllm.plugin import ARCHITECTURE_PREFIX
     from core_rerank_integrations.backends.vllm.worker.pooler import TASK
 
+EXTERNAL_BALANCING = (
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+    "data_parallel_rank",
+    "data_parallel_start_rank",
+)
+"""Arguments for data parallel engines that another program starts and balances."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Where configurations of mixtures say the number of their experts."""
 TOKENS_PER_DOCUMENT = 512
 """Tokens planned for each document of a prompt, if ``max_model_len`` is not set."""
 DEFAULT_DOCUMENTS = 32
@@ -60,23 +74,35 @@ class VLLMBackend(EngineClient):
     ) -> None:
         check_version()
         arguments = dedicated_arguments(model, head_set, dtype, engine_args or {})
-        super().__init__(head_set)
+        super().__init__(head_set, engines=arguments.get("data_parallel_size") or 1)
         self.max_context = arguments["max_model_len"]
         self._start(arguments)
         self._prepare(self._test_probes())
 
     async def send(
-        self, ids: list[int], options: RequestOptions, read_cache: bool
+        self, ids: list[int], options: RequestOptions, read_cache: bool, rank: int
     ) -> npt.NDArray[Any]:
-        """See `EngineClient.send`."""
+        """See `EngineClient.send`.
+
+        Raises:
+            CancelledError: The caller was cancelled; the engine then drops the request.
+        """
         parameters = PoolingParams(
             task=TASK,
             skip_reading_prefix_cache=not read_cache,
             extra_kwargs={OPTIONS_KEY: list(options)},
         )
         prompt = TokensPrompt(prompt_token_ids=ids)
-        async for output in self.engine.encode(prompt, parameters, self._next_id()):
-            result = output
+        engine = self.engine
+        # `AsyncLLM.encode` cannot name the engine of data parallel ones.
+        queue = await engine.add_request(
+            self._next_id(), prompt, parameters, data_parallel_rank=rank
+        )
+        try:
+            result = await queue.get()
+        except asyncio.CancelledError:
+            await engine.abort(queue.request_id, internal=True)
+            raise
         self._tokens_run += len(ids) - result.num_cached_tokens
         vector: npt.NDArray[Any] = result.outputs.data.numpy()
         return vector
@@ -98,6 +124,7 @@ def dedicated_arguments(
             "decoder cannot be cut out for an engine of its own; an engine that generates runs it "
             "whole: backend='vllm-shared'"
         )
+    _check_data_parallelism(config, engine_args)
     num_layers = head_set.highest_layer + 1
     own_keys = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
     if num_layers > own_keys:
@@ -123,3 +150,19 @@ def dedicated_arguments(
         hf_overrides=overrides,
     )
     return {"max_model_len": min(config.max_position_embeddings, context), **arguments}
+
+
+def _check_data_parallelism(config: Any, engine_args: Mapping[str, Any]) -> None:
+    for name in EXTERNAL_BALANCING:
+        value = engine_args.get(name)
+        if value is not None and value is not False:  # Rank 0 is a value.
+            raise InvalidInputError(
+                f"{name}={value!r}: a reranker starts all of its data parallel engines "
+                "and chooses among them; set data_parallel_size alone"
+            )
+    size = engine_args.get("data_parallel_size") or 1
+    if size > 1 and any(getattr(config, name, None) for name in EXPERTS):
+        raise InvalidInputError(
+            f"data_parallel_size={size}: the engines of a mixture of experts run in step, which "
+            "reranking does not support; use tensor_parallel_size, or a reranker for each GPU"
+        )

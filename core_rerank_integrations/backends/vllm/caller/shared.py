@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,14 @@ from core_rerank_integrations.models.local_model import LocalModel, model_shape
 with requires_extra("vllm"):
     from vllm import RequestOutput, SamplingParams
     from vllm.inputs import TextPrompt, TokensPrompt
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from core_rerank_integrations.backends.vllm.caller.arguments import (
+        CPU_BLOCK_SIZE,
+        cuda_arguments,
         engine_arguments,
+        parsed_arguments,
         refuse_parallelism,
     )
     from core_rerank_integrations.backends.vllm.compat import check_version
@@ -73,6 +77,7 @@ class SharedVLLMBackend(EngineClient):
         check_version()
         if engine is None:
             user_args = {"dtype": dtype, **(engine_args or {})}
+            _refuse_data_parallelism(user_args)
             arguments = engine_arguments(model, user_args, worker_extension_cls=WORKER_EXTENSION)
             super().__init__(head_set)
             self._start(arguments)
@@ -100,7 +105,7 @@ class SharedVLLMBackend(EngineClient):
         )
 
     async def send(
-        self, ids: list[int], options: RequestOptions, read_cache: bool
+        self, ids: list[int], options: RequestOptions, read_cache: bool, rank: int
     ) -> npt.NDArray[Any]:
         """See `EngineClient.send`."""
         engine, name = self.engine, self._next_id()
@@ -114,7 +119,7 @@ class SharedVLLMBackend(EngineClient):
         )
         prompt = TokensPrompt(prompt_token_ids=ids)
         try:
-            output = await _generated(engine, prompt, parameters, name)
+            output = await _generated(engine, prompt, parameters, name, rank)
             self._tokens_run += len(ids) - (output.num_cached_tokens or 0)
         finally:
             # Also if this call is cancelled: its result must not stay in the engine.
@@ -157,10 +162,49 @@ def check_engine(engine: AsyncLLM, model: LocalModel, head_set: HeadSet) -> None
             f"{WORKER_EXTENSION!r}"
         )
     refuse_parallelism(vars(parallel))
+    _refuse_data_parallelism(vars(parallel))
     if model_shape(engine.model_config.hf_text_config) != model_shape(model.config()):
         raise HeadSetError(
             f"the vLLM engine runs {engine.model_config.model}, which is not {model.path}, the "
             f"model of the head set {head_set.name!r}"
+        )
+
+
+def serve_arguments(model: LocalModel, dtype: str, more: Sequence[str]) -> list[str]:
+    """Return what ``vllm serve`` needs to share its engine with a reranker.
+
+    Args:
+        model: Folder of the model.
+        dtype: vLLM's name of the precision.
+        more: The user's arguments for ``vllm serve``, which may contain some of the server.
+
+    Raises:
+        InvalidInputError: The user asks for parallelism that is not supported.
+    """
+    user_args, _ = parsed_arguments(more)
+    refuse_parallelism(user_args)
+    _refuse_data_parallelism(user_args)
+    # Memory is vLLM's own choice, because the engine is not only for reranking.
+    defaults = cuda_arguments(model, {"dtype": dtype, "gpu_memory_utilization": None, **user_args})
+    defaults["worker_extension_cls"] = WORKER_EXTENSION
+    if dtype != "auto":
+        defaults["dtype"] = dtype
+    if current_platform.is_cpu():
+        defaults["block_size"] = CPU_BLOCK_SIZE
+    return [
+        part
+        for name, value in defaults.items()
+        if name not in user_args
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def _refuse_data_parallelism(settings: Mapping[str, Any]) -> None:
+    if (size := settings.get("data_parallel_size")) not in (None, 1):
+        raise InvalidInputError(
+            f"data_parallel_size={size!r}: of several engines that also generate, vLLM hands out "
+            "the results of the first alone. Start one for each GPU, behind a balancer; an engine "
+            "that only reranks, backend='vllm', supports data parallelism"
         )
 
 
@@ -176,9 +220,13 @@ def _loop_of(engine: AsyncLLM) -> asyncio.AbstractEventLoop:
 
 
 async def _generated(
-    engine: AsyncLLM, prompt: TextPrompt | TokensPrompt, parameters: SamplingParams, name: str
+    engine: AsyncLLM,
+    prompt: TextPrompt | TokensPrompt,
+    parameters: SamplingParams,
+    name: str,
+    rank: int | None = None,
 ) -> RequestOutput:
-    async for output in engine.generate(prompt, parameters, name):
+    async for output in engine.generate(prompt, parameters, name, data_parallel_rank=rank):
         result = output
     return result
 
