@@ -8,5 +8,6 @@ limits.py     what a request may cost
 guard.py      the API key, and bodies of requests
 errors.py     errors with a status
 metrics.py    figures for Prometheus
+vllm.py       the routes in vLLM's own server
 server.py     runs the app until the program is stopped
 """

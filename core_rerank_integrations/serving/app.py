@@ -240,12 +240,14 @@ def create_app(
     )
     app.state.service = service
     app.state.metrics = metrics
-    app.include_router(rerank_router(service, limits))
-    app.include_router(_server_router(service, metrics))
+    routes: list[str] = []
+    for router in (rerank_router(service, limits), _server_router(service, metrics)):
+        app.include_router(router)
+        # From FastAPI 0.137 on, the app does not list the routes of its routers.
+        routes += [route.path for route in router.routes if isinstance(route, APIRoute)]
     app.add_exception_handler(HTTPException, _explain_http)
     keys = [] if api_key is None else [api_key]
     app.add_middleware(Guard, limits=limits, api_keys=keys, is_closing=lambda: service.is_closing)
-    routes = [route.path for route in app.routes if isinstance(route, APIRoute)]
     app.add_middleware(Measured, metrics=metrics, routes=routes)
     return app
 
