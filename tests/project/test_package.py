@@ -43,6 +43,8 @@ def test_importing_the_package_imports_no_framework() -> None:
         ("kreuzberg", "import core_rerank_integrations.chat.app", "chat"),
         ("fastapi", "import core_rerank_integrations.serving.app", "server"),
         ("prometheus_client", "import core_rerank_integrations.serving.app", "server"),
+        ("ray", "import core_rerank_integrations.serving.ray", "ray"),
+        ("pyarrow", "core_rerank_integrations.batch.rerank_dataset", "ray"),
         ("llama_index", "core_rerank_integrations.CoReNodePostprocessor", "llama-index"),
         ("yaml", "core_rerank_integrations.HeadSet.load('heads.yaml')", "cli"),
         ("httpx", "core_rerank_integrations.RemoteReranker('http://host')", "client"),
@@ -58,7 +60,7 @@ def test_a_missing_extra_is_named(missing: str, use: str, extra: str, tmp_path) 
     (tmp_path / "heads.yaml").touch()
     code = (
         f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{missing!r}] = None\n"
-        "import core_rerank_integrations\n"
+        "import core_rerank_integrations, core_rerank_integrations.batch\n"
         f"try: {use}\nexcept ImportError as error: print(error)"
     )
     assert f'pip install "core-rerank-integrations[{extra}]"' in run(code)
