@@ -29,6 +29,7 @@ CORPUS = Path(__file__).parent / "data/corpus.jsonl"
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m", help="model that reranks")
+parser.add_argument("--qdrant", default=":memory:", help="address of a Qdrant server")
 parser.add_argument("--llm-url", help="OpenAI-compatible endpoint that answers")
 parser.add_argument("--llm", default="default", help="model name at that endpoint")
 arguments = parser.parse_args()
@@ -41,7 +42,9 @@ documents = [
 store = QdrantVectorStore.from_documents(
     CoReDocumentIndexer(reranker=reranker).transform_documents(documents),
     embedding=HuggingFaceEmbeddings(model_name=str(get_model_path())),
-    location=":memory:",
+    location=arguments.qdrant,
+    collection_name="handbook",
+    force_recreate=True,
 )
 llm = (
     ChatOpenAI(base_url=arguments.llm_url, model=arguments.llm, api_key="none", max_tokens=300)
