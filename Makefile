@@ -52,7 +52,7 @@ notebooks: $(VENV)/.installed ## Run the notebooks and save their output.
 test-slow: $(VENV)/.installed ## Build the wheels, and test them in clean environments.
 	$(BIN)/pytest -m slow
 
-test-commands: $(VENV)/.installed ## Run whole commands with the real model.
+test-commands: $(VENV)/.installed ## Run whole commands, and much at once, with the real model.
 	$(BIN)/pytest -m commands
 
 test-bare: $(VENV)/.installed ## Run the README's first snippet in environments with nothing else.

@@ -364,6 +364,7 @@ def test_a_long_document_is_cut_with_a_warning(
         short.rerank(QUERY, ["telephone " * 15])
 
 
+@pytest.mark.commands
 def test_a_hundred_thousand_characters_do_not_push_out_the_rest(reranker: CoReReranker) -> None:
     with pytest.warns(DocumentTruncatedWarning, match="document 0 was cut to 8"):
         results = reranker.rerank(QUERY, ["word " * 20_000, *DOCUMENTS])

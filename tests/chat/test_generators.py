@@ -78,6 +78,7 @@ def ask(
     return turn
 
 
+@pytest.mark.commands
 def test_endpoint_streams_its_answer(
     ferries: KnowledgeBase, chat_reranker: CoReReranker, endpoint: Generator
 ) -> None:

@@ -73,6 +73,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.commands
 def test_sixteen_clients_get_their_own_answers(server: Running, default: CoReReranker) -> None:
     lists = [
         (f"Which town number {n}?", [f"Town {n} has {m} streets." for m in range(1 + n % 5)])
@@ -107,6 +108,7 @@ def test_metrics_say_how_many_documents_were_known(server: Running) -> None:
     assert counted() == (asked + 5, known + 5)
 
 
+@pytest.mark.commands
 def test_a_long_list_in_parts_is_what_the_library_returns(
     server: Running, default: CoReReranker
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_long_list_in_parts_is_what_the_library_returns(
     assert reply["results"][0]["core_rerank"]["evidence"]
 
 
+@pytest.mark.commands
 def test_requests_are_read_together_and_a_long_one_lets_others_pass(
     slow: Running, held: Held
 ) -> None:

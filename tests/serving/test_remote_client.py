@@ -51,6 +51,7 @@ def check_equal(remote: RerankResults, local: RerankResults) -> None:
             assert [word[:2] for word in part.words] == [word[:2] for word in own.words]
 
 
+@pytest.mark.commands
 async def test_results_are_those_of_the_model(default: CoReReranker, url: str) -> None:
     lists = [(QUERY, DOCUMENTS), ("When does the ferry leave?", DOCUMENTS), (QUERY, [])]
     with RemoteReranker(url, KEY) as remote:
