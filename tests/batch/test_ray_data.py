@@ -12,7 +12,7 @@ from support.ray_processes import processes
 
 from core_rerank_integrations import CoReReranker, RerankOptions
 from core_rerank_integrations._internal.resources import resource_folder
-from core_rerank_integrations.batch import PoolOptions, RunOptions, rerank_dataset, rerank_run
+from core_rerank_integrations.batch import PoolOptions, RunOptions, rerank_run
 from core_rerank_integrations.errors import BackendError, InvalidInputError
 from core_rerank_integrations.research.collection import Collection, Run, load_scored_run
 from core_rerank_integrations.settings import RerankerSettings
@@ -69,6 +69,8 @@ def run(tmp_path: Path, candidates: Run) -> RunOptions:
 
 def test_a_dataset(collection: Collection, candidates: Run, default: CoReReranker) -> None:
     import ray
+
+    from core_rerank_integrations.batch import rerank_dataset
 
     rows = [
         {"id": query, "query": text, "documents": list(documents)}
