@@ -112,7 +112,7 @@ class CheckedModel(BaseModel):
             ) from None
 
 
-class DocumentCache(BaseModel):
+class DocumentCache(CheckedModel):
     """Size and folder of the cache of documents that were read.
 
     A cached document costs a rerank only the tokens of the question. Every document that is
@@ -120,7 +120,7 @@ class DocumentCache(BaseModel):
     later processes. The least recently used documents are dropped first.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
     memory_bytes: Whole = Field(
         default=1 << 30, ge=0, description="Maximum size in memory, on the device; 0 caches none."

@@ -16,13 +16,14 @@ from core_rerank_integrations._internal.web import LOCAL_NAMES, listen, url_of
 from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.serving.limits import Limits
-from core_rerank_integrations.settings import RerankerSettings
+from core_rerank_integrations.settings import DocumentCache, RerankerSettings
 
 
 @command
 def serve(
     settings: RerankerSettings,
     limits: Limits,
+    document_cache: DocumentCache,
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default only this machine has access.")
     ] = "127.0.0.1",
@@ -48,6 +49,8 @@ def serve(
     from core_rerank_integrations.serving.guard import key_from
     from core_rerank_integrations.serving.server import serve as run
 
+    if document_cache != DocumentCache():
+        settings = settings.checked(**dict(settings) | {"document_cache": document_cache})
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     key = key_from(api_key_env)
     if host not in LOCAL_NAMES and key is None:

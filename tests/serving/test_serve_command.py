@@ -39,10 +39,11 @@ def started(*arguments: str, **variables: str) -> Iterator[tuple[str, subprocess
 
 @pytest.mark.commands
 @pytest.mark.model
-def test_serve_with_a_key_and_end_by_a_signal() -> None:
+def test_serve_with_a_key_and_end_by_a_signal(tmp_path: Path) -> None:
     headers = {"authorization": "Bearer s3cret"}
     body = {"query": "Who patented it?", "documents": ["Bread.", "Bell patented the telephone."]}
-    with started("--api-key-env", "MY_KEY", MY_KEY="s3cret") as (url, process):
+    options = ("--api-key-env", "MY_KEY", "--folder", str(tmp_path))
+    with started(*options, MY_KEY="s3cret") as (url, process):
         end = time.monotonic() + 300
         while time.monotonic() < end and process.poll() is None:
             try:
@@ -54,6 +55,9 @@ def test_serve_with_a_key_and_end_by_a_signal() -> None:
         assert httpx.post(f"{url}/rerank", json=body).status_code == 401
         reply = httpx.post(f"{url}/rerank", json=body, headers=headers, timeout=60)
         assert reply.json()["results"][0]["index"] == 1
+        texts = {"documents": body["documents"]}
+        httpx.post(f"{url}/v1/documents", json=texts, headers=headers, timeout=60)
+        assert list(tmp_path.rglob("*")), "documents are cached in the folder"
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert url in errors
@@ -86,6 +90,12 @@ def test_a_port_in_use() -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in failed("serve", "--port", port)
+
+
+def test_the_cache_has_options_which_vllm_refuses(tmp_path: Path) -> None:
+    assert "disk_bytes" in failed("serve", "--disk-bytes", "-1")
+    folder = ("--folder", str(tmp_path), "--disk-bytes", "1000000")
+    assert "document_cache is not for 'vllm'" in failed("serve", "--backend", "vllm", *folder)
 
 
 def test_limits_are_options() -> None:
