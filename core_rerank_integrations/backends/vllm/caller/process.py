@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_stack
 from typing import Any
@@ -21,6 +21,8 @@ from core_rerank_integrations.errors import InvalidInputError
 
 OWNER = "CORE_RERANK_ENGINE_OWNER"
 """Environment variable of an engine's processes: process id of the program that started it."""
+COORDINATOR = "DPCoordinator"
+"""In the name of the process that coordinates data parallel engines."""
 ENDING_SECONDS = 15.0
 """Time limit for an engine to end after its program has died."""
 
@@ -92,9 +94,17 @@ def end_with_owner() -> None:
     parent: Any = multiprocessing.parent_process()
     if parent is None or os.environ.get(OWNER) != str(parent.pid):
         return
+    import psutil
+
+    # The coordinator of data parallel engines loads no plugins, and would not end by itself.
+    siblings = psutil.Process(parent.pid).children()
 
     def end() -> None:
         parent.join()
+        for sibling in siblings:
+            with suppress(psutil.Error):
+                if COORDINATOR in sibling.name() + "".join(sibling.cmdline()):
+                    sibling.terminate()
         os.kill(os.getpid(), signal.SIGTERM)  # vLLM then ends its workers too.
         time.sleep(ENDING_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
