@@ -17,7 +17,12 @@ from core_rerank_integrations.serving.limits import Limits
 from core_rerank_integrations.serving.metrics import Metrics
 from core_rerank_integrations.serving.queue import BATCH_REQUESTS
 from core_rerank_integrations.serving.replies import RETRY_SECONDS
-from core_rerank_integrations.settings import CheckedModel, ReplicaResources, RerankerSettings
+from core_rerank_integrations.settings import (
+    CheckedModel,
+    DocumentCache,
+    ReplicaResources,
+    RerankerSettings,
+)
 
 with requires_extra("ray"):
     from fastapi import FastAPI
@@ -103,18 +108,22 @@ def app(args: dict[str, Any]) -> serve.Application:
     """Build the application of ``serve run`` and of Serve's configuration files.
 
     Args:
-        args: Fields of `RerankerSettings`, `ReplicaOptions` and `Limits`, as texts or values.
+        args: Fields of `RerankerSettings`, `DocumentCache`, `ReplicaOptions` and `Limits`, as texts
+            or values.
 
     Raises:
         InvalidInputError: An argument is unknown or invalid.
     """
-    kinds = (RerankerSettings, ReplicaOptions, Limits)
-    known = {name for kind in kinds for name in kind.model_fields} - {"max_waiting"}
+    kinds = (RerankerSettings, DocumentCache, ReplicaOptions, Limits)
+    known = {name for kind in kinds for name in kind.model_fields}
+    known -= {"document_cache", "max_waiting"}  # They have names of their own here.
     if unknown := args.keys() - known:
         raise InvalidInputError(
             f"unknown arguments: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
         )
-    settings = _checked(RerankerSettings, args)
+    cache = _checked(DocumentCache, args)
+    changed = {} if cache == DocumentCache() else {"document_cache": cache}
+    settings = _checked(RerankerSettings, args | changed)
     options = _checked(ReplicaOptions, args)
     limits = _checked(Limits, args | {"max_waiting": options.max_ongoing_requests})
     replicas: dict[str, Any] = {"num_replicas": options.replicas}

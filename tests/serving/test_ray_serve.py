@@ -50,8 +50,7 @@ class Service:
         from core_rerank_integrations.serving.ray import app
 
         serve.delete("default")  # A replacement beside it has no processors here.
-        cache = {"folder": str(self._folder)}
-        serve.run(app({"dtype": "float32", "document_cache": cache} | args))
+        serve.run(app({"dtype": "float32", "folder": str(self._folder)} | args))
 
     def scores(self, query: str) -> list[float] | None:
         """Return the scores in the order of the documents; ``None`` for an error."""
