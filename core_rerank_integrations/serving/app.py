@@ -154,6 +154,8 @@ class Service:
             await asyncio.sleep(CHECK_SECONDS)
             if self._model is None or self._model[0].is_alive:
                 continue
+            if self.is_closing:  # Ctrl+C ends an engine too.
+                return
             reranker, _ = self._model
             if time.monotonic() - loaded > MAX_RESTART_SECONDS:
                 seconds = FIRST_RESTART_SECONDS
