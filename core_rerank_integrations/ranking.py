@@ -38,11 +38,12 @@ def rank(
     if scoring.calibration is not None:
         calibrated = scoring.calibration.probabilities(scored.scores)
         probabilities = [float(calibrated[i]) if is_read[i] else None for i in range(count)]
-    answerability = None
+    answerability = answerable = None
     if scoring.abstention is not None:
         answerability = scoring.abstention.answerability(
             [probability for probability in probabilities if probability is not None]
         )
+        answerable = answerability >= scoring.abstention.threshold
     results = [
         RerankResult(
             index,
@@ -54,14 +55,14 @@ def rank(
         )
         for index in best_indices(scores, count)
     ]
-    kept = [result for result in results if passes(result, answerability, scoring, options)]
+    kept = [result for result in results if passes(result, answerable, options)]
     kept = kept[: options.top_n]
     if options.evidence:
         kept = [
             replace(result, evidence=evidence_in(result.document, scored.tokens[result.index]))
             for result in kept
         ]
-    return RerankResults(tuple(kept), answerability)
+    return RerankResults(tuple(kept), answerability, answerable)
 
 
 def check_candidates(
@@ -163,18 +164,12 @@ def check_abstention(scoring: ScoringConfig) -> Abstention:
     return scoring.abstention
 
 
-def passes(
-    result: RerankResult,
-    answerability: float | None,
-    scoring: ScoringConfig,
-    options: RerankOptions,
-) -> bool:
+def passes(result: RerankResult, answerable: bool | None, options: RerankOptions) -> bool:
     """Return whether a result reaches the thresholds of a call, or was not read.
 
     Args:
         result: The result.
-        answerability: Answerability of its list.
-        scoring: How the heads rank.
+        answerable: Whether its list is answerable; ``None`` if that is not known.
         options: Options of the call.
     """
     if not result.reranked:
@@ -184,7 +179,5 @@ def passes(
     if options.score_threshold is None:
         return True
     if options.score_threshold == "auto":
-        value, minimum = answerability, check_abstention(scoring).threshold
-    else:
-        value, minimum = result.probability, options.score_threshold
-    return value is not None and value >= minimum
+        return answerable is not False
+    return result.probability is not None and result.probability >= options.score_threshold

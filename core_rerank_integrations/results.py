@@ -83,10 +83,13 @@ class RerankResults(Sequence[RerankResult]):
         answerability: Probability that the list holds a relevant document, from the
             probabilities of all its documents, also of those that are not returned. ``None`` if
             the head set has no model of it; see `Abstention`.
+        answerable: Whether the answerability reaches the threshold of the head set, which
+            ``score_threshold="auto"`` stands for.
     """
 
     results: tuple[RerankResult, ...]
     answerability: float | None = None
+    answerable: bool | None = None
 
     def __len__(self) -> int:
         return len(self.results)

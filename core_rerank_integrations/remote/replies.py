@@ -33,6 +33,7 @@ class _Result(BaseModel):
 
 class _ListDetails(BaseModel):
     answerability: Probability | None
+    answerable: bool | None
 
 
 class _RerankReply(BaseModel):
@@ -77,7 +78,8 @@ def results_of(reply: Any, documents: Sequence[str], url: str) -> RerankResults:
                 tuple(Evidence(*sentence) for sentence in own.evidence),
             )
         )
-    return RerankResults(tuple(results), checked.core_rerank.answerability)
+    own_list = checked.core_rerank
+    return RerankResults(tuple(results), own_list.answerability, own_list.answerable)
 
 
 def bytes_written(reply: Any, url: str) -> int:

@@ -121,9 +121,7 @@ class Collection:
         Raises:
             InvalidInputError: A file is missing or malformed.
         """
-        return cls(
-            _passages(corpus), {name: record.text for name, record in _records(queries)}, {}
-        )
+        return cls(_passages(corpus), {name: record.text for name, record in _records(queries)}, {})
 
     def candidates(self, query: str, documents: Iterable[str]) -> Candidates:
         """Return the texts of a query and of documents, which are given by id."""
@@ -235,9 +233,7 @@ def save_run(path: Path, scores: Mapping[str, Sequence[tuple[str, float]]], tag:
 
 
 def _passages(path: Path) -> dict[str, Passage]:
-    return {
-        name: Passage(name, record.title or "", record.text) for name, record in _records(path)
-    }
+    return {name: Passage(name, record.title or "", record.text) for name, record in _records(path)}
 
 
 def _records(path: Path) -> Iterator[tuple[str, _Record]]:

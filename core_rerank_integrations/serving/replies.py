@@ -92,11 +92,6 @@ def rerank_reply(
         heads: The heads it reads.
     """
     shown = _relevance_scores(results)
-    abstention = heads.scoring.abstention
-    answerability = results.answerability
-    answerable = None
-    if abstention is not None and answerability is not None:
-        answerable = answerability >= abstention.threshold
     return json_reply(
         RerankReply(
             id=name,
@@ -109,8 +104,8 @@ def rerank_reply(
                 for result, score in zip(results, shown, strict=True)
             ],
             core_rerank=ListDetails(
-                answerability=answerability,
-                answerable=answerable,
+                answerability=results.answerability,
+                answerable=results.answerable,
                 heads=heads.name,
                 version=__version__,
             ),

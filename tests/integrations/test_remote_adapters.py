@@ -24,7 +24,6 @@ from core_rerank_integrations import (
     RemoteReranker,
 )
 from core_rerank_integrations.integrations.fields import RerankerFields
-from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
 
 KEY = "sk-very-secret"
 QUERY = "who invented the telephone"
@@ -179,9 +178,3 @@ def test_a_key_that_no_request_can_hold(server: CannedServer) -> None:
     with pytest.raises(InvalidInputError, match="not visible ASCII") as error:
         adapter.compress_documents([Document("a")], QUERY)
     assert "secret" not in str(error.value)
-
-
-def test_chains_need_a_model_in_this_process() -> None:
-    remote: Any = RemoteReranker("http://host")
-    with pytest.raises(InvalidInputError, match="or pass a CoReReranker"):
-        create_rag_chain(RunnableLambda(lambda _: []), reranker=remote)

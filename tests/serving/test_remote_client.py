@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
+from langchain_core.runnables import RunnableLambda
+from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from support.servers import running
 
@@ -19,6 +21,8 @@ from core_rerank_integrations import (
     RemoteReranker,
     RerankResults,
 )
+from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
+from core_rerank_integrations.integrations.rag.llama_index import create_rag_chat_engine
 
 KEY = "a-key"
 QUERY = "Who patented the telephone?"
@@ -38,6 +42,7 @@ def url(shared: Callable[[], CoReReranker]) -> Iterator[str]:
 
 def check_equal(remote: RerankResults, local: RerankResults) -> None:
     assert remote.answerability == pytest.approx(local.answerability, abs=1e-4)
+    assert remote.answerable == local.answerable
     assert [result.index for result in remote] == [result.index for result in local]
     for got, expected in zip(remote, local, strict=True):
         assert got.score == pytest.approx(expected.score, abs=1e-4)
@@ -102,6 +107,25 @@ def test_adapters_say_the_same(default: CoReReranker, url: str) -> None:
             for reranker in (default, remote)
         ]
     assert [node.text for node in ranked[0]] == [node.text for node in ranked[1]]
+
+
+class AllNodes(BaseRetriever):
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:  # noqa: ARG002
+        return [NodeWithScore(node=TextNode(text=text), score=0.5) for text in DOCUMENTS]
+
+
+@pytest.mark.parametrize("question", [QUERY, "How tall is the tower?"])
+def test_chains_say_the_same(default: CoReReranker, url: str, question: str) -> None:
+    found: Any = RunnableLambda(lambda _: [Document(text) for text in DOCUMENTS])
+    with RemoteReranker(url, KEY) as remote:
+        chains = [create_rag_chain(found, reranker=own) for own in (remote, default)]
+        here, there = (chain.invoke(question) for chain in chains)
+        engines = [create_rag_chat_engine(AllNodes(), reranker=own) for own in (remote, default)]
+        replies = [engine.chat(question).response for engine in engines]
+    assert here["answer"] == there["answer"]
+    assert here["documents"] == there["documents"]
+    assert here["answerable"] == pytest.approx(there["answerable"], abs=1e-4)
+    assert replies[0] == replies[1]
 
 
 def test_what_the_server_refuses(url: str) -> None:

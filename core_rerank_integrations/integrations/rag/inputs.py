@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.integrations.fields import Reranker
 from core_rerank_integrations.ranking import check_options
 from core_rerank_integrations.remote.reranker import RemoteReranker
 from core_rerank_integrations.reranker import CoReReranker
@@ -12,21 +13,19 @@ from core_rerank_integrations.settings import RerankOptions
 
 
 def with_reranker(
-    reranker: CoReReranker | None, options: RerankOptions
-) -> tuple[CoReReranker, RerankOptions]:
+    reranker: Reranker | None, options: RerankOptions
+) -> tuple[Reranker, RerankOptions]:
     """Return the reranker of a chain, the default one if ``None``, and the options of its calls.
 
-    ``score_threshold="auto"`` becomes ``None`` if the heads do not know a list's answerability.
+    ``score_threshold="auto"`` becomes ``None`` if the heads do not know a list's answerability. A
+    server checks the options itself, when it is called.
 
     Raises:
-        InvalidInputError: The heads do not support an option, or are those of a server.
+        InvalidInputError: The heads do not support an option.
     """
-    if isinstance(reranker, RemoteReranker):
-        raise InvalidInputError(
-            f"{reranker!r} does not know the thresholds of its heads, which chains need: use it in "
-            "CoReRetriever or CoReNodePostprocessor, or pass a CoReReranker"
-        )
     reranker = reranker or CoReReranker()
+    if isinstance(reranker, RemoteReranker):
+        return reranker, options
     if options.score_threshold == "auto" and reranker.heads.scoring.abstention is None:
         options = options.model_copy(update={"score_threshold": None})
     check_options(options, reranker.heads.scoring)

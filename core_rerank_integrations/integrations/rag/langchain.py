@@ -9,7 +9,8 @@ from operator import add, itemgetter
 from typing import Any, NotRequired, TypedDict, cast
 
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
-from core_rerank_integrations.heads.scoring_config import FirstStage, ScoringConfig
+from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.integrations.fields import Reranker
 from core_rerank_integrations.integrations.langchain import DocumentRanker
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
 from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
@@ -23,7 +24,6 @@ from core_rerank_integrations.integrations.rag.prompts import (
     question_with_passages,
 )
 from core_rerank_integrations.ranking import passes
-from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankOptions, Threshold
 
@@ -81,7 +81,7 @@ def create_rag_chain(
     retriever: RetrieverLike,
     llm: BaseChatModel | None = None,
     *,
-    reranker: CoReReranker | None = None,
+    reranker: Reranker | None = None,
     first_stage: FirstStage | None = "dense",
     rerank: bool = True,
     rewrite: bool = True,
@@ -104,7 +104,7 @@ def create_rag_chain(
         retriever: Finds the candidates; it should find more than ``top_n``.
         llm: Writes the answer. ``None`` answers with the best sentences of the documents, by the
             reranker's evidence; nothing is generated.
-        reranker: A reranker to share; ``None`` creates the default one.
+        reranker: A reranker to share, or that of a server; ``None`` creates the default one.
         first_stage: What orders the candidates: ``"bm25"``, ``"dense"`` or ``"other"``; ``None``
             if nothing does.
         rerank: Whether to rerank the candidates; ``False`` keeps the retriever's order.
@@ -135,7 +135,6 @@ def create_rag_chain(
             evidence=True,
             extract=extract if llm else None,
             limits=limits,
-            scoring=reranker.heads.scoring,
         )
         ranking = [("reranked", _ranking_inputs, ranker.runnable())]
 
@@ -189,7 +188,6 @@ class _CandidateRanker(DocumentRanker):
     """Rerank all candidates, and choose the documents that the answer is drawn from."""
 
     limits: RerankOptions
-    scoring: ScoringConfig
 
     def runnable(self) -> RunnableLambda[dict[str, Any], AddableDict]:
         return self._run("CoReDocumentCompressor", self._chosen)
@@ -202,7 +200,7 @@ class _CandidateRanker(DocumentRanker):
         documents = [
             document
             for document, result in zip(reranked, results, strict=True)
-            if passes(result, results.answerability, self.scoring, self.limits)
+            if passes(result, results.answerable, self.limits)
         ]
         part["documents"] = documents[: self.limits.top_n]
         return part

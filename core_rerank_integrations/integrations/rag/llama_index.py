@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from core_rerank_integrations.errors import requires_extra
 from core_rerank_integrations.heads.scoring_config import FirstStage
+from core_rerank_integrations.integrations.fields import Reranker
 from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
 from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
@@ -20,7 +21,6 @@ from core_rerank_integrations.integrations.rag.prompts import (
     passage_name,
     question_with_passages,
 )
-from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.settings import RerankOptions, Threshold
 
 with requires_extra("llama-index"):
@@ -51,7 +51,7 @@ def create_rag_chat_engine(
     retriever: BaseRetriever,
     llm: LLM | None = None,
     *,
-    reranker: CoReReranker | None = None,
+    reranker: Reranker | None = None,
     first_stage: FirstStage | None = "dense",
     rewrite: bool = True,
     top_n: int = 5,
@@ -73,7 +73,7 @@ def create_rag_chat_engine(
         retriever: Finds the candidates; it should find more than ``top_n``.
         llm: Writes the answer. ``None`` answers with the best sentences of the nodes, by the
             reranker's evidence; nothing is generated.
-        reranker: A reranker to share; ``None`` creates the default one.
+        reranker: A reranker to share, or that of a server; ``None`` creates the default one.
         first_stage: What orders the candidates: ``"bm25"``, ``"dense"`` or ``"other"``; ``None``
             if nothing does.
         rewrite: Whether the ``llm`` rewrites follow-ups. Very small models make them worse.
