@@ -93,19 +93,22 @@ def test_the_public_api_is_complete() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (plugin,) = project["entry-points"]["vllm.general_plugins"].values()
+    plugins = {name for group in project["entry-points"].values() for name in group}
     page = (ROOT / "docs/public-api.md").read_text()
     named = set(re.findall(r"`([\w.:-]+)`", page))
-    assert {*core_rerank_integrations.__all__, plugin} <= named
+    assert {*core_rerank_integrations.__all__, plugin, *plugins} <= named
     assert project["optional-dependencies"].keys() - named == {"docs", "test", "dev"}
 
 
-def test_the_two_strings_of_vllm_engines_exist() -> None:
+def test_the_strings_of_vllm_engines_exist() -> None:
     from core_rerank_integrations.backends.vllm import worker
 
     assert "CoReWorkerExtension" in dir(worker)
     (plugin,) = entry_points(group="vllm.general_plugins", name="core_rerank")
     assert plugin.value == "core_rerank_integrations.backends.vllm.plugin:register"
     assert callable(plugin.load())
+    (routes,) = entry_points(group="vllm.endpoint_plugins", name="core_rerank_server")
+    assert routes.load().name == routes.name
 
 
 def test_the_citation_names_this_version() -> None:
