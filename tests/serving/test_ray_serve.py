@@ -198,7 +198,7 @@ def test_a_killed_replica_comes_back(service: Service, expected: dict[str, Any])
 
 
 def test_a_full_queue(service: Service, expected: dict[str, Any]) -> None:
-    service.deploy(max_ongoing_requests=2, max_queued_requests=10)
+    service.deploy(max_ongoing_requests=2, max_queued_requests=10, shutdown_seconds=SECONDS)
 
     def ask(number: int) -> httpx.Response:
         query = QUERIES[number % 3]
