@@ -106,7 +106,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"kind": "x", "max_waiting": "3"}, "unknown arguments: max_waiting, kind; known are"),
+        ({"other": "x", "max_waiting": "3"}, "unknown arguments: max_waiting, other; known are"),
         ({"replicas": "none"}, "replicas: .*got 'none'"),
         ({"replicas": "3", "max_replicas": "2"}, "max_replicas=2 is less than replicas=3"),
         ({"backend": "gpu"}, "backend: "),
