@@ -240,9 +240,9 @@ class TuneOptions(SampleOptions):
     candidates: Count = Field(
         default=20, description="Candidates per question, to draw wrong ones from and to choose by."
     )
-    learning_rate: Positive = Field(default=4e-4, description="Learning rate of the adapter.")
+    learning_rate: Positive = Field(default=2e-3, description="Learning rate of the adapter.")
     probability_weight: NotNegative = Field(
-        default=0.5, description="Weight of the loss of probabilities, beside that of the ranking."
+        default=1.0, description="Weight of the loss of probabilities, beside that of the ranking."
     )
     passage_tokens: Count = Field(
         default=400, description="Longer documents are read as passages; the best one counts."
