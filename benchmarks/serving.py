@@ -25,8 +25,8 @@ from common import machine, requests, tracked
 
 from core_rerank_integrations import CoReReranker
 
-MAX_DIFFERENCES = {"auto": 0.3, "float32": 1e-3}
-"""Of a score, when other lists are read with it. Other batches are rounded otherwise."""
+MAX_DIFFERENCES = {"auto": 0.05, "float32": 1e-3}
+"""Of a score, when other lists are read with it; more counts as wrong."""
 LONG_LIST = 1000
 POINTS = 10
 """Number of rows of the table of memory."""
