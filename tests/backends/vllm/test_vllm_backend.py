@@ -225,9 +225,11 @@ def test_an_incomplete_answer_is_requested_again_and_never_used(
     attempts: list[bool] = []
     is_repaired = True
 
-    async def losing_a_row(ids: list[int], options: RequestOptions, read_cache: bool) -> Any:
+    async def losing_a_row(
+        ids: list[int], options: RequestOptions, read_cache: bool, rank: int
+    ) -> Any:
         attempts.append(read_cache)
-        vector = await send(ids, options, read_cache)
+        vector = await send(ids, options, read_cache, rank)
         if is_repaired and not read_cache:
             return vector
         return np.append(vector[:-1] / 2, vector[-1] - 1)
