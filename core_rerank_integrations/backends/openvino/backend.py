@@ -38,11 +38,12 @@ with requires_extra("cpu"):
     from core_rerank_integrations.backends.openvino.weights import Weights
 
 DTYPES = ("float32", "bfloat16", "int8")
-MAX_NEW_TOKENS = 2048
-"""Maximum number of new tokens in a pass, with padding."""
+MAX_NEW_TOKENS = 1024
+"""Maximum number of new tokens in a pass, with padding. OpenVINO keeps memory for the largest pass,
+some 0.25 MB a new token, and longer ones take no less time."""
 MAX_LOGITS = 1 << 20
 """Maximum number of new tokens in a pass times the tokens that each may see."""
-MAX_TOKENS = 10240
+MAX_TOKENS = 4096
 """Maximum number of cached and new tokens in a pass, with padding. Cached ones are copied."""
 MAX_PIECE_TOKENS = 1024
 """Longer prefixes and questions are read in pieces of at most this length."""
@@ -101,9 +102,9 @@ class OpenVINOBackend(LocalBackend):
         file_format = TensorFormat(_to_file, safetensors.numpy.load)
         super().__init__(PrefixCache(document_cache or DocumentCache(), identity, file_format))
         self._decoder = Decoder.from_config(config, head_set.highest_layer + 1)
-        weights = Weights(model.path, eight_bit=self.dtype == "int8")
+        self._weights = Weights(model.path, eight_bit=self.dtype == "int8")
         selected = {layer: [head for head, _ in heads] for layer, heads in by_layer.items()}
-        graph = build(self._decoder, weights, selected, self._rounds_states)
+        graph = build(self._decoder, self._weights, selected, self._rounds_states)
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
@@ -117,7 +118,7 @@ class OpenVINOBackend(LocalBackend):
         self._request = core.compile_model(graph, "CPU", properties).create_infer_request()
 
     def _free(self) -> None:
-        del self._request, self._workspace
+        del self._request, self._workspace, self._weights
 
     def _fits(self, runs: Sequence[PrefixRun]) -> bool:
         if len({run.cached is None for run in runs}) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +26,17 @@ from core_rerank_integrations.models.safetensors_files import (
 
 TYPES = {"F32": Type.f32, "F16": Type.f16, "BF16": Type.bf16}
 """OpenVINO's type for the numbers of a tensor, by their type in the file."""
+DECOMPRESSION = "decompression_0"
+"""Marks a conversion of weights that OpenVINO leaves for the products. Others it does at once, and
+keeps the result."""
 
 
 class Weights:
     """Weights of a decoder by their names inside the model.
 
     Args:
-        folder: Folder of the checkpoint's safetensors files, which must exist until the graph is
-            compiled.
+        folder: Folder of the checkpoint's safetensors files. They are mapped into memory, not
+            copied: this object must exist as long as the compiled model.
         eight_bit: Whether to round matrices to eight bits, with a scale per row.
 
     Raises:
@@ -45,6 +49,7 @@ class Weights:
         tensors = stored_tensors(sorted(folder.glob("*.safetensors")))
         self._stored = {name: item for name, item in tensors.items() if item.dtype in TYPES}
         self._prefix = decoder_prefix(self._stored, folder)
+        self._mapped: list[npt.NDArray[Any]] = []
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._stored
@@ -61,7 +66,9 @@ class Weights:
         """Return a matrix to multiply with, [out, in], as float32."""
         stored = self._find(name)
         if not self._eight_bit:
-            return ops.convert(self._constant(stored), "f32")
+            converted = ops.convert(self._constant(stored), "f32")
+            converted.get_rt_info()[DECOMPRESSION] = ""
+            return converted
         full = self._numbers(stored)
         scale = np.abs(full).max(axis=1, keepdims=True) / 127
         scale[scale == 0] = 1
@@ -78,8 +85,9 @@ class Weights:
             ) from None
 
     def _constant(self, stored: StoredTensor) -> Node:
-        shape = Shape(list(stored.shape))
-        return Constant(Tensor(stored.mapped(), shape, TYPES[stored.dtype]), False)
+        numbers = stored.mapped()
+        self._mapped.append(numbers)
+        return Constant(Tensor(numbers, Shape(list(stored.shape)), TYPES[stored.dtype]), True)
 
     def _numbers(self, stored: StoredTensor) -> npt.NDArray[np.float32]:
         return to_float32(stored.mapped(), stored.dtype)
