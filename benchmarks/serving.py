@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import typer
 from common import machine, requests, tracked
+from prometheus_client.parser import text_string_to_metric_families
 
 from core_rerank_integrations import CoReReranker
 
@@ -31,7 +32,7 @@ LONG_LIST = 1000
 POINTS = 10
 """Number of rows of the table of memory."""
 KNOWN = 600
-"""Number of documents, about, of the requests for memory."""
+"""Number of documents, about, that are asked about again and again."""
 
 Lists = Sequence[tuple[str, list[str]]]
 
@@ -55,6 +56,20 @@ def lists(count: int, label: str) -> list[tuple[str, list[str]]]:
         (query, [" ".join(text.split()[: draw.randint(10, 80)]) for text in texts])
         for number in range(count)
         for query, texts in requests(1, draw.randint(1, 12), label=f"{label}{number}.")
+    ]
+
+
+def known() -> list[str]:
+    """Return about `KNOWN` documents that are asked about again and again."""
+    return [text for _, texts in lists(KNOWN // 6, "known") for text in texts]
+
+
+def known_lists(count: int, label: str) -> list[tuple[str, list[str]]]:
+    """Return lists of 1 to 20 of the known documents, each with a question of its own."""
+    draw, pool = random.Random(label), known()
+    return [
+        (f"{query} {label} {number}", draw.choices(pool, k=draw.randint(1, 20)))
+        for number, (query, _) in enumerate(requests(count, 1))
     ]
 
 
@@ -156,13 +171,20 @@ def in_process(reranker: CoReReranker, asked: Lists) -> tuple[list[np.ndarray], 
     return found, time.perf_counter() - begun
 
 
-def load(url: str, dtype: str, clients: int, count: int) -> None:
-    """Compare the library, one client and many clients, in turn, each with lists of its own."""
-    names = ("in process, one list at a time", "1 client", f"{clients} clients")
-    sets = [lists(count, name) for name in names]
-    with CoReReranker(dtype=dtype) as reranker:
-        in_process(reranker, lists(8, "first"))
-        (_, base), *expected = [in_process(reranker, asked) for asked in sets]
+def load(
+    url: str, reranker: CoReReranker, sets: Sequence[Lists], clients: int, largest: float
+) -> None:
+    """Compare the library, one client and many clients, in turn, each with a set of its own.
+
+    Args:
+        url: Address of the server.
+        reranker: The library, with the model of the server.
+        sets: Three sets of lists.
+        clients: Number of clients.
+        largest: Largest difference of a score; more counts as wrong.
+    """
+    count = len(sets[0])
+    (_, base), *expected = [in_process(reranker, asked) for asked in sets]
     columns = (
         "",
         "requests a second",
@@ -173,15 +195,15 @@ def load(url: str, dtype: str, clients: int, count: int) -> None:
         "largest difference",
         "wrong",
     )
-    print(f"{count} requests each\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    print(f"| {names[0]} | {count / base:.2f} | 1.00 | | | | | |", flush=True)
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    print(f"| in process, one list at a time | {count / base:.2f} | 1.00 | | | | | |", flush=True)
     for name, asked, (scores, _), number in zip(
-        names[1:], sets[1:], expected, (1, clients), strict=True
+        ("1 client", f"{clients} clients"), sets[1:], expected, (1, clients), strict=True
     ):
         answers, seconds = asyncio.run(ask_all(url, asked, number))
         found = differences(answers, scores)
         # Also a score that is missing, which is not a number.
-        wrong = np.count_nonzero(~(found <= MAX_DIFFERENCES[dtype]))
+        wrong = np.count_nonzero(~(found <= largest))
         print(
             f"| {name} | {count / seconds:.2f} | {base / seconds:.2f} | {percentiles(answers)} | "
             f"{found.max():.2g} | {wrong} |",
@@ -207,21 +229,25 @@ async def fairness(url: str, count: int) -> None:
 
 
 def memory(url: str, process: psutil.Process, count: int) -> None:
-    """Print the memory of the server after every tenth of the requests.
-
-    Their documents come again, so that most are known and the time is short.
-    """
-    print("\n| requests | MiB |\n| --- | --- |")
-    draw = random.Random(0)
-    pool = [text for _, texts in lists(KNOWN // 6, "memory") for text in texts]
-    asked = [
-        (f"{query} {number}", draw.choices(pool, k=draw.randint(1, 20)))
-        for number, (query, _) in enumerate(requests(count, 1))
-    ]
+    """Print the memory of the server after every tenth of the requests, about known documents."""
+    print("\n| requests | MiB | of them for cached documents |\n| --- | --- | --- |")
+    asked = known_lists(count, "memory")
     step = max(1, count // POINTS)
     for start in tracked(range(0, count, step), "Requests"):
         asyncio.run(ask_all(url, asked[start : start + step], 16))
-        print(f"| {start + step} | {process.memory_info().rss / 2**20:.0f} |", flush=True)
+        size, cached = process.memory_info().rss, cached_bytes(url)
+        print(f"| {start + step} | {size / 2**20:.0f} | {cached / 2**20:.0f} |", flush=True)
+
+
+def cached_bytes(url: str) -> float:
+    """Return the size of the documents in the server's memory."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "core_rerank_cached_bytes"
+    )
 
 
 def main(
@@ -234,7 +260,18 @@ def main(
     """Print tables: load, fairness, memory."""
     print(machine("openvino", "fastapi", "uvicorn"))
     with serving(dtype) as (url, process):
-        load(url, dtype, clients, count)
+        with CoReReranker(dtype=dtype) as reranker:
+            in_process(reranker, lists(8, "first"))
+            print(f"{count} requests each, new documents\n")
+            sets = [lists(count, f"load {number}") for number in range(3)]
+            load(url, reranker, sets, clients, MAX_DIFFERENCES[dtype])
+            print(f"\n{count} requests each, known documents\n")
+            pool = known()
+            first = [("first", pool[start : start + 20]) for start in range(0, len(pool), 20)]
+            in_process(reranker, first)
+            asyncio.run(ask_all(url, first, 1))
+            sets = [known_lists(count, f"known {number}") for number in range(3)]
+            load(url, reranker, sets, clients, MAX_DIFFERENCES[dtype])
         print(f"\n| short requests | number | p50, ms | p95, ms | p99, ms |\n|{' --- |' * 5}")
         asyncio.run(fairness(url, short))
         if memory_requests:

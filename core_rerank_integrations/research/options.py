@@ -213,8 +213,8 @@ class TuneOptions(SampleOptions):
     )
     start: HeadSet | str | Path | None = Field(
         default=None,
-        description="Tuned head set, shipped or a file, whose adapter and weights are trained "
-        "further; by default a new adapter is trained.",
+        description="Head set, shipped or a file, whose weights are trained further, with its "
+        "adapter if it has one; by default the first weights are fitted.",
     )
     adapter: Path | None = Field(
         default=None,

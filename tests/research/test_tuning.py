@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoModel, LlamaConfig
 from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.backends.transformers.packing import ATTENTION_NAME
-from core_rerank_integrations.errors import HeadSetError, InvalidInputError, StorageError
+from core_rerank_integrations.errors import InvalidInputError, StorageError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.list_scores import WindowAttention
 from core_rerank_integrations.method.prompt import SharedPrefix, Span
@@ -268,6 +269,28 @@ def test_tuned_heads_rank_as_they_were_trained(small: LocalModel, tmp_path: Path
     np.testing.assert_allclose(scores, expected, atol=2e-2 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("start", "count"), [(None, 400), (HeadSet.from_pairs([(0, 1)]), 100)])
+def test_the_first_weights_see_many_lists(
+    small: LocalModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: HeadSet | None,
+    count: int,
+) -> None:
+    """Weights that were fitted on 96 lists were noise, which the adapter could not undo."""
+    seen: list[int] = []
+    begin = Ranker.start
+
+    def spy(ranker: Ranker, lists: Sequence[TuningList]) -> None:
+        seen.append(len(lists))
+        assert all(item.right and item.wrong for item in lists)
+        begin(ranker, lists[:8])
+
+    monkeypatch.setattr(Ranker, "start", spy)
+    tune_heads(options_for(small, tmp_path, start=start, steps=1))
+    assert seen == [count]
+
+
 def test_a_long_list_has_the_same_gradients_part_by_part(
     small: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,5 +410,11 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
     tune_heads(options_for(small, tmp_path, start=output, layers=None, steps=2))
     with pytest.raises(InvalidInputError, match=r"layers=2, but the heads 'keys' .* have 1"):
         tune_heads(options_for(small, tmp_path, start=output, layers=2))
-    with pytest.raises(HeadSetError, match="have no adapter"):
-        tune_heads(options_for(small, tmp_path, start=HeadSet.from_pairs([(0, 1)])))
+    plain = HeadSet.from_pairs([(1, 2)])
+    started = tune_heads(options_for(small, tmp_path, start=plain, layers=None, steps=1))
+    assert started.head_set.adapter is not None
+    assert started.head_set.adapter.layers == 2, "those of the head"
+    weights = {(head.layer, head.head): head.weight for head in started.head_set.heads}
+    assert max(weights, key=lambda head: abs(weights[head])) == (1, 2)
+    with pytest.raises(InvalidInputError, match=r"layers=1, but the heads .* need 2"):
+        tune_heads(options_for(small, tmp_path, start=plain, layers=1))

@@ -50,6 +50,8 @@ more."""
 START_LISTS = 400
 """Number of lists that the first head weights are fitted on. Fewer give large weights to noise,
 which the adapter then has to work against."""
+SCALE_LISTS = 100
+"""Number of lists that the deviations of the masses are taken from, where weights are given."""
 START_INTERCEPT = -1.5
 RIGHT_WEIGHT = 3.0
 """Weight of a right document in the loss of probabilities; a list holds several wrong ones."""
@@ -65,7 +67,7 @@ class Ranker(nn.Module):
     Args:
         model: The model.
         options: Layers, adapter and lengths.
-        started: Tuned head set that is trained further; ``None`` for a new adapter.
+        started: Head set to start from; ``None`` for a fit to the model as it is.
 
     Raises:
         InvalidInputError: The model has fewer layers.
@@ -212,6 +214,11 @@ class Ranker(nn.Module):
         )
         return loss - F.log_softmax(scores, dim=0)[:right].mean() if right else loss
 
+    @property
+    def start_lists(self) -> int:
+        """Number of lists that `start` takes."""
+        return START_LISTS if self._started is None else SCALE_LISTS
+
     def start(self, lists: Sequence[TuningList]) -> None:
         """Set the first head weights: those to start from, or else a fit to the model as it is.
 
@@ -322,6 +329,14 @@ def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> in
                 f"{given}; leave it out"
             )
         return given
+    if started is not None:
+        needed = started.highest_layer + 1
+        if options.layers is not None and options.layers < needed:
+            raise InvalidInputError(
+                f"layers={options.layers}, but the heads {started.name!r} to start from need "
+                f"{needed}; leave start or layers out"
+            )
+        return options.layers or needed
     if options.layers is not None and options.layers > total:
         raise InvalidInputError(f"layers={options.layers}, but the model has {total}")
     return options.layers or max(1, round(total / 3))

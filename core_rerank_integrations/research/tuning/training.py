@@ -20,7 +20,7 @@ from core_rerank_integrations.errors import InvalidInputError, StorageError
 from core_rerank_integrations.research.options import TuneOptions
 from core_rerank_integrations.research.sources import Sample
 from core_rerank_integrations.research.tuning.lists import Mixture, TuningList
-from core_rerank_integrations.research.tuning.ranker import START_LISTS, Ranker
+from core_rerank_integrations.research.tuning.ranker import Ranker
 from core_rerank_integrations.research.weights import JudgedList, mean_ndcg
 
 WEIGHTS_RATE = 0.002
@@ -148,8 +148,9 @@ class Training:
         return state.evaluations
 
     def _first_lists(self) -> list[TuningList]:
-        draws = (self._mixture.draw() for _ in range(4 * START_LISTS))
-        return [item for item in draws if item.right][:START_LISTS]
+        count = self._ranker.start_lists
+        draws = (self._mixture.draw() for _ in range(4 * count))
+        return [item for item in draws if item.right][:count]
 
     def _step(self) -> None:
         """Draw lists, and change the parameters by the mean gradient of their losses.

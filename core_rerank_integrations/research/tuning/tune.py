@@ -11,7 +11,7 @@ import numpy as np
 
 from core_rerank_integrations._internal.progress import Progress, no_progress, progress_bar
 from core_rerank_integrations.backends.loading import chosen_backend
-from core_rerank_integrations.errors import HeadSetError, InvalidInputError, requires_extra
+from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import Adapter, Head, HeadSet, Provenance
 from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig, log_odds
 from core_rerank_integrations.heads.shipped import head_set_for
@@ -65,7 +65,7 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
     Raises:
         InvalidInputError: A file cannot be read, too few questions are left to draw, there is
             nothing to train on or to choose by, or the loss is not a number.
-        HeadSetError: The head set to start from has no adapter, or belongs to another model.
+        HeadSetError: The head set to start from belongs to another model.
         ModelError: The model cannot be found, downloaded or loaded.
         UnsupportedModelError: The attention of the model cannot be read.
         StorageError: The checkpoint or the adapter cannot be written.
@@ -126,18 +126,13 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
 
 
 def _to_start_from(heads: HeadSet | str | Path, model: LocalModel) -> HeadSet:
-    """Return a tuned head set of a model.
+    """Return a head set of a model.
 
     Raises:
-        HeadSetError: It has no adapter, or belongs to another model.
+        HeadSetError: It belongs to another model, or its adapter does.
     """
     started = head_set_for(heads, model.model_id)
     started.check(model.model_id, model_shape(model.config()))
-    if started.adapter is None:
-        raise HeadSetError(
-            f"the heads {started.name!r} have no adapter that could be trained further; leave "
-            "start out to train a new one"
-        )
     with_adapter(model, started)  # Checks that it fits.
     return started
 
