@@ -417,7 +417,9 @@ def checked_model(settings: RerankerSettings) -> tuple[LocalModel, HeadSet]:
         token=settings.token,
         local_files_only=settings.local_files_only,
     )
-    heads = head_set_for(settings.heads, model.model_id)
+    # An engine that also generates needs the weights as they are.
+    allows_adapter = settings.backend != "vllm-shared"
+    heads = head_set_for(settings.heads, model.model_id, allows_adapter=allows_adapter)
     heads.check(model.model_id, model_shape(model.config()))
     return model, heads
 

@@ -23,18 +23,19 @@ def shipped_head_sets() -> dict[str, HeadSet]:
     return {head_set.name: head_set for head_set in sets}
 
 
-def head_set_for(heads: Heads | None, model: str | None) -> HeadSet:
+def head_set_for(heads: Heads | None, model: str | None, *, allows_adapter: bool = True) -> HeadSet:
     """Return the head set that a user's argument selects.
 
     Args:
         heads: The argument; ``None`` selects the default set of the model.
         model: Hub id of the model, or ``None`` if it is unknown.
+        allows_adapter: Whether the default set may have an adapter.
 
     Raises:
         HeadSetError: There is no such head set, or the heads are invalid.
     """
     if heads is None:
-        return default_head_set(model)
+        return default_head_set(model, allows_adapter=allows_adapter)
     if isinstance(heads, HeadSet):
         return heads
     if isinstance(heads, Path):
@@ -53,15 +54,20 @@ def sets_of(model: str | None) -> list[HeadSet]:
     ]
 
 
-def default_head_set(model: str | None) -> HeadSet:
+def default_head_set(model: str | None, *, allows_adapter: bool = True) -> HeadSet:
     """Return a model's default head set, or its first by name if none is marked.
+
+    Args:
+        model: Hub id of the model, or ``None`` if it is unknown.
+        allows_adapter: Whether it may have an adapter. A model may have two default sets, of which
+            the one with an adapter comes first.
 
     Raises:
         HeadSetError: No head set is shipped for the model.
     """
-    sets = sets_of(model)
+    sets = [item for item in sets_of(model) if allows_adapter or item.adapter is None]
     if sets:
-        return next((head_set for head_set in sets if head_set.default), sets[0])
+        return max(sets, key=lambda item: (item.default, item.default and item.adapter is not None))
     models = sorted({head_set.model or "" for head_set in shipped_head_sets().values()})
     raise HeadSetError(
         f"no head set is shipped for {model or 'a local model'}; pass heads=... (a HeadSet, the "

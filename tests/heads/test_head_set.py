@@ -11,10 +11,12 @@ import pytest
 from core_rerank_integrations import Head, HeadSet
 from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import HeadSetError
+from core_rerank_integrations.heads import shipped
 from core_rerank_integrations.heads.head_set import Adapter, ModelShape, Provenance
 from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig
 from core_rerank_integrations.heads.shipped import (
     default_head_set,
+    head_set_for,
     named_head_set,
     shipped_head_sets,
 )
@@ -271,6 +273,27 @@ def test_shipped_sets_are_complete() -> None:
         if ranked_heads := head_set.provenance.ranked_heads:
             ranked = [(layer, head) for layer, head, _ in ranked_heads]
             assert pairs(head_set) == ranked[: len(head_set.heads)]
+
+
+def test_an_adapter_comes_first_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Adapter(path="tuned", base_checksums=("0" * 64,), layers=2)
+    sets = {
+        name: HeadSet(name=name, model="org/new", heads=(Head(layer=1, head=1),), **fields)
+        for name, fields in {
+            "a": {},
+            "b": {"default": True},
+            "c": {"adapter": adapter},
+            "d": {"default": True, "adapter": adapter},
+        }.items()
+    }
+    monkeypatch.setattr(shipped, "shipped_head_sets", lambda: sets)
+    assert default_head_set("org/new").name == "d"
+    assert default_head_set("org/new", allows_adapter=False).name == "b"
+    assert head_set_for("d", "org/new", allows_adapter=False).name == "d"
+    del sets["d"]
+    assert default_head_set("org/new").name == "b"
+    del sets["b"]
+    assert default_head_set("org/new").name == "a"
 
 
 def test_no_shipped_set_names_the_remedy() -> None:
