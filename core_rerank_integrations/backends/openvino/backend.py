@@ -40,7 +40,7 @@ with requires_extra("cpu"):
 DTYPES = ("float32", "bfloat16", "int8")
 MAX_NEW_TOKENS = 1024
 """Maximum number of new tokens in a pass, with padding. OpenVINO keeps memory for the largest pass,
-some 0.25 MB a new token, and longer ones take no less time."""
+some 0.25 MB a new token, and longer ones were not faster on one thread."""
 MAX_LOGITS = 1 << 20
 """Maximum number of new tokens in a pass times the tokens that each may see."""
 MAX_TOKENS = 4096
