@@ -12,7 +12,7 @@ from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations._internal.closing import Closeable
 from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.backends.base import BackendStats
-from core_rerank_integrations.backends.loading import chosen_backend
+from core_rerank_integrations.backends.loading import allows_adapter, chosen_backend
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.scoring_config import FirstStage
@@ -417,9 +417,9 @@ def checked_model(settings: RerankerSettings) -> tuple[LocalModel, HeadSet]:
         token=settings.token,
         local_files_only=settings.local_files_only,
     )
-    # An engine that also generates needs the weights as they are.
-    allows_adapter = settings.backend != "vllm-shared"
-    heads = head_set_for(settings.heads, model.model_id, allows_adapter=allows_adapter)
+    heads = head_set_for(
+        settings.heads, model.model_id, allows_adapter=allows_adapter(settings.backend)
+    )
     heads.check(model.model_id, model_shape(model.config()))
     return model, heads
 

@@ -36,13 +36,21 @@ def chosen_backend(settings: RerankerSettings, model: LocalModel, heads: HeadSet
     return "openvino" if uses_openvino else "transformers"
 
 
+def allows_adapter(backend: str) -> bool:
+    """Return whether a backend may change the model's weights, as the adapter of heads does.
+
+    An engine that also generates needs them unchanged.
+    """
+    return backend != "vllm-shared"
+
+
 def check_adapter(backend: str, model: LocalModel, heads: HeadSet) -> None:
     """Check that the backend runs the model with the adapter of the heads.
 
     Raises:
         InvalidInputError: The heads have an adapter, and the engine also generates.
     """
-    if backend == "vllm-shared" and heads.adapter is not None:
+    if heads.adapter is not None and not allows_adapter(backend):
         plain = [other.name for other in sets_of(model.model_id) if other.adapter is None]
         raise InvalidInputError(
             f"the heads {heads.name!r} have an adapter, which changes the model's weights, and an "

@@ -65,7 +65,9 @@ def default_head_set(model: str | None, *, allows_adapter: bool = True) -> HeadS
     Raises:
         HeadSetError: No head set is shipped for the model.
     """
-    sets = [item for item in sets_of(model) if allows_adapter or item.adapter is None]
+    sets = sets_of(model)
+    # If all have one, the backend says why it cannot take it.
+    sets = [item for item in sets if allows_adapter or item.adapter is None] or sets
     if sets:
         return max(sets, key=lambda item: (item.default, item.default and item.adapter is not None))
     models = sorted({head_set.model or "" for head_set in shipped_head_sets().values()})

@@ -294,6 +294,8 @@ def test_an_adapter_comes_first_where_it_is_allowed(monkeypatch: pytest.MonkeyPa
     assert default_head_set("org/new").name == "b"
     del sets["b"]
     assert default_head_set("org/new").name == "a"
+    del sets["a"]
+    assert default_head_set("org/new", allows_adapter=False).name == "c"
 
 
 def test_no_shipped_set_names_the_remedy() -> None:

@@ -418,3 +418,5 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
     assert max(weights, key=lambda head: abs(weights[head])) == (1, 2)
     with pytest.raises(InvalidInputError, match=r"layers=1, but the heads .* need 2"):
         tune_heads(options_for(small, tmp_path, start=plain, layers=1))
+    with pytest.raises(InvalidInputError, match="layers=4, but the model has 3"):
+        tune_heads(options_for(small, tmp_path, start=plain, layers=4))

@@ -329,6 +329,8 @@ def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> in
                 f"{given}; leave it out"
             )
         return given
+    if options.layers is not None and options.layers > total:
+        raise InvalidInputError(f"layers={options.layers}, but the model has {total}")
     if started is not None:
         needed = started.highest_layer + 1
         if options.layers is not None and options.layers < needed:
@@ -337,6 +339,4 @@ def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> in
                 f"{needed}; leave start or layers out"
             )
         return options.layers or needed
-    if options.layers is not None and options.layers > total:
-        raise InvalidInputError(f"layers={options.layers}, but the model has {total}")
     return options.layers or max(1, round(total / 3))

@@ -31,12 +31,14 @@ from core_rerank_integrations.backends.openvino.backend import OpenVINOBackend
 from core_rerank_integrations.backends.openvino.decoder import Decoder
 from core_rerank_integrations.backends.openvino.runtime import openvino
 from core_rerank_integrations.backends.openvino.self_test import check_attention
+from core_rerank_integrations.backends.openvino.weights import Weights
 from core_rerank_integrations.errors import (
     InvalidInputError,
     ModelError,
     UnsupportedModelError,
 )
 from core_rerank_integrations.models.local_model import LocalModel
+from core_rerank_integrations.models.safetensors_files import StoredTensor
 from core_rerank_integrations.settings import RerankerSettings
 
 FAMILIES = [
@@ -240,3 +242,20 @@ def test_pytorch_is_not_needed(smollm2: LocalModel) -> None:
     assert result.returncode == 0, result.stderr
     assert "backend='openvino') 1" in result.stdout
     assert "PyTorch" not in result.stderr
+
+
+def test_weights_are_not_copied_from_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    mapped = StoredTensor.mapped
+
+    def spy(stored: StoredTensor) -> Any:
+        read.append(mapped(stored))
+        return read[-1]
+
+    monkeypatch.setattr(StoredTensor, "mapped", spy)
+    weights = Weights(saved(tmp_path, transformers.LlamaConfig(**TINY)).path)
+    matrix = weights.matrix("layers.0.self_attn.q_proj.weight")
+    for constant in (weights.table("embed_tokens.weight"), matrix.input_value(0).get_node()):
+        assert any(np.shares_memory(constant.data, numbers) for numbers in read)
