@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="dev")
-    parser.add_argument("--heads", nargs="+", default=["fit", "fast"])
+    parser.add_argument("--heads", nargs="+", default=["tuned", "fit", "fast"])
     arguments = parser.parse_args()
     documents = answered_documents(arguments.data, arguments.split)
     texts = [[item.document[a:b] for a, b in item.sentences] for item in documents]
