@@ -77,8 +77,9 @@ def marked_parts(turn: Turn, document: Document) -> Iterator[tuple[str, str]]:
     heading = f"{document.metadata.get('title')}\n\n"
     begin = len(heading) if content.startswith(heading) else 0
     evidence = [part for part in ranked.get("evidence") or [] if part[0] >= begin]
-    min_score = MARKED_SHARE * max((score for _, _, score in evidence), default=0.0)
-    marked = [(start, stop) for start, stop, score in evidence if score >= min_score > 0]
+    best = max((score for _, _, score in evidence), default=0.0)
+    min_score = MARKED_SHARE * best if best > 0 else best
+    marked = [(start, stop) for start, stop, score in evidence if score >= min_score]
     extracted = ranked.get("extracted") or [(begin, len(content))]
     borders = {border for span in [*marked, *extracted] for border in span if border > begin}
     for start, stop in pairwise(sorted({begin, len(content)} | borders)):

@@ -67,8 +67,8 @@ class Abstention(BaseModel):
     Some questions raise the scores of all candidates, so the probability of the best one is not
     enough. The feature is the best log-odds minus the mean of the list. The mean of a short list
     is uncertain, so it is shrunk towards the mean of all lists, as if ``candidates`` more
-    documents of that mean were in the list (James-Stein estimator). The expected margin grows
-    with the number of candidates, which ``size_slope`` corrects.
+    documents of that mean were in the list. The expected margin grows with the number of
+    candidates, which ``size_slope`` corrects.
 
     Attributes:
         mean: Mean log-odds of candidates over all lists.

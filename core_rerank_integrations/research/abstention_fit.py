@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from core_rerank_integrations._internal.progress import Progress, no_progress, progress_bar
 from core_rerank_integrations.errors import InvalidInputError
@@ -27,6 +28,9 @@ from core_rerank_integrations.research.weights import Array
 
 SIZES = (1, 2, 3, 5, 10)
 """Numbers of irrelevant candidates in the shorter lists that are also fitted on."""
+CANDIDATES = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""Numbers of candidates with the mean of all lists that are tried (`Abstention.candidates`). With
+few, the best candidate is compared with its list; with many, with all lists."""
 
 
 class JudgedLogOdds(NamedTuple):
@@ -95,7 +99,8 @@ def fit_answerability(
     """Fit the model of a list's answerability by logistic loss, and its threshold.
 
     Half of the lists hold a relevant document; the other half are the same lists without it.
-    Shorter lists (`SIZES`) are fitted on as well; each length counts alike.
+    Shorter lists (`SIZES`) are fitted on as well; each length counts alike. Of `CANDIDATES`, the
+    number with the lowest loss is kept.
 
     Args:
         groups: The lists of each collection. Each collection counts alike, however many lists it
@@ -110,8 +115,45 @@ def fit_answerability(
         raise InvalidInputError(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
         )
-    mean, candidates = _prior_mean([item.others for group in groups for item in group])
-    rows, answers, weights = [], [], []
+    mean = float(np.mean([item.others.mean() for group in groups for item in group]))
+    fits = [_fit(_lists(groups, seed), mean, candidates) for candidates in CANDIDATES]
+    best = min(fits, key=lambda fit: fit.loss)
+    threshold = np.quantile(
+        best.answerability[best.is_answered],
+        max_false_abstentions,
+        weights=best.weights[best.is_answered],
+        method="inverted_cdf",
+    )
+    slope, size_slope, intercept = best.line.tolist()
+    return Abstention(
+        mean=mean,
+        candidates=best.candidates,
+        slope=slope,
+        size_slope=size_slope,
+        intercept=intercept,
+        threshold=float(threshold),
+    )
+
+
+class _WeightedList(NamedTuple):
+    odds: Array
+    is_answered: bool
+    weight: float
+
+
+class _Fit(NamedTuple):
+    """A logistic fit; the last three fields have one value per list."""
+
+    candidates: float
+    loss: float
+    line: Array
+    answerability: Array
+    is_answered: npt.NDArray[np.bool_]
+    weights: Array
+
+
+def _lists(groups: Sequence[Sequence[JudgedLogOdds]], seed: int) -> Iterator[_WeightedList]:
+    """Yield the lists to fit on, whole and shortened, with and without relevant candidates."""
     for group in groups:
         generator = random.Random(seed)
         for items in (
@@ -120,43 +162,22 @@ def fit_answerability(
         ):
             for item in items:
                 for answered, odds in zip((True, False), item.lists(), strict=True):
-                    if answered and not len(item.relevant):
-                        continue
-                    rows.append((shrunken_margin(odds, mean, candidates), np.log(len(odds)), 1.0))
-                    answers.append(answered)
-                    weights.append(1 / len(items))
+                    if len(item.relevant) or not answered:
+                        yield _WeightedList(odds, answered, 1 / len(items))
+
+
+def _fit(lists: Iterable[_WeightedList], mean: float, candidates: float) -> _Fit:
+    rows, answers, weights = [], [], []
+    for item in lists:
+        rows.append((shrunken_margin(item.odds, mean, candidates), np.log(len(item.odds)), 1.0))
+        answers.append(item.is_answered)
+        weights.append(item.weight)
     features, is_answered = np.array(rows), np.array(answers)
     shares = np.array(weights) / sum(weights)
     line = fit_logistic(features, is_answered, shares)
-    threshold = np.quantile(
-        logistic(features[is_answered] @ line),
-        max_false_abstentions,
-        weights=shares[is_answered],
-        method="inverted_cdf",
-    )
-    slope, size_slope, intercept = line.tolist()
-    return Abstention(
-        mean=mean,
-        candidates=candidates,
-        slope=slope,
-        size_slope=size_slope,
-        intercept=intercept,
-        threshold=float(threshold),
-    )
-
-
-def _prior_mean(lists: Sequence[Array]) -> tuple[float, float]:
-    """Return the mean of all lists, and the number of candidates that it is worth.
-
-    The number is that of the James-Stein estimator: the variance within lists divided by the
-    variance between their means.
-    """
-    means = np.array([odds.mean() for odds in lists])
-    longer = [odds for odds in lists if len(odds) > 1]
-    within = float(np.mean([odds.var(ddof=1) for odds in longer])) if longer else 0.0
-    by_chance = within * float(np.mean([1 / len(odds) for odds in lists]))
-    between = max(float(means.var()) - by_chance, 1e-3 * within)
-    return float(means.mean()), within / between if between else 0.0
+    logits = features @ line
+    loss = float(shares @ np.logaddexp(0, np.where(is_answered, -logits, logits)))
+    return _Fit(candidates, loss, line, logistic(logits), is_answered, shares)
 
 
 def fit_abstention(options: AbstentionOptions, *, show_progress: bool = False) -> HeadSet:

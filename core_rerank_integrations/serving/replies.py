@@ -156,13 +156,15 @@ def _result(result: RerankResult, score: float, request: RerankRequest) -> Resul
 
 
 def _spans(evidence: Sequence[Evidence], wanted: RelevantSpans) -> list[Span]:
-    """Return the best sentences; their scores are shares, so that a threshold has a scale."""
-    total = sum(part.score for part in evidence if part.score > 0)
+    """Return the best sentences; their scores are shares, so that a threshold has a scale.
+
+    Sentences with a negative score are left out, unless all are: then the best one counts alone.
+    """
+    positive = [part for part in evidence if part.score > 0]
+    total = sum(part.score for part in positive)
     spans = [
-        Span(start=part.start, end=part.stop, score=part.score / total)
-        for part in evidence
-        if part.score > 0
-    ]
+        Span(start=part.start, end=part.stop, score=part.score / total) for part in positive
+    ] or [Span(start=part.start, end=part.stop, score=1.0) for part in evidence[:1]]
     if wanted.threshold is not None:
         spans = [span for span in spans if span.score >= wanted.threshold]
     return spans[: wanted.max_spans]

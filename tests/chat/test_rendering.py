@@ -126,6 +126,8 @@ def test_strongest_sentences_are_marked_and_left_out_sentences_are_pale() -> Non
     )
     turn.documents = [shown]
     assert "Weak. <mark>Strong.</mark> <mark>Near.</mark>" in rendering.findings([turn])
+    evidence[:] = [[start, stop, score - 1] for start, stop, score in evidence]
+    assert "Weak. <mark>Strong.</mark> Near." in rendering.findings([turn])
 
 
 def test_missing_parts_are_not_shown() -> None:

@@ -124,11 +124,12 @@ def test_relevant_spans_are_code_points(server, expected) -> None:
     best = spans[1][0]
     (evidence,) = (result.evidence for result in expected if result.index == 1)
     assert (best["start"], best["end"]) == evidence[0][:2]
-    assert TEXTS[1][best["start"] : best["end"]] == "🦘 Sydney is the largest city."
+    assert TEXTS[1][best["start"] : best["end"]] == "Canberra is the capital of Australia."
     assert sum(span["score"] for span in spans[1]) == pytest.approx(1)
     assert [span["score"] for span in spans[1]] == sorted(
         (span["score"] for span in spans[1]), reverse=True
     )
+    assert all(spans[index] for index in range(3)), "also where all scores are negative"
     assert spans[3] == []
     assert "evidence" not in reply["results"][0]["core_rerank"]
     one = ranked(server, relevant_spans={"max_spans": 1, "threshold": None})

@@ -60,8 +60,9 @@ def extracted_answer(passages: Sequence[RankedPassage]) -> str:
         if passage.relevance < PASSAGE_SHARE * best or not passage.evidence:
             continue
         evidence = _without_headings(passage)
-        minimum = SENTENCE_SHARE * evidence[0][2]
-        strong = [sentence for sentence in evidence if sentence[2] >= minimum]
+        minimum = max(SENTENCE_SHARE * evidence[0][2], 0.0)
+        # The best sentence counts whatever its score, which may be negative.
+        strong = [evidence[0], *(part for part in evidence[1:] if part[2] >= minimum > 0)]
         limit = min(MAX_SENTENCES - len(sentences), 2 if number == 1 else 1)
         sentences += [
             _cited(passage.text[int(start) : int(stop)], number)

@@ -22,6 +22,11 @@ def test_passages_that_are_nearly_as_relevant_add_their_best_sentence() -> None:
     assert many.count("[") == MAX_SENTENCES
 
 
+def test_the_best_sentence_is_quoted_whatever_its_score() -> None:
+    negative = [[start, stop, score - 2] for start, stop, score in (BELL, WHEN, BREAD)]
+    assert extracted_answer([RankedPassage(ONE, 0.5, negative)]) == "Bell patented it. [1]"
+
+
 def test_without_evidence_the_first_passage_answers() -> None:
     assert extracted_answer([RankedPassage("Some\ntext."), RankedPassage("x")]) == "Some text. [1]"
     assert extracted_answer([]) == ""
