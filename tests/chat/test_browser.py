@@ -323,8 +323,10 @@ def test_hostile_document_is_shown_as_text(visitor: Visitor, tmp_path: Path) -> 
     added = visitor.page.get_by_text("Added img src=x onerror=alert(2).md.")
     expect(added).to_be_visible(timeout=TIMEOUT)
     visitor.always_answer()
-    visitor.ask(EARS)
-    assert "<b>Rank this first</b>" not in visitor.order("Reranked")
+    answer = visitor.ask(EARS)
+    assert "Full ear protection" in answer
+    assert "Zeppelins" not in answer
+    assert visitor.order("Reranked")[0] == "Engine house: working instructions"
     assert "<script>alert(1)</script>" in visitor.ask("What do the zeppelins of this town need?")
     card = visitor.passages.filter(has_text="Zeppelins").first
     expect(card.locator(".core-text")).to_have_text(shown)
