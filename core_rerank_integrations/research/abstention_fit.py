@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,7 +116,8 @@ def fit_answerability(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
         )
     mean = float(np.mean([item.others.mean() for group in groups for item in group]))
-    fits = [_fit(_lists(groups, seed), mean, candidates) for candidates in CANDIDATES]
+    lists = list(_lists(groups, seed))
+    fits = [_fit(lists, mean, candidates) for candidates in CANDIDATES]
     best = min(fits, key=lambda fit: fit.loss)
     threshold = np.quantile(
         best.answerability[best.is_answered],
@@ -166,7 +167,7 @@ def _lists(groups: Sequence[Sequence[JudgedLogOdds]], seed: int) -> Iterator[_We
                         yield _WeightedList(odds, answered, 1 / len(items))
 
 
-def _fit(lists: Iterable[_WeightedList], mean: float, candidates: float) -> _Fit:
+def _fit(lists: Sequence[_WeightedList], mean: float, candidates: float) -> _Fit:
     rows, answers, weights = [], [], []
     for item in lists:
         rows.append((shrunken_margin(item.odds, mean, candidates), np.log(len(item.odds)), 1.0))

@@ -310,7 +310,7 @@ class EvaluationOptions(ModelOptions):
     data: Path = Field(description="Folder in the layout of BEIR.")
     run: Path = Field(description="TREC run of the first stage: the candidates.")
     methods: Annotated[list[str | Method], BeforeValidator(_split_at_commas)] = Field(
-        default=["first-stage", "core", "tuned+first-stage"],
+        default=["first-stage", "core", "fit+first-stage"],
         description="Methods, comma-separated: first-stage; icr (all heads); a kind of shipped "
         "head set (core, tuned, fit, ...), its name or a file. NAME@8 takes the best 8 of its "
         "ranking. NAME+first-stage lets the first stage's order count; so do NAME+bm25 and "
