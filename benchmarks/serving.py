@@ -7,6 +7,7 @@ compared with one that was computed before, in this process.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 import subprocess
@@ -33,6 +34,8 @@ POINTS = 10
 """Number of rows of the table of memory."""
 KNOWN = 600
 """Number of documents, about, that are asked about again and again."""
+NEW = 0.05
+"""Share of new documents in the lists that memory is measured with."""
 
 Lists = Sequence[tuple[str, list[str]]]
 
@@ -73,8 +76,24 @@ def known_lists(count: int, label: str) -> list[tuple[str, list[str]]]:
     ]
 
 
+def varied_lists(count: int) -> list[tuple[str, list[str]]]:
+    """Return lists of 1 to 20 documents: most are known, and new ones have 5 to 300 words."""
+    draw, number = random.Random("varied"), itertools.count()
+
+    def document(text: str) -> str:
+        if draw.random() >= NEW:
+            return text
+        words = text.split()
+        length = draw.randint(5, 300)
+        return " ".join([f"({next(number)})", *itertools.islice(itertools.cycle(words), length)])
+
+    return [
+        (query, [document(text) for text in texts]) for query, texts in known_lists(count, "varied")
+    ]
+
+
 @contextmanager
-def serving(dtype: str) -> Iterator[tuple[str, psutil.Process]]:
+def serving(dtype: str = "auto") -> Iterator[tuple[str, psutil.Process]]:
     """Run a server until the block ends.
 
     Yields:
@@ -154,6 +173,12 @@ def differences(answers: Sequence[Answer], expected: Sequence[np.ndarray]) -> np
     )
 
 
+def wrong(answers: Sequence[Answer], expected: Sequence[np.ndarray], dtype: str = "auto") -> int:
+    """Count answers with a score that is missing or too far from that of the library."""
+    # A missing score is not a number, and not below anything.
+    return int(np.count_nonzero(~(differences(answers, expected) <= MAX_DIFFERENCES[dtype])))
+
+
 def percentiles(answers: Sequence[Answer]) -> str:
     values = np.percentile([answer.seconds for answer in answers], (50, 95, 99)) * 1000
     return " | ".join(f"{value:.0f}" for value in values)
@@ -171,9 +196,7 @@ def in_process(reranker: CoReReranker, asked: Lists) -> tuple[list[np.ndarray], 
     return found, time.perf_counter() - begun
 
 
-def load(
-    url: str, reranker: CoReReranker, sets: Sequence[Lists], clients: int, largest: float
-) -> None:
+def load(url: str, reranker: CoReReranker, sets: Sequence[Lists], clients: int, dtype: str) -> None:
     """Compare the library, one client and many clients, in turn, each with a set of its own.
 
     Args:
@@ -181,7 +204,7 @@ def load(
         reranker: The library, with the model of the server.
         sets: Three sets of lists.
         clients: Number of clients.
-        largest: Largest difference of a score; more counts as wrong.
+        dtype: Precision of both.
     """
     count = len(sets[0])
     (_, base), *expected = [in_process(reranker, asked) for asked in sets]
@@ -201,14 +224,25 @@ def load(
         ("1 client", f"{clients} clients"), sets[1:], expected, (1, clients), strict=True
     ):
         answers, seconds = asyncio.run(ask_all(url, asked, number))
-        found = differences(answers, scores)
-        # Also a score that is missing, which is not a number.
-        wrong = np.count_nonzero(~(found <= largest))
         print(
             f"| {name} | {count / seconds:.2f} | {base / seconds:.2f} | {percentiles(answers)} | "
-            f"{found.max():.2g} | {wrong} |",
+            f"{differences(answers, scores).max():.2g} | {wrong(answers, scores, dtype)} |",
             flush=True,
         )
+
+
+def compare(url: str, dtype: str, clients: int, count: int) -> None:
+    """Print two tables of load, one with new documents and one with known ones."""
+    with CoReReranker(dtype=dtype) as reranker:
+        in_process(reranker, lists(8, "first"))
+        print(f"{count} requests each, new documents\n")
+        load(url, reranker, [lists(count, f"load {i}") for i in range(3)], clients, dtype)
+        print(f"\n{count} requests each, known documents\n")
+        pool = known()
+        first = [("first", pool[start : start + 20]) for start in range(0, len(pool), 20)]
+        in_process(reranker, first)
+        asyncio.run(ask_all(url, first, 1))
+        load(url, reranker, [known_lists(count, f"known {i}") for i in range(3)], clients, dtype)
 
 
 async def fairness(url: str, count: int) -> None:
@@ -229,9 +263,9 @@ async def fairness(url: str, count: int) -> None:
 
 
 def memory(url: str, process: psutil.Process, count: int) -> None:
-    """Print the memory of the server after every tenth of the requests, about known documents."""
+    """Print the memory of the server after every tenth of the requests, from 16 clients."""
     print("\n| requests | MiB | of them for cached documents |\n| --- | --- | --- |")
-    asked = known_lists(count, "memory")
+    asked = varied_lists(count)
     step = max(1, count // POINTS)
     for start in tracked(range(0, count, step), "Requests"):
         asyncio.run(ask_all(url, asked[start : start + step], 16))
@@ -257,23 +291,14 @@ def main(
     short: Annotated[int, typer.Option(help="Number of short requests, for fairness.")] = 60,
     memory_requests: Annotated[int, typer.Option(help="Number of requests, for memory.")] = 5000,
 ) -> None:
-    """Print tables: load, fairness, memory."""
+    """Print tables: load, fairness, memory. A number of 0 leaves one out."""
     print(machine("openvino", "fastapi", "uvicorn"))
     with serving(dtype) as (url, process):
-        with CoReReranker(dtype=dtype) as reranker:
-            in_process(reranker, lists(8, "first"))
-            print(f"{count} requests each, new documents\n")
-            sets = [lists(count, f"load {number}") for number in range(3)]
-            load(url, reranker, sets, clients, MAX_DIFFERENCES[dtype])
-            print(f"\n{count} requests each, known documents\n")
-            pool = known()
-            first = [("first", pool[start : start + 20]) for start in range(0, len(pool), 20)]
-            in_process(reranker, first)
-            asyncio.run(ask_all(url, first, 1))
-            sets = [known_lists(count, f"known {number}") for number in range(3)]
-            load(url, reranker, sets, clients, MAX_DIFFERENCES[dtype])
-        print(f"\n| short requests | number | p50, ms | p95, ms | p99, ms |\n|{' --- |' * 5}")
-        asyncio.run(fairness(url, short))
+        if count:
+            compare(url, dtype, clients, count)
+        if short:
+            print(f"\n| short requests | number | p50, ms | p95, ms | p99, ms |\n|{' --- |' * 5}")
+            asyncio.run(fairness(url, short))
         if memory_requests:
             memory(url, process, memory_requests)
 

@@ -216,6 +216,11 @@ class TuneOptions(SampleOptions):
         description="Head set, shipped or a file, whose weights are trained further, with its "
         "adapter if it has one; by default the first weights are fitted.",
     )
+    average: Probability = Field(
+        default=0.0,
+        description="Share of the head set to start from in the result: its adapter and weights "
+        "are averaged with the trained ones, which often ranks better than either.",
+    )
     adapter: Path | None = Field(
         default=None,
         description="Folder of the adapter to write; by default beside the head set.",
@@ -223,7 +228,8 @@ class TuneOptions(SampleOptions):
     layers: Count | None = Field(
         default=None,
         description="Number of layers that run; those above are dropped. By default a third, or "
-        "those of the head set to start from.",
+        "those of the head set to start from. With fewer than its adapter has, the first weights "
+        "are fitted.",
     )
     template: str | PromptTemplate | None = Field(
         default=None, description="Prompt template; by default the model's."

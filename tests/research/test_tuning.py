@@ -408,7 +408,7 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
     assert "lists.jsonl, 8 lists, weight 2" in heads.provenance.details["train"]
 
     tune_heads(options_for(small, tmp_path, start=output, layers=None, steps=2))
-    with pytest.raises(InvalidInputError, match=r"layers=2, but the heads 'keys' .* have 1"):
+    with pytest.raises(InvalidInputError, match=r"layers=2, but the adapter of .* 'keys' .* has 1"):
         tune_heads(options_for(small, tmp_path, start=output, layers=2))
     plain = HeadSet.from_pairs([(1, 2)])
     started = tune_heads(options_for(small, tmp_path, start=plain, layers=None, steps=1))
@@ -420,3 +420,61 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
         tune_heads(options_for(small, tmp_path, start=plain, layers=1))
     with pytest.raises(InvalidInputError, match="layers=4, but the model has 3"):
         tune_heads(options_for(small, tmp_path, start=plain, layers=4))
+
+
+def test_the_result_is_averaged_with_the_heads_to_start_from(
+    small: LocalModel, tmp_path: Path
+) -> None:
+    def tuned(name: str, **options: Any) -> tuple[HeadSet, dict[str, torch.Tensor]]:
+        adapter = tmp_path / name
+        heads = tune_heads(options_for(small, tmp_path, adapter=adapter, **options)).head_set
+        return heads, load_file(adapter / ADAPTER_FILES[1])
+
+    def weights(heads: HeadSet) -> dict[tuple[int, int], float]:
+        return {(head.layer, head.head): head.weight for head in heads.heads}
+
+    first, first_adapter = tuned("first", layers=2, rank=2, steps=2)
+    first.save(start := tmp_path / "first.json")
+    further = {"start": start, "layers": None, "steps": 2, "learning_rate": 0.1}
+    last, last_adapter = tuned("last", **further)
+    mean, mean_adapter = tuned("mean", average=0.25, **further)
+    assert mean.provenance.details["average"] == 0.25
+    for name, tensor in mean_adapter.items():
+        expected = 0.25 * first_adapter[name].float() + 0.75 * last_adapter[name].float()
+        torch.testing.assert_close(tensor.float(), expected, atol=2e-3, rtol=2e-2)
+    assert any(not last_adapter[name].equal(tensor) for name, tensor in mean_adapter.items())
+    of_first, of_last = weights(first), weights(last)
+    for head, weight in weights(mean).items():
+        expected = 0.25 * of_first.get(head, 0) + 0.75 * of_last.get(head, 0)
+        assert weight == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+    for options, message in (
+        ({"layers": 2}, "average=0.5, but there is no adapter to average with"),
+        ({"layers": 1, "start": start}, "average=0.5 needs all 2 layers of the heads"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            tuned("refused", average=0.5, **options)
+
+
+def test_an_adapter_to_start_from_can_be_cut(small: LocalModel, tmp_path: Path) -> None:
+    start = tmp_path / "start.json"
+    heads = tune_heads(
+        options_for(small, tmp_path, adapter=tmp_path / "three", layers=3, rank=2, steps=2)
+    ).head_set
+    heads.save(start)
+    adapter = tmp_path / "two"
+    # So low a learning rate leaves the adapter as it is.
+    options = options_for(
+        small, tmp_path, adapter=adapter, start=start, layers=2, steps=1, learning_rate=1e-12
+    )
+    cut = tune_heads(options).head_set
+    assert cut.adapter is not None
+    assert cut.adapter.layers == 2
+    assert cut.highest_layer < 2
+    before, after = (
+        load_file(folder / ADAPTER_FILES[1]) for folder in (tmp_path / "three", adapter)
+    )
+    assert after.keys() < before.keys()
+    assert not any("layers.1.mlp" in name or "layers.2" in name for name in after)
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name])

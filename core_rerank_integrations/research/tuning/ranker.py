@@ -93,8 +93,10 @@ class Ranker(nn.Module):
             setattr(config, name, value)
         self.heads_per_layer: int = config.num_attention_heads
         self._started = started
+        self._is_cut = is_cut(self.layers, started)
         self.model = self._with_adapter(self._load(model, config, dtype), options.rank)
         fuse_adapters(self.model)
+        self._first = [parameter.detach().clone() for parameter in self.adapter_parameters]
         heads = self.layers * self.heads_per_layer
         self.register_buffer("scale", torch.ones(heads, device=self.device))
         self.weights = nn.Parameter(torch.zeros(heads, device=self.device))
@@ -124,13 +126,14 @@ class Ranker(nn.Module):
 
     def _with_adapter(self, base: Any, rank: int) -> Any:
         """Return a model with the adapter to start from, or with a new one, which does nothing."""
+        unused = rf".*layers\.{self.layers - 1}\..*({'|'.join(UNUSED_IN_LAST_LAYER)})"
         if self._started is not None and self._started.adapter is not None:
-            return PeftModel.from_pretrained(base, self._started.adapter.path, is_trainable=True)
+            path = self._started.adapter.path
+            config = LoraConfig.from_pretrained(path)
+            config.exclude_modules = unused
+            return PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
         adapter = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="all-linear",
-            exclude_modules=rf".*layers\.{self.layers - 1}\..*({'|'.join(UNUSED_IN_LAST_LAYER)})",
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=unused
         )
         return get_peft_model(base, adapter)
 
@@ -217,10 +220,15 @@ class Ranker(nn.Module):
     @property
     def start_lists(self) -> int:
         """Number of lists that `start` takes."""
-        return START_LISTS if self._started is None else SCALE_LISTS
+        return SCALE_LISTS if self._has_weights else START_LISTS
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether there are head weights to start from, for all of the layers that they need."""
+        return self._started is not None and not self._is_cut
 
     def start(self, lists: Sequence[TuningList]) -> None:
-        """Set the first head weights: those to start from, or else a fit to the model as it is.
+        """Set the first head weights: those to start from, or else a fit to the model.
 
         Args:
             lists: Lists with right and wrong documents, by which masses are scaled to unit
@@ -233,18 +241,32 @@ class Ranker(nn.Module):
             features = masses.double().cpu().numpy()
             judged.append(JudgedList("", (), features, grades, None, np.zeros(len(grades))))
         scale = heads_scale(judged)
-        weights = np.zeros(len(scale))
-        if self._started is None:
-            weights = _first_weights(judged)
-        else:
-            for head in self._started.heads:
-                weights[head.layer * self.heads_per_layer + head.head] = head.weight
-            if calibration := self._started.scoring.calibration:
-                nn.init.constant_(self.log_slope, math.log(calibration.slope))
-                nn.init.constant_(self.intercept, calibration.intercept)
+        weights = self._weights_to_start_from() if self._has_weights else _first_weights(judged)
+        if self._started is not None and (calibration := self._started.scoring.calibration):
+            nn.init.constant_(self.log_slope, math.log(calibration.slope))
+            nn.init.constant_(self.intercept, calibration.intercept)
         self.scale.copy_(torch.as_tensor(scale))
         with torch.no_grad():
             self.weights.copy_(torch.as_tensor(weights * scale))
+
+    def _weights_to_start_from(self) -> Array:
+        weights = np.zeros(self.layers * self.heads_per_layer)
+        for head in self._started.heads if self._started else ():
+            weights[head.layer * self.heads_per_layer + head.head] = head.weight
+        return weights
+
+    def average(self, share: float) -> None:
+        """Average adapter and head weights with those of the head set to start from.
+
+        Args:
+            share: Weight of the head set to start from, from 0 to 1. `check_average` tells
+                whether there is one.
+        """
+        first = torch.as_tensor(self._weights_to_start_from(), device=self.device) * self.scale
+        with torch.no_grad():
+            pairs = zip(self.adapter_parameters, self._first, strict=True)
+            for trained, started in ((self.weights, first), *pairs):
+                trained.lerp_(started.to(trained.dtype), share)
 
     def head_weights(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the weights for masses as they are, shape [heads]."""
@@ -319,16 +341,17 @@ def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> in
     """Return the number of layers that run, of a model of ``total``.
 
     Raises:
-        InvalidInputError: The model has fewer, or the head set to start from has others.
+        InvalidInputError: The model has fewer, or the head set to start from has too few or needs
+            more.
     """
     if started is not None and started.adapter is not None:
         given = started.adapter.layers
-        if options.layers not in (None, given):
+        if options.layers is not None and options.layers > given:
             raise InvalidInputError(
-                f"layers={options.layers}, but the heads {started.name!r} to start from have "
-                f"{given}; leave it out"
+                f"layers={options.layers}, but the adapter of the heads {started.name!r} to start "
+                f"from has {given}; give at most {given}"
             )
-        return given
+        return options.layers or given
     if options.layers is not None and options.layers > total:
         raise InvalidInputError(f"layers={options.layers}, but the model has {total}")
     if started is not None:
@@ -340,3 +363,28 @@ def kept_layers(total: int, options: TuneOptions, started: HeadSet | None) -> in
             )
         return options.layers or needed
     return options.layers or max(1, round(total / 3))
+
+
+def is_cut(layers: int, started: HeadSet | None) -> bool:
+    """Return whether fewer layers run than the adapter to start from has."""
+    return started is not None and started.adapter is not None and layers < started.adapter.layers
+
+
+def check_average(options: TuneOptions, started: HeadSet | None) -> None:
+    """Check that there is an adapter to average with.
+
+    Raises:
+        InvalidInputError: There is none, or not all of its layers run.
+    """
+    if not options.average:
+        return
+    if started is None or started.adapter is None:
+        raise InvalidInputError(
+            f"average={options.average:g}, but there is no adapter to average with: give heads "
+            "with an adapter as start, or leave average out"
+        )
+    if options.layers is not None and is_cut(options.layers, started):
+        raise InvalidInputError(
+            f"average={options.average:g} needs all {started.adapter.layers} layers of the heads "
+            f"{started.name!r} to start from; leave layers={options.layers} out, or average"
+        )

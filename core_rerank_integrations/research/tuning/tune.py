@@ -33,7 +33,7 @@ from core_rerank_integrations.settings import RerankerSettings
 with requires_extra("tune"):
     import torch
 
-    from core_rerank_integrations.research.tuning.ranker import Ranker
+    from core_rerank_integrations.research.tuning.ranker import Ranker, check_average
     from core_rerank_integrations.research.tuning.training import Evaluation, Training
 
 ONE: Array = np.ones(1)
@@ -72,6 +72,7 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
     """
     model = resolve(options.model)
     started = None if options.start is None else _to_start_from(options.start, model)
+    check_average(options, started)
     # The dev questions are drawn first, so that they do not depend on the train questions.
     runs = [*options.dev, *(source.run for source in options.train)]
     samples = draw_samples(runs, options.seed)
@@ -84,6 +85,8 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
     checkpoint /= f"{_digest(model, options, sources, dev)}.pt"
     training = Training(ranker, sources, chosen_by, options, checkpoint)
     evaluations = training.run(progress_bar(show_progress, "Training"))
+    if options.average:
+        ranker.average(options.average)
     name = options.name or "tuned"
     adapter = options.adapter or Path(name)
     ranker.save_adapter(adapter, model.model_id)
@@ -115,6 +118,7 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
                     "dev_ndcg10": round(_best(evaluations).mean, 4),
                     "seed": options.seed,
                     **({} if started is None else {"start": started.name}),
+                    **({"average": options.average} if options.average else {}),
                     **heads.provenance.details,
                     **versions(),
                 },
@@ -182,7 +186,15 @@ def _digest(
     dev: Sequence[Sample],
 ) -> str:
     """Return a name for the checkpoint: other data or options are another training."""
-    unrelated = {"adapter", "name", "checkpoints", "evidence", "max_false_abstentions", "backend"}
+    unrelated = {
+        "adapter",
+        "average",
+        "backend",
+        "checkpoints",
+        "evidence",
+        "max_false_abstentions",
+        "name",
+    }
     digest = hashlib.sha256(model.fingerprint().encode())
     digest.update(repr(sorted(options.model_dump(exclude=unrelated).items())).encode())
     for lists in sources:
