@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from core_rerank_integrations._internal.progress import progress_bar
+from core_rerank_integrations.backends.loading import allows_adapter
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.models.resolve import resolve
@@ -100,8 +101,9 @@ def evaluate(options: EvaluationOptions, *, show_progress: bool = False) -> Eval
     }
     queries = list(collection.queries)[: options.queries]
     model = resolve(options.model)
+    adapts = allows_adapter(options.backend)
     methods = [
-        method if isinstance(method, Method) else named_method(method, model)
+        method if isinstance(method, Method) else named_method(method, model, allows_adapter=adapts)
         for method in options.methods
     ]
     if options.curve is not None:

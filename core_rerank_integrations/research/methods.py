@@ -17,7 +17,7 @@ from core_rerank_integrations.backends.loading import chosen_backend
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.head_set import Adapter, HeadSet
 from core_rerank_integrations.heads.scoring_config import FirstStage
-from core_rerank_integrations.heads.shipped import named_head_set, sets_of
+from core_rerank_integrations.heads.shipped import default_head_set, named_head_set, sets_of
 from core_rerank_integrations.method.list_scores import WindowScores, merge_windows
 from core_rerank_integrations.method.scoring import Mass, Scores, best_indices
 from core_rerank_integrations.method.windows import Candidates
@@ -55,14 +55,16 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^\w.+@-]+", "-", name).strip("-.")[:MAX_NAME] or "heads"
 
 
-def named_method(text: str, model: LocalModel) -> Method:
+def named_method(text: str, model: LocalModel, *, allows_adapter: bool = True) -> Method:
     """Return the method of a name.
 
     Args:
-        text: ``first-stage``; ``icr``, all heads; or a kind of head set that is shipped for the
-            model, the name of one, or a file. The suffix ``@8`` takes the best eight heads of its
-            ranking; then ``+first-stage``, ``+bm25`` or ``+dense`` lets the order count.
+        text: ``first-stage``; ``default``, the model's default head set; ``icr``, all heads; or a
+            kind of head set that is shipped for the model, the name of one, or a file. The suffix
+            ``@8`` takes the best eight heads of its ranking; then ``+first-stage``, ``+bm25`` or
+            ``+dense`` lets the order count.
         model: The model of the heads.
+        allows_adapter: Whether the default head set may have an adapter.
 
     Raises:
         HeadSetError: There is no such head set, or it belongs to another model.
@@ -75,7 +77,9 @@ def named_method(text: str, model: LocalModel) -> Method:
     name, _, count = (name if first_stage else text).partition("@")
     shape = model_shape(model.config())
     kinds = {head_set.kind: head_set for head_set in reversed(sets_of(model.model_id))}
-    if name == "icr":
+    if name == "default":
+        heads = default_head_set(model.model_id, allows_adapter=allows_adapter)
+    elif name == "icr":
         heads = HeadSet.every(shape)
     elif name in kinds:
         heads = kinds[name]

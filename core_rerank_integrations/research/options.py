@@ -316,11 +316,11 @@ class EvaluationOptions(ModelOptions):
     data: Path = Field(description="Folder in the layout of BEIR.")
     run: Path = Field(description="TREC run of the first stage: the candidates.")
     methods: Annotated[list[str | Method], BeforeValidator(_split_at_commas)] = Field(
-        default=["first-stage", "core", "fit+first-stage"],
-        description="Methods, comma-separated: first-stage; icr (all heads); a kind of shipped "
-        "head set (core, tuned, fit, ...), its name or a file. NAME@8 takes the best 8 of its "
-        "ranking. NAME+first-stage lets the first stage's order count; so do NAME+bm25 and "
-        "NAME+dense, for a first stage of that kind.",
+        default=["first-stage", "default", "default+first-stage"],
+        description="Methods, comma-separated: first-stage; default, the model's default head set; "
+        "icr (all heads); a kind of shipped head set (core, tuned, fit, ...), its name or a file. "
+        "NAME@8 takes the best 8 of its ranking. NAME+first-stage lets the first stage's order "
+        "count; so do NAME+bm25 and NAME+dense, for a first stage of that kind.",
     )
     split: str = Field(default="test", description="Judgments to use.")
     candidates: Count = Field(default=20, description="Candidates per query.")

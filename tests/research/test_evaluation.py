@@ -10,6 +10,7 @@ from support.adapters import adapted, write_adapter
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations._internal.resources import resource_folder
 from core_rerank_integrations.errors import InvalidInputError, StorageError
+from core_rerank_integrations.heads.shipped import default_head_set
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.research.collection import Collection, Passage
@@ -182,6 +183,14 @@ def test_a_head_set_may_have_any_name_and_the_report_stays_in_its_folder(
     tagged = (folder / f"{method.name}.trec").read_text().splitlines()[0]
     assert len(tagged.split()) == 6
     assert "**first-stage** |" in (folder / "report.md").read_text()
+
+
+def test_the_default_heads_are_a_method(smollm2: LocalModel) -> None:
+    for allows_adapter in (True, False):
+        method = named_method("default+bm25", smollm2, allows_adapter=allows_adapter)
+        expected = default_head_set(smollm2.model_id, allows_adapter=allows_adapter)
+        assert method == Method("default+bm25", expected, "bm25")
+        assert (expected.adapter is not None) == allows_adapter
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from core_rerank_integrations._internal.cancellation import check_cancelled
+from core_rerank_integrations._internal.memory import return_freed_memory
 from core_rerank_integrations._internal.warnings import warn_caller
 from core_rerank_integrations.backends.base import BackendStats, GroupMass, PromptGroup
 from core_rerank_integrations.backends.local.prefix_cache import CachedPrefix, PrefixCache
@@ -139,6 +140,7 @@ class LocalBackend(ABC):
         """See `AttentionBackend.clear_cache`."""
         with self._lock:
             self._cache.clear()
+        return_freed_memory()
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -146,6 +148,7 @@ class LocalBackend(ABC):
         with self._lock:
             self._cache.clear()
             self._free()
+        return_freed_memory()
 
     @abstractmethod
     def _forward(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
