@@ -4,6 +4,7 @@ In one process, in turn: a plain float32 prefill of the same list by the full mo
 of MiniLM-L6's shape (random weights, because only its time counts) in sentence-transformers and in
 OpenVINO, and reranks of documents that are new, cached in memory, or cached on disk. Prints
 Markdown tables. Takes some ten minutes on two cores, and ten more with `--knowledge-base 5000`.
+With `--heads`, head sets are compared with each other instead, in OpenVINO.
 """
 
 from __future__ import annotations
@@ -103,10 +104,12 @@ def engines() -> list[tuple[str, str]]:
 class Engine:
     """A reranker whose documents are new, cached in memory, or cached on disk."""
 
-    def __init__(self, backend: str, dtype: str, folder: Path) -> None:
-        self.name = f"{backend}, {dtype}"
+    def __init__(self, backend: str, dtype: str, folder: Path, heads: str | None = None) -> None:
+        self.name = heads or f"{backend}, {dtype}"
         cache = DocumentCache(folder=folder)
-        self.reranker = CoReReranker(MODEL, backend=backend, dtype=dtype, document_cache=cache)
+        self.reranker = CoReReranker(
+            MODEL, heads, backend=backend, dtype=dtype, document_cache=cache
+        )
 
     def from_disk(self, query: str, documents: Sequence[str]) -> None:
         self.reranker.clear_cache()  # As in a process that was just started.
@@ -169,6 +172,40 @@ def compare(words: int, rounds: int, running: Sequence[Engine], query_words: int
         print(f"| {name} | {seconds:.3f} | {ratio(name, 'prefill')} | {to_encoder} |", flush=True)
 
 
+def compare_heads(running: Sequence[Engine], rounds: int, query_words: int | None) -> None:
+    """Print the times of head sets in one precision, as ratios to the first one."""
+    new = requests(rounds + 1, DOCUMENTS, label="new ", longest_query=query_words)
+    unread = requests(rounds + 1, DOCUMENTS, label="unread ")
+    ((_, cached),) = requests(1, DOCUMENTS, label="known ")
+    precision = "bf16" if running[0].reranker.scorer.backend.dtype == "bfloat16" else "f32"
+    encoder = OpenVINOCrossEncoder(cross_encoder(), precision)
+    runs: dict[str, Run] = {
+        "cross-encoder": lambda number: encoder.predict([(new[number][0], t) for t in cached])
+    }
+    for engine in running:
+        engine.reranker.cache_documents(cached)
+        score, read = engine.reranker.score, engine.reranker.cache_documents
+        runs |= {
+            f"{engine.name}: new": lambda number, score=score: score(*new[number]),
+            f"{engine.name}: cached": lambda number, score=score: score(new[number][0], cached),
+            f"{engine.name}: reading": lambda number, read=read: read(unread[number][1]),
+        }
+    times = in_turn(runs, rounds)
+
+    def ratio(name: str, other: str) -> str:
+        ratios = [a / b for a, b in zip(times[name], times[other], strict=True)]
+        return f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
+
+    print(f"\n| heads | s | of {running[0].name} | of the cross-encoder |\n|{' --- |' * 4}")
+    for name in runs:
+        _, _, what = name.partition(": ")
+        first = f"{running[0].name}: {what}"
+        cells = [ratio(name, first), ratio(name, "cross-encoder")] if what else ["", ""]
+        print(
+            f"| {name} | {statistics.median(times[name]):.3f} | {' | '.join(cells)} |", flush=True
+        )
+
+
 def cached_lists(engine: Engine, rounds: int) -> None:
     """Print how the cost of cached documents grows with their number."""
     queries = [query for query, _ in requests(rounds + 1, 1)]
@@ -227,9 +264,14 @@ def main() -> None:
         help="maximum words of a question; by default like those of Natural Questions",
     )
     parser.add_argument("--knowledge-base", type=int, metavar="PASSAGES")
+    parser.add_argument("--heads", nargs="+", help="head sets to compare with each other")
     arguments = parser.parse_args()
     print(machine("torch", "transformers", "openvino", "sentence-transformers"))
     with TemporaryDirectory() as folder:
+        if arguments.heads:
+            sets = [Engine("openvino", "auto", Path(folder), heads) for heads in arguments.heads]
+            compare_heads(sets, arguments.rounds, arguments.query_words)
+            return
         running = [Engine(*names, Path(folder)) for names in engines()]
         for words in (WORDS, LONG_WORDS):
             compare(words, arguments.rounds, running, arguments.query_words)
