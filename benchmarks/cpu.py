@@ -204,6 +204,11 @@ def compare_heads(running: Sequence[Engine], rounds: int, query_words: int | Non
         print(
             f"| {name} | {statistics.median(times[name]):.3f} | {' | '.join(cells)} |", flush=True
         )
+    for engine in running:
+        engine.reranker.clear_cache()
+        engine.reranker.score("Who?", cached)
+        size = engine.reranker.stats.bytes_cached / len(cached) / 2**20
+        print(f"\n{engine.name}: {size:.2f} MiB per passage")
 
 
 def cached_lists(engine: Engine, rounds: int) -> None:
