@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,13 @@ def test_what_one_replica_reads_ahead_both_know(service: Service, expected: dict
         assert service.figure("core_rerank_known_documents_total")[replica] == asked - 2
 
 
-def test_a_killed_replica_comes_back(service: Service, expected: dict[str, Any]) -> None:
-    """On the two replicas of the test before."""
-    killed, *_ = processes(REPLICA)
+@contextmanager
+def load(service: Service, expected: dict[str, Any]) -> Iterator[list[list[float] | None]]:
+    """Ask from six threads until the block ends, and check the answers.
+
+    Yields:
+        The scores of each answer; ``None`` for an error.
+    """
     stop = threading.Event()
     answers: list[list[float] | None] = []
 
@@ -182,19 +187,41 @@ def test_a_killed_replica_comes_back(service: Service, expected: dict[str, Any])
     with ThreadPoolExecutor(6) as threads:
         asking = [threads.submit(ask, number) for number in range(6)]
         try:
-            eventually(lambda: len(answers) > 6)
-            killed.kill()
-            before = len(answers)
-            eventually(lambda: len(answers) > before + 20)
-            eventually(lambda: len(processes(REPLICA)) == 2)
+            yield answers
         finally:
             stop.set()
         for thread in asking:
             thread.result()
+
+
+def test_a_killed_replica_comes_back(service: Service, expected: dict[str, Any]) -> None:
+    """On the two replicas of the test before."""
+    killed, *_ = processes(REPLICA)
+    with load(service, expected) as answers:
+        eventually(lambda: len(answers) > 6)
+        killed.kill()
+        before = len(answers)
+        eventually(lambda: len(answers) > before + 20)
+        eventually(lambda: len(processes(REPLICA)) == 2)
     assert killed.pid not in {replica.pid for replica in processes(REPLICA)}
     assert None not in answers[-3:]
     for query in QUERIES:
         assert service.scores(query) == expected[query]
+
+
+def test_a_replica_is_added_under_load(service: Service, expected: dict[str, Any]) -> None:
+    before = set(service.figure("core_rerank_documents_total"))
+    service.deploy(max_replicas=2, target_ongoing_requests=1)
+    assert len(processes(REPLICA)) == 1
+
+    def answering() -> set[str]:
+        # At its start each replica ranks two documents as a test.
+        documents = service.figure("core_rerank_documents_total")
+        return {replica for replica, count in documents.items() if count > 2} - before
+
+    with load(service, expected) as answers:
+        eventually(lambda: len(answering()) == 2)
+    assert None not in answers
 
 
 def test_a_full_queue(service: Service, expected: dict[str, Any]) -> None:
