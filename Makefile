@@ -121,8 +121,9 @@ docs: $(VENV)/.installed ## Build the pages into site/; a broken link or a missi
 bench: $(VENV)/.installed ## Measure the Transformers backend.
 	$(BIN)/python benchmarks/transformers_backend.py
 
-bench-cpu: $(VENV)/.installed ## Measure the OpenVINO backend and a knowledge base of 5,000 documents.
-	$(BIN)/python benchmarks/cpu.py --knowledge-base 5000
+bench-cpu: CPU := --knowledge-base 5000
+bench-cpu: $(VENV)/.installed ## Measure the OpenVINO backend. CPU: other options (see its --help).
+	$(BIN)/python benchmarks/cpu.py $(CPU)
 
 bench-memory: $(VENV)/.installed ## Measure whether a process grows. MEMORY: options (see its --help).
 	$(BIN)/python benchmarks/memory.py $(MEMORY)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core_rerank_integrations import CoReReranker
-from core_rerank_integrations.heads.shipped import default_head_set
+from core_rerank_integrations.heads.shipped import default_head_set, named_head_set
 from core_rerank_integrations.models.local_model import LocalModel
 
 EVERYDAY = Path(__file__).parent / "data" / "everyday.jsonl"
@@ -38,6 +38,17 @@ def test_everyday_questions_find_their_sentence_wherever_it_stands(default: CoRe
             found[index] += results[0].index == index
     assert len(everyday()) == 50
     assert min(found.values()) >= 0.95 * 50, found
+
+
+def test_the_small_heads_run_half_of_the_layers(smollm2: LocalModel) -> None:
+    heads = named_head_set("small-smollm2-135m-instruct")
+    assert (heads.highest_layer + 1, heads.adapter and heads.adapter.layers) == (10, 10)
+    found = 0
+    with CoReReranker(smollm2.path, heads=heads) as reranker:
+        for item in everyday():
+            documents = [*item["wrong"], item["right"]]
+            found += reranker.rerank(item["question"], documents)[0].document == item["right"]
+    assert found >= 0.85 * len(everyday())
 
 
 def test_shuffling_changes_nothing(default: CoReReranker) -> None:
