@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from core_rerank_integrations._internal.memory import return_large_blocks
 from core_rerank_integrations._internal.web import LOCAL_NAMES, listen, url_of
 from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.errors import InvalidInputError
@@ -61,6 +62,7 @@ def serve(
         settings = _with_engine_args(settings, vllm_args)
     with listen(host, [port]) as listener:
         console.print(f"Listening on {url_of(listener)}; loading {settings.model} ...")
+        return_large_blocks()
         app = create_app(partial(CoReReranker, **dict(settings)), limits, key)
         run(app, listener, limits)
 

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from core_rerank_integrations._internal.memory import return_large_blocks
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.scoring_config import Count, Positive
 from core_rerank_integrations.reranker import CoReReranker
@@ -84,6 +85,7 @@ class RerankReplica:
         self._settings = settings
         self._limits = limits
         self._api_key = key_from(api_key_env)
+        return_large_blocks()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app, which begins to load the model."""
