@@ -23,6 +23,7 @@ from core_rerank_integrations import (
 )
 from core_rerank_integrations.integrations.rag.langchain import create_rag_chain
 from core_rerank_integrations.integrations.rag.llama_index import create_rag_chat_engine
+from core_rerank_integrations.integrations.rag.prompts import NO_ANSWER
 
 KEY = "a-key"
 QUERY = "Who patented the telephone?"
@@ -126,6 +127,51 @@ def test_chains_say_the_same(default: CoReReranker, url: str, question: str) -> 
     assert here["documents"] == there["documents"]
     assert here["answerable"] == pytest.approx(there["answerable"], abs=1e-4)
     assert replies[0] == replies[1]
+
+
+CHAINS: list[Callable[..., Any]] = [
+    lambda reranker, **options: create_rag_chain(
+        RunnableLambda(lambda _: [Document(text) for text in DOCUMENTS]),
+        reranker=reranker,
+        **options,
+    ).invoke(QUERY)["answer"],
+    lambda reranker, **options: (
+        create_rag_chat_engine(AllNodes(), reranker=reranker, **options).chat(QUERY).response
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", CHAINS, ids=["langchain", "llama-index"])
+def test_chains_of_heads_that_do_not_know_the_answerability(
+    default: CoReReranker, answer: Callable[..., Any]
+) -> None:
+    heads = default.heads.with_scoring(abstention=None)
+    with (
+        running(lambda: CoReReranker.from_scorer(default.scorer, heads=heads)) as server,
+        RemoteReranker(server.url) as remote,
+    ):
+        server.wait_until_ready()
+        always = answer(remote)
+        assert "Bell patented the telephone in 1876." in always
+        assert answer(remote, score_threshold=None) == always
+        assert answer(remote, score_threshold=1.0) == NO_ANSWER
+
+
+@pytest.mark.parametrize("answer", CHAINS, ids=["langchain", "llama-index"])
+def test_chains_of_heads_without_probabilities(
+    default: CoReReranker, answer: Callable[..., Any]
+) -> None:
+    heads = default.heads.with_scoring(abstention=None, calibration=None)
+    local = CoReReranker.from_scorer(default.scorer, heads=heads)
+    with (
+        running(lambda: CoReReranker.from_scorer(default.scorer, heads=heads)) as server,
+        RemoteReranker(server.url) as remote,
+    ):
+        server.wait_until_ready()
+        for reranker in (local, remote):
+            assert "Bell patented the telephone in 1876." in answer(reranker)
+            with pytest.raises(InvalidInputError, match=r"=0\.5 is a prob.+ not calibrated"):
+                answer(reranker, score_threshold=0.5)
 
 
 def test_what_the_server_refuses(url: str) -> None:

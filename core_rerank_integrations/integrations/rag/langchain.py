@@ -13,7 +13,11 @@ from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.integrations.fields import Reranker
 from core_rerank_integrations.integrations.langchain import DocumentRanker
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
-from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
+from core_rerank_integrations.integrations.rag.inputs import (
+    answering,
+    check_question,
+    checked_reranker,
+)
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
     HISTORY_MESSAGES,
@@ -23,7 +27,6 @@ from core_rerank_integrations.integrations.rag.prompts import (
     passage_name,
     question_with_passages,
 )
-from core_rerank_integrations.ranking import passes
 from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankOptions, Threshold
 
@@ -92,7 +95,8 @@ def create_rag_chain(
     """Create a chain that answers questions from reranked documents.
 
     The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
-    a question whose words refer to the one before is searched for together with it.
+    or if its answer is empty, a question whose words refer to the one before is searched for
+    together with it.
 
     Examples:
         >>> chain = create_rag_chain(store.as_retriever(search_kwargs={"k": 20}), ChatOpenAI())
@@ -121,20 +125,20 @@ def create_rag_chain(
 
     Raises:
         InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
-            Calls raise it if the question is empty, or the history is not one of messages.
+            Or it is a number and the heads are not calibrated; with a server, calls raise that.
+            Calls also raise it if the question is empty, or the history is not one of messages.
     """
     options = RerankOptions.checked(
         top_n=top_n, score_threshold=score_threshold, first_stage=first_stage
     )
     ranking: list[tuple[str, Callable[[AddableDict], Any], Runnable[Any, Any]]] = []
     if rerank:
-        reranker, limits = with_reranker(reranker, options)
         ranker = _CandidateRanker(
-            reranker=reranker,
+            reranker=checked_reranker(reranker, options),
             first_stage=first_stage,
             evidence=True,
             extract=extract if llm else None,
-            limits=limits,
+            limits=options,
         )
         ranking = [("reranked", _ranking_inputs, ranker.runnable())]
 
@@ -142,7 +146,7 @@ def create_rag_chain(
         if not (llm and rewrite and state["history"]):
             return _joined_search(state)
         rewritten = RunnableLambda(_rewrite_prompt) | llm | StrOutputParser()
-        return rewritten | (lambda text: text.strip() or state["question"])
+        return rewritten | (lambda text: text.strip() or _joined_search(state))
 
     def first(candidates: list[Document]) -> AddableDict:
         return AddableDict(candidates=candidates, documents=candidates[:top_n])
@@ -197,12 +201,11 @@ class _CandidateRanker(DocumentRanker):
         part = AddableDict(reranked=reranked)
         if results.answerability is not None:
             part["answerable"] = results.answerability
-        documents = [
-            document
-            for document, result in zip(reranked, results, strict=True)
-            if passes(result, results.answerable, self.limits)
-        ]
-        part["documents"] = documents[: self.limits.top_n]
+        by_index = {
+            result.index: document for result, document in zip(results, reranked, strict=True)
+        }
+        kept = answering(results, self.limits)
+        part["documents"] = [by_index[result.index] for result in kept]
         return part
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -11,7 +12,11 @@ from core_rerank_integrations.heads.scoring_config import FirstStage
 from core_rerank_integrations.integrations.fields import Reranker
 from core_rerank_integrations.integrations.llama_index import CoReNodePostprocessor
 from core_rerank_integrations.integrations.rag.extracts import RankedPassage, extracted_answer
-from core_rerank_integrations.integrations.rag.inputs import check_question, with_reranker
+from core_rerank_integrations.integrations.rag.inputs import (
+    answering,
+    check_question,
+    checked_reranker,
+)
 from core_rerank_integrations.integrations.rag.prompts import (
     ANSWER_INSTRUCTION,
     HISTORY_MESSAGES,
@@ -21,6 +26,7 @@ from core_rerank_integrations.integrations.rag.prompts import (
     passage_name,
     question_with_passages,
 )
+from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankOptions, Threshold
 
 with requires_extra("llama-index"):
@@ -62,7 +68,8 @@ def create_rag_chat_engine(
     """Create a chat engine that answers questions from reranked nodes.
 
     The ``llm`` rewrites a follow-up question so that it can be searched for by itself. Without one,
-    a question whose words refer to the one before is searched for together with it.
+    or if its answer is empty, a question whose words refer to the one before is searched for
+    together with it.
 
     Examples:
         >>> engine = create_rag_chat_engine(index.as_retriever(similarity_top_k=20), Settings.llm)
@@ -87,17 +94,18 @@ def create_rag_chat_engine(
 
     Raises:
         InvalidInputError: ``top_n`` is less than 1, or ``score_threshold`` is not a probability.
-            Calls raise it if the question is empty.
+            Or it is a number and the heads are not calibrated; with a server, calls raise that.
+            Calls also raise it if the question is empty.
     """
     options = RerankOptions.checked(
-        top_n=top_n,
-        score_threshold=score_threshold,
+        top_n=top_n, score_threshold=score_threshold, first_stage=first_stage
+    )
+    postprocessor = _CandidatePostprocessor(
+        reranker=checked_reranker(reranker, options),
         first_stage=first_stage,
         evidence=llm is None,
-    )
-    reranker, options = with_reranker(reranker, options)
-    postprocessor = CoReNodePostprocessor(
-        reranker=reranker, extract=extract if llm else None, **dict(options)
+        extract=extract if llm else None,
+        limits=options,
     )
     return CoReChatEngine(retriever, postprocessor, llm, rewrite, memory or Memory.from_defaults())
 
@@ -227,6 +235,17 @@ class CoReChatEngine(BaseChatEngine):
         nodes = await self._retriever.aretrieve(search)
         nodes = await self._postprocessor.apostprocess_nodes(nodes, query_str=search)
         return _Turn(message, history, search, nodes)
+
+
+class _CandidatePostprocessor(CoReNodePostprocessor):
+    """Rerank all candidates, and keep the nodes that the answer is drawn from."""
+
+    limits: RerankOptions
+
+    def _copies(
+        self, nodes: Sequence[NodeWithScore], results: RerankResults
+    ) -> list[NodeWithScore]:
+        return super()._copies(nodes, answering(results, self.limits))
 
 
 class _Turn(NamedTuple):

@@ -190,6 +190,15 @@ def test_without_a_model_a_follow_up_is_searched_with_the_question_before_it(
     assert out["search"] == "When does the ferry go? and in winter?"
 
 
+def test_an_empty_rewrite_is_searched_like_no_rewrite(retriever: Any) -> None:
+    silent = FakeListChatModel(responses=[" \n", "An answer."])
+    out = create_rag_chain(retriever, silent, rerank=False).invoke(
+        chain_input("and in winter?", HumanMessage("When does the ferry go?"))
+    )
+    assert out["search"] == "When does the ferry go? and in winter?"
+    assert out["answer"] == "An answer."
+
+
 HISTORIES: list[Any] = [
     [HumanMessage("When does the ferry go?"), AIMessage("At six.")],
     [("user", "When does the ferry go?"), ("assistant", "At six.")],
