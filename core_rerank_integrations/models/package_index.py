@@ -86,16 +86,17 @@ def _open(url: str, index: str) -> Any:
         ValueError: The address is not an HTTP address.
     """
     address, server = urlsplit(url), urlsplit(index)
-    headers = {"Accept": "text/html, */*;q=0.1"}
-    if server.username and address.hostname == server.hostname:
-        secret = f"{unquote(server.username)}:{unquote(server.password or '')}"
-        headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
     host = address.netloc.rpartition("@")[2]
     if address.scheme not in ("http", "https"):
         raise ValueError(f"{url} is not an HTTP address")
     request = urllib.request.Request(  # noqa: S310  The scheme was checked.
-        address._replace(netloc=host).geturl(), headers=headers
+        address._replace(netloc=host).geturl(), headers={"Accept": "text/html, */*;q=0.1"}
     )
+    if server.username and address.hostname == server.hostname:
+        secret = f"{unquote(server.username)}:{unquote(server.password or '')}"
+        basic = f"Basic {base64.b64encode(secret.encode()).decode()}"
+        # A redirect may lead to another server, and urllib repeats the other headers there.
+        request.add_unredirected_header("Authorization", basic)
     context = ssl.create_default_context()
     with suppress(ImportError):  # Python on macOS may have no certificates of its own.
         import certifi

