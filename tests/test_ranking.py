@@ -65,6 +65,7 @@ def test_the_first_stage_counts_by_its_kind_then_its_scores_then_its_order() -> 
         ({"first_stage": "dense"}, -3 * np.log([1, 2, 3, 4])),
         ({"first_stage": "other", "first_stage_scores": scores}, 2 * z_scores),
         ({"first_stage_scores": scores}, 2 * z_scores),
+        ({"first_stage": "bm25", "first_stage_scores": scores}, 2 * z_scores),
         ({"first_stage": "dense", "first_stage_scores": scores}, -3 * np.log([1, 2, 3, 4])),
     ):
         by_index = sorted(ranked(zeros, **options), key=lambda result: result.index)

@@ -73,6 +73,11 @@ class AttentionBackend(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """Text that differs wherever precision or rounding may change the attention."""
+        ...
+
+    @property
     def stats(self) -> BackendStats:
         """Counters since the backend was loaded."""
         ...

@@ -193,7 +193,7 @@ class ScoringConfig(BaseModel):
         Returns:
             Shape [documents].
         """
-        is_known_kind = first_stage not in (None, "other")
+        is_known_kind = first_stage in self.rank_weights
         if first_stage_scores is not None and self.score_weight is not None and not is_known_kind:
             return score_prior(first_stage_scores, self.score_weight)
         if first_stage is None:

@@ -90,7 +90,8 @@ def evaluate(options: EvaluationOptions, *, show_progress: bool = False) -> Eval
         show_progress: Whether to show a progress bar on standard error.
 
     Raises:
-        InvalidInputError: A file cannot be read, two methods have one name, or no method has heads.
+        InvalidInputError: A file cannot be read, two methods have one name, no method has heads,
+            or options of the runtime do not belong together.
         HeadSetError: A method names no head set of this model.
         ModelError: The model cannot be found, downloaded, or read exactly.
     """
@@ -119,7 +120,7 @@ def evaluate(options: EvaluationOptions, *, show_progress: bool = False) -> Eval
         raise InvalidInputError(f"methods named twice: {', '.join(repeated)}")
     if not any(method.heads for method in methods):
         raise InvalidInputError("name at least one method beside the first stage")
-    joint = JointReranker(model, methods, RerankerSettings(**options.runtime))
+    joint = JointReranker(model, methods, RerankerSettings.checked(**options.runtime))
     try:
         progress = progress_bar(show_progress, "Reading")
         rankings = joint.rank(collection, run, queries, progress)

@@ -162,7 +162,8 @@ def fit_evidence(options: EvidenceOptions, *, show_progress: bool = False) -> He
         The head set; its ranking does not change.
 
     Raises:
-        InvalidInputError: The collection cannot be read, or has no answers.
+        InvalidInputError: The collection cannot be read or has no answers, or options of the
+            runtime do not belong together.
         HeadSetError: There is no such head set, or it belongs to another model.
         ModelError: The model cannot be found, downloaded, or read exactly.
     """
@@ -170,7 +171,7 @@ def fit_evidence(options: EvidenceOptions, *, show_progress: bool = False) -> He
     model = resolve(options.model)
     heads = head_set_for(options.heads, model.model_id)
     heads.check(model.model_id, model_shape(model.config()))
-    settings = RerankerSettings(**options.runtime)
+    settings = RerankerSettings.checked(**options.runtime)
     scorer = load_scorer(chosen_backend(settings, model, heads), settings, model, heads)
     try:
         progress = progress_bar(show_progress, "Reading")

@@ -54,9 +54,9 @@ class HeadFeatures(NamedTuple):
 class HeadReader:
     """Compute the features of all heads of a model up to a layer, and store them on disk.
 
-    The features of a prompt are stored under a hash of the model, the heads, the precision and
-    the tokens of the prompt. An interrupted run therefore continues, and a second run takes
-    seconds.
+    The features of a prompt are stored under a hash of the model, the heads, the precision, the
+    rounding and the tokens of the prompt. An interrupted run therefore continues, and a second run
+    takes seconds.
 
     Args:
         options: The model, its layers, and the folder of the features.
@@ -67,6 +67,7 @@ class HeadReader:
         dtype: The precision that the model runs in, which ``auto`` may have selected.
 
     Raises:
+        InvalidInputError: Options of the runtime do not belong together.
         HeadSetError: The model has no layer ``max_layer``.
         UnsupportedModelError: The model's attention cannot be read.
     """
@@ -78,12 +79,14 @@ class HeadReader:
         if options.prune is not None:
             max_layer = max(1, round((1 - options.prune) * shape.num_layers)) - 1
         self.heads = HeadSet.every(shape, max_layer, model=model.model_id)
-        settings = RerankerSettings(template=options.template, **options.runtime)
+        settings = RerankerSettings.checked(template=options.template, **options.runtime)
         self.backend = chosen_backend(settings, model, self.heads)
         self._scorer = load_scorer(self.backend, settings, model, self.heads)
         self.dtype = str(self._scorer.backend.dtype).removeprefix("torch.")
         self._folder = options.cache or cache_folder("features")
-        identity = (model.fingerprint(), len(self.heads.heads), self.backend, self.dtype)
+        # The dtype alone is not enough: only an explicit float32 leaves keys and values exact.
+        precision = self._scorer.backend.identity
+        identity = (model.fingerprint(), len(self.heads.heads), self.backend, precision)
         self._identity = repr(identity).encode()
 
     def read(self, candidates: Candidates, layout: Layout) -> HeadFeatures:

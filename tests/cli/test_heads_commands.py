@@ -230,6 +230,7 @@ def test_questions_are_fitted_on_or_judged_by_but_not_both(folder: Path) -> None
         (("--methods", "core-mistral-7b-instruct-v0.3"), "was found on mistralai"),
         (("--methods", "icr", "--curve", "icr"), "needs a head set with a ranking"),
         (("--run", "nowhere.trec"), "cannot read nowhere.trec"),
+        (("--backend", "vllm", "--device", "cpu"), "device='cpu' is not for 'vllm'"),
     ],
 )
 def test_bad_input_to_evaluate(folder: Path, options: tuple[str, ...], message: str) -> None:

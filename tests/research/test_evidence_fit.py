@@ -100,3 +100,5 @@ def test_a_head_set_gets_weights_and_ranks_as_before(folder: Path) -> None:
     assert all(head.evidence_weight is not None for head in fitted.heads)
     assert "train, 2 documents" in str(fitted.provenance.details["evidence"])
     assert "cannot read" in failed(*command, "--split", "dev")
+    wrong = failed(*command, "--backend", "vllm", "--device", "cpu")
+    assert "device='cpu' is not for 'vllm'" in wrong

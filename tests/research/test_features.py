@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
+import torch
 
 from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.errors import HeadSetError, InvalidInputError, StorageError
@@ -13,6 +15,7 @@ from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.research.features import HeadReader
 from core_rerank_integrations.research.options import ReaderOptions
 from core_rerank_integrations.scorer import AttentionScorer
+from core_rerank_integrations.settings import Backend
 
 CANDIDATES = Candidates(
     "How long does the crossing take?",
@@ -20,10 +23,21 @@ CANDIDATES = Candidates(
 )
 
 
-def reader_of(model: LocalModel, cache: Path, max_layer: int, dtype: str = "auto") -> HeadReader:
+def reader_of(
+    model: LocalModel,
+    cache: Path,
+    max_layer: int,
+    dtype: str = "auto",
+    backend: Backend = "auto",
+) -> HeadReader:
     return HeadReader(
         ReaderOptions(
-            model=model.path, max_layer=max_layer, template="chatml", dtype=dtype, cache=cache
+            model=model.path,
+            max_layer=max_layer,
+            template="chatml",
+            backend=backend,
+            dtype=dtype,
+            cache=cache,
         )
     )
 
@@ -68,13 +82,32 @@ def test_features_belong_to_the_dtype_that_auto_selects(
         reader.read(CANDIDATES, Layout())
         found = reader.head_set("found", reader.heads.heads, ScoringConfig(), "core", {})
     assert found.provenance.details["dtype"] == selected
-    with monkeypatch.context() as patched, reader_of(smollm2, tmp_path, 1, selected) as reader:
-        patched.setattr(AttentionScorer, "read", lambda *_: pytest.fail("computed again"))
-        reader.read(CANDIDATES, Layout())
+    if selected == "bfloat16":  # An explicit float32 does not round what auto rounds.
+        with monkeypatch.context() as patched, reader_of(smollm2, tmp_path, 1, selected) as reader:
+            patched.setattr(AttentionScorer, "read", lambda *_: pytest.fail("computed again"))
+            reader.read(CANDIDATES, Layout())
     before = len(list(tmp_path.rglob("*.npy")))
     with reader_of(smollm2, tmp_path, 1, "int8") as reader:
         reader.read(CANDIDATES, Layout())
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * before
+
+
+@pytest.mark.parametrize("backend", ["transformers", "openvino"])
+def test_exact_features_are_not_those_with_rounded_states(
+    smollm2: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: [])  # No bfloat16.
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+
+    def sums(dtype: str, cache: str) -> np.ndarray:
+        with reader_of(smollm2, tmp_path / cache, 3, dtype, backend) as reader:
+            assert reader.dtype == "float32"
+            return reader.read(CANDIDATES, Layout()).sums
+
+    rounded, exact = sums("auto", "shared"), sums("float32", "own")
+    assert np.abs(rounded - exact).max() > 1e-5
+    np.testing.assert_allclose(sums("float32", "shared"), exact, rtol=0, atol=1e-6)
 
 
 def test_damaged_and_unwritable_files_are_named(smollm2: LocalModel, tmp_path: Path) -> None:
@@ -100,3 +133,8 @@ def test_layers_that_are_not_there(smollm2: LocalModel) -> None:
         ReaderOptions.checked(max_layer=3, prune=0.5)
     with HeadReader(ReaderOptions(model=smollm2.path, prune=0.9)) as reader:
         assert reader.heads.highest_layer == 2
+
+
+def test_options_that_do_not_belong_together_are_named(smollm2: LocalModel) -> None:
+    with pytest.raises(InvalidInputError, match="device='cpu' is not for 'vllm'"):
+        HeadReader(ReaderOptions(model=smollm2.path, backend="vllm", device="cpu"))

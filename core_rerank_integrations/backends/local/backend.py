@@ -64,6 +64,11 @@ class LocalBackend(ABC):
         self._tokens_run = self._asked = self._known = 0
 
     @property
+    def identity(self) -> str:
+        """See `AttentionBackend.identity`. It is that of the document cache."""
+        return self._cache.identity
+
+    @property
     def stats(self) -> BackendStats:
         """See `AttentionBackend.stats`."""
         return BackendStats(

@@ -76,6 +76,7 @@ class PrefixCache:
     """
 
     def __init__(self, config: DocumentCache, identity: str, file_format: TensorFormat) -> None:
+        self.identity = identity
         self.memory_bytes = config.memory_bytes
         self.writes = config.disk_bytes > 0
         self._file_format = file_format

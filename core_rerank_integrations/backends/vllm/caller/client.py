@@ -111,6 +111,11 @@ class EngineClient(ABC):
         return self.engine.model_config.dtype
 
     @property
+    def identity(self) -> str:
+        """See `AttentionBackend.identity`. Nothing but the dtype rounds."""
+        return str(self.dtype)
+
+    @property
     def stats(self) -> BackendStats:
         """See `AttentionBackend.stats`. The engine's own cache is not counted."""
         prefixes = {prefix for prefix, _, _ in list(self._sums)}  # Calls change the cache.
