@@ -9,6 +9,7 @@ import typer
 
 from core_rerank_integrations import research
 from core_rerank_integrations.cli.common import command, print_table
+from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.heads.shipped import shipped_head_sets
 from core_rerank_integrations.research.options import (
@@ -96,7 +97,7 @@ def tune(options: TuneOptions, output: OutputOption) -> None:
     The adapter is a folder beside the head set, with the same name. Time and memory are those of
     a small training: see the page "Tuning". An interrupted run continues where it stopped.
     """
-    adapter = options.adapter or output.with_suffix("")
+    adapter = _adapter_folder(options, output)
     options = options.model_copy(update={"name": options.name or output.stem, "adapter": adapter})
     tuned = research.tune_heads(options, show_progress=True)
     for evaluation in tuned.evaluations:
@@ -105,7 +106,7 @@ def tune(options: TuneOptions, output: OutputOption) -> None:
             f"{evaluation.steps} steps: loss {evaluation.loss:.3f}, "
             f"nDCG@10 on dev {evaluation.mean:.4f} ({by_source})"
         )
-    tuned.head_set.save(output)
+    tuned.save(output)
     print(f"Wrote {output} and {adapter}")
 
 
@@ -130,6 +131,21 @@ def abstention(options: AbstentionOptions, output: OutputOption) -> None:
     """
     research.fit_abstention(options, show_progress=True).save(output)
     print(f"Wrote {output}")
+
+
+def _adapter_folder(options: TuneOptions, output: Path) -> Path:
+    """Return the folder of the adapter.
+
+    Raises:
+        InvalidInputError: It would be the file of the head set.
+    """
+    adapter = options.adapter or output.with_suffix("")
+    if adapter == output:
+        raise InvalidInputError(
+            f"the head set and the folder of its adapter would both be {output}; name the file "
+            f"{output}.json, or give another --adapter"
+        )
+    return adapter
 
 
 def _write(head_set: HeadSet, output: Path) -> None:

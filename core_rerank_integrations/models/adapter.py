@@ -103,12 +103,6 @@ class _Lora:
     rank: int
     pairs: Mapping[str, tuple[StoredTensor, StoredTensor]]
 
-    def checksum(self) -> str:
-        digest = hashlib.sha256()
-        for name in ADAPTER_FILES:
-            digest.update((self.folder / name).read_bytes())
-        return digest.hexdigest()
-
     def merged(self, name: str, base: StoredTensor) -> npt.NDArray[Any]:
         """Return the numbers of a matrix, with the product of its pair if it has one."""
         stored = base.mapped()
@@ -150,7 +144,7 @@ def with_adapter(
     """
     if heads.adapter is None:
         return model
-    lora = _read(_folder(heads.adapter.path, token, local_files_only))
+    lora = _read(adapter_folder(heads.adapter.path, token, local_files_only))
     layers = heads.adapter.layers
     config = _cut_config(model, layers)
     decoder = _decoder(model)
@@ -172,14 +166,41 @@ def with_adapter(
             shutil.copyfile(path, target / path.name)
         write_safetensors(target / "model.safetensors", tensors)
 
-    identity = hashlib.sha256(repr((MERGING, checksum, lora.checksum(), layers)).encode())
+    identity = hashlib.sha256(
+        repr((MERGING, checksum, adapter_checksum(lora.folder), layers)).encode()
+    )
     for path in (model.path / "config.json", *copied):
         identity.update(f"{path.name}={hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     folder = cache_folder() / f"merged-{identity.hexdigest()[:32]}"
     return LocalModel(build_once(folder, build), model.model_id)
 
 
-def _folder(path: str, token: str | None, local_files_only: bool) -> Path:
+def check_mergeable(model: LocalModel) -> None:
+    """Check that adapters can be merged into a model.
+
+    Raises:
+        ModelError: It has no weights in safetensors files.
+        UnsupportedModelError: It cannot be cut, or its weights are quantised.
+    """
+    _cut_config(model, 1)
+    _decoder(model)
+    model.weights_checksum()
+
+
+def adapter_checksum(folder: Path) -> str:
+    """Return a digest of an adapter's files."""
+    digest = hashlib.sha256()
+    for name in ADAPTER_FILES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def adapter_folder(path: str, token: str | None = None, local_files_only: bool = False) -> Path:
+    """Return the folder of an adapter, which is downloaded if ``path`` is a hub id.
+
+    Raises:
+        ModelError: It cannot be downloaded.
+    """
     folder = expand_user(path)
     if not HUB_ID.fullmatch(path) or folder.is_dir():
         return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,14 +83,24 @@ def judged_log_odds(
             if grades.get(name, 0) > 0 or not collection.has_answer(query, text):
                 texts.append(text)
                 is_relevant.append(grades.get(name, 0) > 0)
-        holds_nothing = bool(texts) and not any(grade > 0 for grade in grades.values())
-        if has_contrast(is_relevant) or holds_nothing:
+        if shows_answerability(is_relevant, grades):
             results = reranker.rerank(collection.queries[query], texts)
             by_index = sorted(results, key=lambda result: result.index)
             odds = log_odds([result.probability or 0.0 for result in by_index])
             relevant = np.array(is_relevant)
             judged.append(JudgedLogOdds(odds[relevant], odds[~relevant]))
     return judged
+
+
+def shows_answerability(is_relevant: Sequence[bool], grades: Mapping[str, float]) -> bool:
+    """Return whether a list has irrelevant candidates, and relevant ones if its question has any.
+
+    Args:
+        is_relevant: Whether each candidate is relevant.
+        grades: Judgments of the question. Without a relevant document, nothing answers it.
+    """
+    holds_nothing = bool(is_relevant) and not any(grade > 0 for grade in grades.values())
+    return has_contrast(is_relevant) or holds_nothing
 
 
 def fit_answerability(
@@ -109,9 +119,9 @@ def fit_answerability(
         seed: Seed of the samples for shorter lists.
 
     Raises:
-        InvalidInputError: There is no list.
+        InvalidInputError: No list has a relevant candidate.
     """
-    if not any(groups):
+    if not any(len(item.relevant) for group in groups for item in group):
         raise InvalidInputError(
             "no list holds both relevant and irrelevant candidates: there is nothing to fit on"
         )

@@ -49,9 +49,8 @@ def fit_heads(options: FitOptions, *, show_progress: bool = False) -> FittedHead
         ModelError: The model cannot be found, downloaded, or read exactly.
         StorageError: Features cannot be written or read back.
     """
-    # The dev questions are drawn first, so that they do not depend on the train questions.
-    samples = draw_samples([*options.dev, *options.train], options.seed)
-    dev, train = samples[: len(options.dev)], samples[len(options.dev) :]
+    dev = draw_samples(options.dev, options.seed)
+    train = draw_samples(options.train, options.seed, apart_from=dev)
     layout = Layout(options.documents_per_prompt, options.best_last)
 
     def read(sample: Sample, candidates: int) -> list[JudgedList]:

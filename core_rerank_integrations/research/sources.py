@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -140,6 +140,10 @@ class Sample(NamedTuple):
         name = f"{source.folder.name}, {source.split}, {source.run.name}"
         return f"{name}, {len(self.queries)} questions{kind}"
 
+    def questions(self) -> Iterator[str]:
+        """Yield the texts of the questions, without differences of case and spaces."""
+        return (_words(self.collection.queries[query]) for query in self.queries)
+
     def with_contrast(self, candidates: int) -> Sample:
         """Return the questions whose first candidates are relevant and irrelevant ones.
 
@@ -153,20 +157,32 @@ class Sample(NamedTuple):
         return self._replace(queries=queries)
 
 
-def draw_samples(sources: Sequence[JudgedRun], seed: int = 0) -> list[Sample]:
+def draw_samples(
+    sources: Sequence[JudgedRun], seed: int = 0, apart_from: Sequence[Sample] = ()
+) -> list[Sample]:
     """Draw the questions of each source in turn; a question of a folder is drawn at most once.
+
+    Args:
+        sources: The sources.
+        seed: Seed of the draws.
+        apart_from: Samples whose questions are not drawn, whatever file they are in.
 
     Raises:
         InvalidInputError: A file cannot be read, or too few questions are left.
     """
     drawn: set[tuple[Path, str]] = set()
+    taken = {text for sample in apart_from for text in sample.questions()}
     samples = []
     for source in sources:
         collection, run = source.load()
         shuffled = sorted(run)
         random.Random(seed).shuffle(shuffled)
         folder = source.folder.resolve()
-        left = [query for query in shuffled if (folder, query) not in drawn]
+        left = [
+            query
+            for query in shuffled
+            if (folder, query) not in drawn and _words(collection.queries[query]) not in taken
+        ]
         queries = left[: source.questions]
         if not queries or len(queries) < (source.questions or 1):
             raise InvalidInputError(
@@ -176,3 +192,7 @@ def draw_samples(sources: Sequence[JudgedRun], seed: int = 0) -> list[Sample]:
         drawn.update((folder, query) for query in queries)
         samples.append(Sample(source, collection, run, queries))
     return samples
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from support import tiny_models
-from support.cli import run
+from support.cli import failed, run
 from transformers import AutoModel, LlamaConfig
 
 from core_rerank_integrations import CoReReranker
@@ -248,11 +248,11 @@ def test_tuned_heads_rank_as_they_were_trained(small: LocalModel, tmp_path: Path
     assert heads.num_layers == 3
     assert heads.scoring.calibration is not None
     assert heads.scoring.abstention is not None
-    assert not list(tmp_path.glob("checkpoints/*")), "the checkpoint is deleted at the end"
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == sorted(ADAPTER_FILES)
     assert str(small.path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
 
-    heads.save(tmp_path / "keys.json")
+    tuned.save(tmp_path / "keys.json")
+    assert not list(tmp_path.glob("checkpoints/*")), "the checkpoint is deleted at the end"
     assert '"adapter"' in (tmp_path / "keys.json").read_text()
     question = "Where is the key number 3?"
     documents = ["The key number 3 lies under stone 3.", "Gate 3 has 2 bars.", "Bread rises."]
@@ -362,6 +362,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
         ({"training_dtype": "int8"}, "dtype must be"),
         ({"learning_rate": 1e30}, "lower learning_rate"),
         ({"train": ["missing.jsonl"]}, "cannot read missing.jsonl"),
+        ({"backend": "vllm-shared", "device": None}, "cannot run tuned heads"),
+        ({"evidence": Path("missing")}, "cannot read missing"),
     ],
 )
 def test_bad_options_are_refused(
@@ -379,11 +381,71 @@ def test_lists_without_a_relevant_document_cannot_be_chosen_by(
         tune_heads(options_for(small, tmp_path, dev=[str(path)]))
 
 
+def test_something_to_train_on_has_to_be_right(small: LocalModel, tmp_path: Path) -> None:
+    path = lists_file(tmp_path / "none.jsonl", count=1)
+    with pytest.raises(InvalidInputError, match="no list to train on has a right document"):
+        tune_heads(options_for(small, tmp_path, train=[str(path)]))
+
+
+def test_dev_questions_are_not_trained_on_whatever_file_they_are_in(tmp_path: Path) -> None:
+    files = [lists_file(tmp_path / f"{name}.jsonl", count=12) for name in ("train", "dev")]
+    files[1].write_text(files[1].read_text().replace("Where is", "where  is"))
+    train, dev = (
+        JudgedRun.parse(f"{path}{part}") for path, part in zip(files, ("", ":4"), strict=True)
+    )
+    (held,) = draw_samples([dev])
+    (drawn,) = draw_samples([train], apart_from=[held])
+    assert len(drawn.queries) == 12 - 4
+    assert not set(drawn.questions()) & set(held.questions())
+
+
+def test_an_adapter_stays_until_its_successor_has_probabilities(
+    small: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for(small, tmp_path, steps=2)
+    first = tune_heads(options)
+    adapter = tmp_path / "adapter" / ADAPTER_FILES[1]
+    before = adapter.read_bytes()
+
+    def fails(*_: Any) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("core_rerank_integrations.research.tuning.tune._with_scoring", fails)
+        with pytest.raises(StorageError, match="full"):
+            tune_heads(options.model_copy(update={"seed": 1}))
+    assert adapter.read_bytes() == before
+    assert first.head_set.adapter is not None
+    assert first.head_set.adapter.path == str(tmp_path / "adapter")
+
+
+def test_other_heads_or_dev_lists_are_another_training(small: LocalModel, tmp_path: Path) -> None:
+    tune_heads(options_for(small, tmp_path, steps=2)).head_set.save(start := tmp_path / "keys.json")
+    names = []
+    for seed, text in ((1, "Bread rises."), (2, "Bread rises."), (2, "Bread falls.")):
+        adapter = tmp_path / "adapter"
+        tune_heads(options_for(small, tmp_path, seed=seed, steps=2, adapter=adapter))
+        path = lists_file(tmp_path / "dev.jsonl", count=5)
+        path.write_text(path.read_text().replace("Bread rises.", text))
+        changes = {"start": start, "dev": [f"{path}:4"], "layers": None, "steps": 1}
+        tuned = tune_heads(options_for(small, tmp_path, adapter=tmp_path / "other", **changes))
+        names.append(tuned.checkpoint.name)
+    assert len(set(names)) == 3
+
+
+def test_the_template_is_that_of_the_heads_to_start_from(small: LocalModel, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path, steps=1)
+    tune_heads(options).head_set.save(start := tmp_path / "keys.json")
+    assert HeadSet.load(start).template == "chatml"
+    changes = {"start": start, "template": None, "layers": None, "steps": 1}
+    assert tune_heads(options_for(small, tmp_path, **changes)).head_set.template == "chatml"
+
+
 def test_lists_of_the_repository_can_be_read_and_no_page_is_in_both_splits() -> None:
     passages = {}
     for split in ("train", "dev"):
         files = sorted((Path(__file__).parents[2] / "judged_lists" / split).glob("*.jsonl"))
-        assert len(files) == 11
+        assert len(files) == 12
         collections = [JudgedRun.parse(str(path)).load()[0] for path in files]
         passages[split] = {
             passage.text for collection in collections for passage in collection.passages.values()
@@ -400,6 +462,12 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
         *("--template", "chatml", "--checkpoints", str(tmp_path / "ck"), "--output", str(output)),
     )
     assert "2 steps: loss" in printed
+    assert not list((tmp_path / "ck").iterdir())
+    message = failed(
+        *("heads", "tune", "--model", str(small.path), "--train", str(lists), "--dev", str(lists)),
+        *("--output", str(tmp_path / "keys")),
+    )
+    assert f"would both be {tmp_path / 'keys'}; name the file {tmp_path / 'keys.json'}" in message
     heads = HeadSet.load(output)
     assert heads.name == "keys"
     assert heads.adapter is not None

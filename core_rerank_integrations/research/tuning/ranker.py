@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations.backends.transformers.checks import check_layer_types, torch_dtype
 from core_rerank_integrations.backends.transformers.packing import ATTENTION_NAME
 from core_rerank_integrations.errors import InvalidInputError, ModelError, requires_extra
 from core_rerank_integrations.heads.head_set import HeadSet
 from core_rerank_integrations.method.windows import Candidates, Layout, Window, WindowPlanner
-from core_rerank_integrations.models.adapter import ADAPTER_FILES
 from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.local_model import (
     LocalModel,
@@ -102,7 +99,7 @@ class Ranker(nn.Module):
         self.weights = nn.Parameter(torch.zeros(heads, device=self.device))
         self.log_slope = nn.Parameter(torch.tensor(0.0, device=self.device))
         self.intercept = nn.Parameter(torch.tensor(START_INTERCEPT, device=self.device))
-        encoder = load_encoder(model, options.template)
+        encoder = load_encoder(model, options.template or (started.template if started else None))
         self.template = encoder.template.name
         self._planner = WindowPlanner(encoder, max_context)
         self._layout = Layout(
@@ -290,22 +287,16 @@ class Ranker(nn.Module):
         """Write the adapter in PEFT's format, in bfloat16.
 
         Args:
-            folder: Folder of the two files.
+            folder: Folder of its files.
             base: Hub id of the model, if known.
-
-        Raises:
-            StorageError: A file cannot be written.
         """
         config = self.model.peft_config["default"]
         config.base_model_name_or_path = base or ""  # PEFT would name a folder of this machine.
         config.target_modules = sorted(config.target_modules)  # A set has another order each time.
         for parameter in self.adapter_parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
-        with TemporaryDirectory() as written:
-            self.model.save_pretrained(written)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ADAPTER_FILES:
-                write_atomically(folder / name, (Path(written) / name).read_bytes())
+        # By default, PEFT would ask the hub whether the vocabulary is that of the base.
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def _first_weights(lists: Sequence[JudgedList]) -> Array:

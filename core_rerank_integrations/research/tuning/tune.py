@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from core_rerank_integrations._internal.files import write_atomically
 from core_rerank_integrations._internal.progress import Progress, no_progress, progress_bar
-from core_rerank_integrations.backends.loading import chosen_backend
+from core_rerank_integrations.backends.loading import allows_adapter, chosen_backend
 from core_rerank_integrations.errors import InvalidInputError, requires_extra
 from core_rerank_integrations.heads.head_set import Adapter, Head, HeadSet, Provenance
 from core_rerank_integrations.heads.scoring_config import Calibration, ScoringConfig, log_odds
 from core_rerank_integrations.heads.shipped import head_set_for
 from core_rerank_integrations.method.templates import TEMPLATES
-from core_rerank_integrations.models.adapter import with_adapter
+from core_rerank_integrations.models.adapter import (
+    ADAPTER_FILES,
+    adapter_checksum,
+    adapter_folder,
+    check_mergeable,
+    with_adapter,
+)
 from core_rerank_integrations.models.local_model import LocalModel, cache_folder, model_shape
 from core_rerank_integrations.models.resolve import resolve
-from core_rerank_integrations.research.abstention_fit import JudgedLogOdds, fit_answerability
-from core_rerank_integrations.research.evidence_fit import fit_evidence
+from core_rerank_integrations.research.abstention_fit import (
+    JudgedLogOdds,
+    fit_answerability,
+    shows_answerability,
+)
+from core_rerank_integrations.research.evidence_fit import answered_documents, fit_evidence
 from core_rerank_integrations.research.features import versions
 from core_rerank_integrations.research.options import EvidenceOptions, TuneOptions
 from core_rerank_integrations.research.scoring_fit import calibrate, choose_first_stage
@@ -46,25 +58,37 @@ class TunedHeads(NamedTuple):
     Attributes:
         head_set: The heads, with their adapter, probabilities and answerability.
         evaluations: The ranking of the dev lists during the training.
+        checkpoint: File of the checkpoint.
     """
 
     head_set: HeadSet
     evaluations: list[Evaluation]
+    checkpoint: Path
+
+    def save(self, path: Path) -> None:
+        """Write the head set, and delete the checkpoint, which nothing needs from then on.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        self.head_set.save(path)
+        self.checkpoint.unlink(missing_ok=True)
 
 
 def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHeads:
     """Train an adapter and head weights together, and fit probabilities and answerability.
 
-    The model keeps its first layers only. An interrupted run continues from its checkpoint; the
-    same options, lists, machine and number of threads give the same result.
+    The model keeps its first layers only. An interrupted run continues from its checkpoint, which
+    is kept until `TunedHeads.save`; the same options, lists, machine and number of threads give the
+    same result.
 
     Args:
         options: The model, the data and the training.
         show_progress: Whether to show progress bars on standard error.
 
     Raises:
-        InvalidInputError: A file cannot be read, too few questions are left to draw, there is
-            nothing to train on or to choose by, or the loss is not a number.
+        InvalidInputError: An option is invalid, a file cannot be read, too few questions are left
+            to draw, there is nothing to train on or to choose by, or the loss is not a number.
         HeadSetError: The head set to start from belongs to another model.
         ModelError: The model cannot be found, downloaded or loaded.
         UnsupportedModelError: The attention of the model cannot be read.
@@ -73,33 +97,40 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
     model = resolve(options.model)
     started = None if options.start is None else _to_start_from(options.start, model)
     check_average(options, started)
-    # The dev questions are drawn first, so that they do not depend on the train questions.
-    runs = [*options.dev, *(source.run for source in options.train)]
-    samples = draw_samples(runs, options.seed)
-    dev, train = samples[: len(options.dev)], samples[len(options.dev) :]
+    _check_end(model, options)
+    dev = draw_samples(options.dev, options.seed)
+    train = draw_samples([source.run for source in options.train], options.seed, apart_from=dev)
     sources = [_lists(sample, options.candidates) for sample in train]
+    if not any(item.right for lists in sources for item in lists):
+        raise InvalidInputError("no list to train on has a right document")
     chosen_by = _chosen_by(dev, options)
     torch.manual_seed(options.seed)
     ranker = Ranker(model, options, started)
     checkpoint = options.checkpoints or cache_folder("tuning")
-    checkpoint /= f"{_digest(model, options, sources, dev)}.pt"
+    checkpoint /= f"{_digest(model, options, started, sources, dev)}.pt"
     training = Training(ranker, sources, chosen_by, options, checkpoint)
     evaluations = training.run(progress_bar(show_progress, "Training"))
     if options.average:
         ranker.average(options.average)
     name = options.name or "tuned"
     adapter = options.adapter or Path(name)
-    ranker.save_adapter(adapter, model.model_id)
-    heads = _head_set(ranker, model, adapter, options, name)
-    progress = progress_bar(show_progress, "Fitting probabilities")
-    heads = _with_scoring(heads, model, options, dev, progress)
-    if options.evidence is not None:
-        heads = fit_evidence(
-            EvidenceOptions(heads=heads, data=options.evidence, **_reading(options)),
-            show_progress=show_progress,
-        )
+    # The adapter of an earlier head set is not replaced before all is fitted.
+    with TemporaryDirectory() as folder:
+        ranker.save_adapter(Path(folder), model.model_id)
+        heads = _head_set(ranker, model, Path(folder), options, name)
+        progress = progress_bar(show_progress, "Fitting probabilities")
+        heads = _with_scoring(heads, model, options, dev, progress)
+        if options.evidence is not None:
+            heads = fit_evidence(
+                EvidenceOptions(heads=heads, data=options.evidence, **_reading(options)),
+                show_progress=show_progress,
+            )
+        adapter.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            write_atomically(adapter / file, (Path(folder) / file).read_bytes())
     heads = heads.model_copy(
         update={
+            "adapter": _at(adapter, heads),
             "provenance": Provenance(
                 method="tuned",
                 details={
@@ -122,15 +153,14 @@ def tune_heads(options: TuneOptions, *, show_progress: bool = False) -> TunedHea
                     **heads.provenance.details,
                     **versions(),
                 },
-            )
+            ),
         }
     )
-    checkpoint.unlink(missing_ok=True)
-    return TunedHeads(heads, evaluations)
+    return TunedHeads(heads, evaluations, checkpoint)
 
 
 def _to_start_from(heads: HeadSet | str | Path, model: LocalModel) -> HeadSet:
-    """Return a head set of a model.
+    """Return a head set of a model, with its adapter in a folder of this machine.
 
     Raises:
         HeadSetError: It belongs to another model, or its adapter does.
@@ -138,7 +168,36 @@ def _to_start_from(heads: HeadSet | str | Path, model: LocalModel) -> HeadSet:
     started = head_set_for(heads, model.model_id)
     started.check(model.model_id, model_shape(model.config()))
     with_adapter(model, started)  # Checks that it fits.
-    return started
+    if started.adapter is None:
+        return started
+    adapter = _at(adapter_folder(started.adapter.path), started)
+    return started.model_copy(update={"adapter": adapter})
+
+
+def _at(folder: Path, heads: HeadSet) -> Adapter | None:
+    """Return the adapter of heads, in a folder."""
+    if heads.adapter is None:
+        return None
+    return heads.adapter.model_copy(update={"path": str(folder.absolute())})
+
+
+def _check_end(model: LocalModel, options: TuneOptions) -> None:
+    """Check what is needed after the training, before it takes its time.
+
+    Raises:
+        InvalidInputError: A setting is invalid, or the evidence data cannot be used.
+        ModelError: The model has no weights in safetensors files.
+        UnsupportedModelError: No adapter can be merged into the model.
+    """
+    settings = _settings(options)
+    if not allows_adapter(settings.backend):
+        raise InvalidInputError(
+            f"backend={settings.backend!r} cannot run tuned heads, because an engine that also "
+            "generates needs the model's weights unchanged; use another backend"
+        )
+    check_mergeable(model)
+    if options.evidence is not None:
+        answered_documents(options.evidence, "train")
 
 
 def _best(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -182,31 +241,40 @@ def _chosen_by(dev: Sequence[Sample], options: TuneOptions) -> list[Sample]:
 def _digest(
     model: LocalModel,
     options: TuneOptions,
+    started: HeadSet | None,
     sources: Sequence[Sequence[TuningList]],
     dev: Sequence[Sample],
 ) -> str:
-    """Return a name for the checkpoint: other data or options are another training."""
+    """Return a name for the checkpoint: other heads, data or options are another training."""
     unrelated = {
         "adapter",
         "average",
         "backend",
         "checkpoints",
+        "dtype",
         "evidence",
         "max_false_abstentions",
         "name",
+        "start",
     }
     digest = hashlib.sha256(model.fingerprint().encode())
     digest.update(repr(sorted(options.model_dump(exclude=unrelated).items())).encode())
-    for lists in sources:
+    if started is not None:
+        digest.update(started.model_dump_json(exclude={"adapter"}).encode())
+        if started.adapter is not None:
+            digest.update(adapter_checksum(Path(started.adapter.path)).encode())
+    for lists in (*sources, *(tuning_lists(sample, options.candidates) for sample in dev)):
         digest.update(repr(lists).encode())
-    for sample in dev:
-        digest.update(repr([(query, sample.run[query]) for query in sample.queries]).encode())
     return digest.hexdigest()[:32]
 
 
 def _reading(options: TuneOptions) -> dict[str, Any]:
     """Return the options of the model that reads with the trained heads."""
     return {"model": options.model, **options.runtime}
+
+
+def _settings(options: TuneOptions) -> RerankerSettings:
+    return RerankerSettings.checked(template=options.template, **_reading(options))
 
 
 def _head_set(
@@ -250,7 +318,7 @@ def _with_scoring(
     progress: Progress,
 ) -> HeadSet:
     """Fit probabilities, answerability and the weights of first stages on the dev lists."""
-    settings = RerankerSettings.checked(template=options.template, **_reading(options))
+    settings = _settings(options)
     scorer = load_scorer(chosen_backend(settings, model, heads), settings, model, heads)
     try:
         scored = [
@@ -266,7 +334,7 @@ def _with_scoring(
         (sample.collection, lists) for sample, lists in zip(dev, relevant, strict=True) if lists
     ]
     groups = [
-        [_log_odds(sample, item, calibration) for item in lists]
+        list(_log_odds(sample, lists, calibration))
         for sample, lists in zip(dev, scored, strict=True)
     ]
     return heads.with_scoring(
@@ -326,7 +394,12 @@ def _judged(sample: Sample, item: JudgedList) -> tuple[Array, Array]:
     return item.features[is_known, 0], item.grades[is_known]
 
 
-def _log_odds(sample: Sample, item: JudgedList, calibration: Calibration) -> JudgedLogOdds:
-    scores, grades = _judged(sample, item)
-    odds = log_odds(calibration.probabilities(scores))
-    return JudgedLogOdds(odds[grades > 0], odds[grades == 0])
+def _log_odds(
+    sample: Sample, lists: Sequence[JudgedList], calibration: Calibration
+) -> Iterator[JudgedLogOdds]:
+    """Yield the log-odds of the candidates of each list that shows answerability."""
+    for item in lists:
+        scores, grades = _judged(sample, item)
+        if shows_answerability((grades > 0).tolist(), sample.collection.qrels[item.query]):
+            odds = log_odds(calibration.probabilities(scores))
+            yield JudgedLogOdds(odds[grades > 0], odds[grades == 0])
