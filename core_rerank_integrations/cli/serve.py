@@ -1,10 +1,11 @@
-"""``core-rerank serve``: a rerank server for clients of Cohere, Jina, vLLM and TEI."""
+"""``core-rerank serve``: a rerank server for clients of Cohere, Jina, vLLM, Voyage and TEI."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -18,6 +19,9 @@ from core_rerank_integrations.cli.common import command
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.serving.limits import Limits
 from core_rerank_integrations.settings import DocumentCache, RerankerSettings
+
+SECRETS = ("--api-key", "--hf-token")
+"""Arguments of vLLM whose values are not shown."""
 
 
 @command
@@ -41,7 +45,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Start a rerank server for clients of Cohere, Jina, vLLM and Text Embeddings Inference.
+    """Start a rerank server for clients of Cohere, Jina, vLLM, Voyage and TEI.
 
     With --backend vllm-shared this is 'vllm serve', which then answers and reranks.
     """
@@ -54,9 +58,11 @@ def serve(
         settings = settings.checked(**dict(settings) | {"document_cache": document_cache})
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     key = key_from(api_key_env)
-    if host not in LOCAL_NAMES and key is None:
+    is_shared = settings.backend == "vllm-shared"
+    has_key = key is not None or (is_shared and _has_vllm_key(vllm_args or []))
+    if host not in LOCAL_NAMES and not has_key:
         console.print(f"Everyone who can reach {host} can use it: no --api-key-env is given.")
-    if settings.backend == "vllm-shared":
+    if is_shared:
         _become_vllm(settings, limits, host, port, key, vllm_args or [], console)
     if vllm_args:
         settings = _with_engine_args(settings, vllm_args)
@@ -87,7 +93,7 @@ def _become_vllm(
     if key is not None:
         variables["VLLM_API_KEY"] = key
         shown.append("VLLM_API_KEY=...")
-    console.print(f"Starting: {' '.join(shown)} {shlex.join(command)}")
+    console.print(f"Starting: {' '.join(shown)} {_shown(command)}")
     program = Path(sys.executable).with_name(command[0])
     os.execve(program, command, os.environ | variables)  # noqa: S606  No shell reads them.
 
@@ -100,7 +106,7 @@ def _with_engine_args(settings: RerankerSettings, vllm_args: list[str]) -> Reran
     """
     if settings.backend != "vllm":
         raise InvalidInputError(
-            f"{shlex.join(vllm_args)}: arguments after -- are for the vLLM backends, not for "
+            f"{_shown(vllm_args)}: arguments after -- are for the vLLM backends, not for "
             f"{settings.backend!r}"
         )
     from core_rerank_integrations.backends.vllm.caller.arguments import parsed_arguments
@@ -108,7 +114,34 @@ def _with_engine_args(settings: RerankerSettings, vllm_args: list[str]) -> Reran
     engine_args, others = parsed_arguments(vllm_args)
     if others:
         raise InvalidInputError(
-            f"{shlex.join(others)}: no argument of vLLM's engine. Those of 'vllm serve' are for "
+            f"{_shown(others)}: no argument of vLLM's engine. Those of 'vllm serve' are for "
             "--backend vllm-shared"
         )
     return settings.model_copy(update={"engine_args": engine_args})
+
+
+def _has_vllm_key(vllm_args: Iterable[str]) -> bool:
+    """Return whether ``vllm serve`` has a key of its own."""
+    return bool(os.environ.get("VLLM_API_KEY")) or any(
+        _is_option(argument, "--api-key") for argument in vllm_args
+    )
+
+
+def _shown(arguments: Iterable[str]) -> str:
+    """Return a command line of vLLM that shows ``...`` in place of keys and tokens."""
+    shown: list[str] = []
+    is_secret = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, _ = argument.partition("=")
+            is_secret = any(_is_option(argument, secret) for secret in SECRETS)
+            shown.append(f"{name}=..." if is_secret and equals else argument)
+        else:
+            shown.append("..." if is_secret else argument)
+    return shlex.join(shown)
+
+
+def _is_option(argument: str, option: str) -> bool:
+    """Return whether an argument may be an option; vLLM takes ``_`` for ``-``, and beginnings."""
+    name = argument.partition("=")[0].replace("_", "-")
+    return len(name) > len("--") and option.startswith(name)

@@ -1,4 +1,4 @@
-"""A rerank server for clients of Cohere, Jina, vLLM and Text Embeddings Inference.
+"""A rerank server for clients of Cohere, Jina, vLLM, Voyage and Text Embeddings Inference.
 
 app.py        routes, errors, loading and closing the model
 dialects.py   requests and replies

@@ -34,6 +34,7 @@ from core_rerank_integrations.serving.dialects import (
     TEIErrorReply,
     TEIRequest,
     TEIResult,
+    VoyageReply,
     is_tei,
 )
 from core_rerank_integrations.serving.errors import RefusedError
@@ -47,6 +48,7 @@ from core_rerank_integrations.serving.replies import (
     rerank_reply,
     tei_reply,
     text_of,
+    voyage_reply,
     wants_spans,
 )
 from core_rerank_integrations.settings import RerankOptions
@@ -266,21 +268,23 @@ def rerank_router(service: Service, limits: Limits) -> APIRouter:
     async def rerank(request: Request, body: AnyRequest) -> Response:
         reranker, queue = service.model
         if isinstance(body, TEIRequest):
-            documents, options, truncated = body.texts, RerankOptions(), None
+            documents, options = body.texts, RerankOptions(top_n=body.top_n or None)
+            scores, truncated = None, None
         else:
             documents = [text_of(document) for document in body.documents]
             own = {name: getattr(body, name) for name in OWN_OPTIONS}
             own["evidence"] = body.evidence or wants_spans(body)
-            options = RerankOptions.checked(top_n=body.top_n or None, **own)
-            truncated = body.max_tokens_per_doc
+            options = RerankOptions.checked(top_n=body.top_n or body.top_k or None, **own)
+            scores, truncated = body.first_stage_scores, body.max_tokens_per_doc
         limits.check(documents, body.query)
-        scores = None if isinstance(body, TEIRequest) else body.first_stage_scores
         candidates = check_candidates(body.query, documents, scores)
         results, tokens = await _unless_hung_up(
             request, queue.rank(candidates, options, truncated), limits.max_request_seconds
         )
         if isinstance(body, TEIRequest):
             return tei_reply(body, results)
+        if body.is_from_voyage:
+            return voyage_reply(body, results, tokens, reranker.model)
         name = f"rerank-{uuid.uuid4().hex}"
         return rerank_reply(name, body, results, tokens, reranker.model, reranker.heads)
 
@@ -289,7 +293,7 @@ def rerank_router(service: Service, limits: Limits) -> APIRouter:
             path,
             rerank,
             methods=["POST"],
-            response_model=RerankReply | list[TEIResult],
+            response_model=RerankReply | VoyageReply | list[TEIResult],
             summary="Rank documents by their relevance to a query",
         )
 
@@ -381,9 +385,7 @@ async def _hang_up(request: Request) -> None:
 
 def _explained(request: Request, error: Exception) -> Response:
     """Return an error in the shape that the request's client reads."""
-    for_tei = False
     if isinstance(error, RequestValidationError):
-        for_tei = is_tei(error.body)
         status, message = 422, _problems(error)
     elif isinstance(error, RefusedError):
         status, message = error.status, error.message
@@ -405,12 +407,12 @@ def _explained(request: Request, error: Exception) -> Response:
             request.scope["path"],
             "".join(traceback.format_tb(error.__traceback__)),
         )
-    return error_reply(status, message, for_tei=for_tei or _is_from_tei(request))
+    return error_reply(status, message, for_tei=_is_from_tei(request))
 
 
 def _is_from_tei(request: Request) -> bool:
     body = getattr(request, "_body", b"")
-    if not body or request.scope["path"] != RERANK[0]:
+    if not body or request.scope["path"] not in RERANK:
         return False
     try:
         return is_tei(from_json(body))

@@ -1,8 +1,9 @@
 """Requests and replies, field by field.
 
 Three dialects are one: a reply has the fields that clients of Cohere, Jina and vLLM read. Text
-Embeddings Inference differs, and is told apart by ``texts``. Fields that a dialect has and this
-server does not know are ignored. ``null`` means the default.
+Embeddings Inference differs, and is told apart by ``texts``. Voyage's replies differ too, and its
+requests are told apart by ``top_k``. Fields that a dialect has and this server does not know are
+ignored. ``null`` means the default.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from core_rerank_integrations.settings import RerankOptions
 
 
 def without_nulls(fields: Any) -> Any:
-    """Return the fields that are not ``null``."""
+    """Return the fields that are not ``null``, and ``top_k``, which tells Voyage's client."""
     if not isinstance(fields, dict):
         return fields
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None or name == "top_k"}
 
 
 class _Request(BaseModel):
@@ -60,16 +61,24 @@ class RelevantSpans(_Request):
     )
 
 
+TopN = Annotated[int, Field(ge=0)] | None
+"""Maximum number of results; ``None`` and 0 stand for all."""
+
+
 class RerankRequest(RerankOptions):
-    """A request of Cohere's, Jina's and vLLM's clients, with the options of a rerank."""
+    """A request of Cohere's, Jina's, vLLM's and Voyage's clients, with the options of a rerank."""
 
     model_config = ConfigDict(extra="ignore")
 
     query: str
     documents: list[str | Document]
     model: str | None = Field(default=None, description="Ignored: the server has one model.")
-    top_n: Annotated[int, Field(ge=0)] | None = Field(
+    top_n: TopN = Field(
         default=None, description="Maximum number of results; by default, and with 0, all."
+    )
+    top_k: TopN = Field(
+        default=None,
+        description="Voyage's name of top_n. The reply then has Voyage's shape, also with null.",
     )
     return_documents: bool = Field(
         default=True, description="Whether results contain their documents."
@@ -84,6 +93,11 @@ class RerankRequest(RerankOptions):
         default=None, description="The first stage's score of each document."
     )
 
+    @property
+    def is_from_voyage(self) -> bool:
+        """Whether Voyage's client has sent it, which always names ``top_k``."""
+        return "top_k" in self.model_fields_set
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, fields: Any) -> Any:
@@ -95,6 +109,10 @@ class TEIRequest(_Request):
 
     query: str
     texts: list[str]
+    top_n: TopN = Field(
+        default=None,
+        description="Maximum number of results, as in llama.cpp; by default, and with 0, all.",
+    )
     raw_scores: bool = Field(
         default=False, description="Whether scores are attention mass instead of probabilities."
     )
@@ -110,7 +128,9 @@ def _dialect(body: Any) -> str:
 
 def is_tei(body: Any) -> bool:
     """Return whether a client of Text Embeddings Inference has sent a body."""
-    return isinstance(body, TEIRequest) or (isinstance(body, dict) and "texts" in body)
+    return isinstance(body, TEIRequest) or (
+        isinstance(body, dict) and body.get("texts") is not None
+    )
 
 
 AnyRequest = Annotated[
@@ -185,6 +205,23 @@ class RerankReply(BaseModel):
     meta: dict[str, Any]
     results: list[Result]
     core_rerank: ListDetails
+
+
+class VoyageResult(BaseModel):
+    """A document's place in the ranking, as Voyage's client reads it."""
+
+    index: int
+    relevance_score: float
+    document: str | None = None
+
+
+class VoyageReply(BaseModel):
+    """The results of a list, best first, as Voyage's client reads them."""
+
+    object: Literal["list"] = "list"
+    data: list[VoyageResult]
+    model: str
+    usage: Usage
 
 
 class TEIResult(BaseModel):

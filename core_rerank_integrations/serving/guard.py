@@ -83,6 +83,8 @@ class Guard:
                 if found is None:
                     return
                 body = found
+                self._held += len(body) - held  # Its length may not have been known.
+                held = len(body)
             await self._app(scope, replayed(body, receive), send)
         except RefusedError as error:
             await error_reply(error.status, error.message)(scope, receive, send)

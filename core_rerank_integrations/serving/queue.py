@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +79,7 @@ class _Job:
         read: Number of documents that were read.
         part_characters: Size of the next part.
         answers: The answers of the parts that were read.
+        is_late: Whether the time of the request is up.
     """
 
     query: str
@@ -90,6 +91,7 @@ class _Job:
     read: int = 0
     part_characters: float = FIRST_PART_CHARACTERS
     answers: list[Any] = field(default_factory=list)
+    is_late: bool = False
 
     @property
     def is_alone(self) -> bool:
@@ -118,8 +120,7 @@ class _Job:
     @property
     def is_over(self) -> bool:
         """Whether all is read, or the time is up."""
-        is_late = self.deadline is not None and time.perf_counter() > self.deadline
-        return self.read == len(self.documents) or is_late
+        return self.is_late or self.read == len(self.documents)
 
 
 class _Part(NamedTuple):
@@ -162,6 +163,9 @@ class RequestQueue:
     ) -> tuple[RerankResults, int]:
         """Rank a list; see `CoReReranker.rerank`. ``max_seconds`` includes the time of waiting.
 
+        A list that waits until its time is up is not read any further. If nothing of it was read,
+        its answerability is ``None``.
+
         Args:
             candidates: The query and its documents.
             options: Options of the call.
@@ -186,6 +190,8 @@ class RequestQueue:
             )
             scored = _merged([answer.scored for answer in answers], len(candidates.documents))
             results = await run_in_thread(partial(rank, candidates, scored, scoring, options))
+            if candidates.documents and not np.isfinite(scored.scores).any():  # Nothing was read.
+                results = replace(results, answerability=None, answerable=None)
             finish([results])
         return results, sum(answer.tokens for answer in answers)
 
@@ -237,14 +243,29 @@ class RequestQueue:
         self._requests.add(job)
         self._add(job)
         self._metrics.waiting.set(len(self._requests))
+        timer = None
+        if max_seconds is not None:
+            timer = asyncio.get_running_loop().call_later(max_seconds, self._end, job)
         try:
             return await job.done
         finally:
+            if timer is not None:
+                timer.cancel()
             self._remove(job)
 
     def _add(self, job: _Job) -> None:
         self._jobs.append(job)
         self._filled.set()
+
+    def _end(self, job: _Job) -> None:
+        """Answer a request whose time is up with what was read of it.
+
+        A part that is being read has the same limit, and is waited for.
+        """
+        job.is_late = True
+        if job in self._jobs and not job.done.done():
+            self._jobs.remove(job)
+            job.done.set_result(job.answers)
 
     def _remove(self, job: _Job) -> None:
         self._requests.discard(job)

@@ -26,6 +26,8 @@ from core_rerank_integrations.serving.dialects import (
     TEIRequest,
     TEIResult,
     Usage,
+    VoyageReply,
+    VoyageResult,
 )
 
 with requires_extra("server"):
@@ -111,6 +113,28 @@ def rerank_reply(
             ),
         )
     )
+
+
+def voyage_reply(
+    request: RerankRequest, results: RerankResults, tokens: int, model: str
+) -> Response:
+    """Return results to Voyage's client.
+
+    Args:
+        request: The request.
+        results: Its results.
+        tokens: Number of tokens of its prompts.
+        model: Name of the model.
+    """
+    found = [
+        VoyageResult(index=result.index, relevance_score=score)
+        for result, score in zip(results, _relevance_scores(results), strict=True)
+    ]
+    if request.return_documents:
+        for result in found:
+            result.document = text_of(request.documents[result.index])
+    usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
+    return json_reply(VoyageReply(object="list", data=found, model=model, usage=usage))
 
 
 def tei_reply(request: TEIRequest, results: RerankResults) -> Response:

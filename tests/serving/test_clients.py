@@ -119,7 +119,7 @@ import json, sys
 import litellm
 
 url, query, texts = json.loads(sys.argv[1])
-for provider in ("cohere", "hosted_vllm", "jina_ai", "huggingface"):
+for provider in ("cohere", "hosted_vllm", "jina_ai", "voyage", "huggingface"):
     reply = litellm.rerank(
         model=f"{provider}/any", query=query, documents=texts, top_n=2, api_base=url, api_key="key"
     )
@@ -129,7 +129,7 @@ for provider in ("cohere", "hosted_vllm", "jina_ai", "huggingface"):
 
 @pytest.mark.commands
 def test_litellm(server, expected: RerankResults) -> None:
-    """As a client of Cohere, vLLM, Jina and Text Embeddings Inference."""
+    """As a client of Cohere, vLLM, Jina, Voyage and Text Embeddings Inference."""
     pytest.importorskip("litellm")
     done = subprocess.run(
         [sys.executable, "-c", LITELLM, json.dumps([server.url, QUERY, TEXTS])],
@@ -139,7 +139,7 @@ def test_litellm(server, expected: RerankResults) -> None:
         text=True,
     )
     replies = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
-    assert len(replies) == 4
+    assert len(replies) == 5
     for reply in replies:
         check(reply, expected)
 
@@ -198,3 +198,17 @@ def test_the_body_of_ragflow(server, expected: RerankResults, fields: dict[str, 
     assert len(rows) == len(TEXTS)
     check([(row["index"], row["relevance_score"]) for row in rows], expected)
     assert reply["usage"]["total_tokens"] > 0
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(2, 2), (0, 3), (None, 3)])
+def test_the_body_of_voyage(server, expected: RerankResults, top_k: int | None, count: int) -> None:
+    """Its client always sends ``top_k``, and reads ``data``."""
+    reply = posted(f"{server.url}/v1/rerank", "key", top_k=top_k, truncation=True)
+    rows = reply["data"]
+    assert len(rows) == count
+    check([(row["index"], row["relevance_score"]) for row in rows], expected)
+    assert [row["document"] for row in rows] == [TEXTS[row["index"]] for row in rows]
+    assert (reply["object"], reply["model"]) == ("list", "smollm2-135m")
+    assert reply["usage"]["total_tokens"] > 0
+    plain = posted(f"{server.url}/v1/rerank", "key", top_k=top_k, return_documents=False)
+    assert [set(row) for row in plain["data"]] == [{"index", "relevance_score"}] * count

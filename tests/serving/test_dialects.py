@@ -176,10 +176,13 @@ def test_options_of_a_rerank(server, default) -> None:
 
 
 def test_documents_that_are_not_read_in_time(server) -> None:
-    rows = ranked(server, max_seconds=1e-6)["results"]
-    assert [row["core_rerank"]["reranked"] for row in rows] == [True, False, False, False]
-    assert [row["core_rerank"]["score"] is None for row in rows] == [False, True, True, True]
-    assert rows[0]["relevance_score"] >= rows[1]["relevance_score"] == 0
+    reply = ranked(server, max_seconds=1e-6)
+    assert [row["index"] for row in reply["results"]] == [0, 1, 2, 3]
+    for row in reply["results"]:
+        assert row["core_rerank"]["reranked"] is False
+        assert row["core_rerank"]["score"] is None
+        assert row["relevance_score"] == 0
+    assert reply["core_rerank"]["answerability"] is None
 
 
 def test_an_empty_list(server) -> None:
@@ -208,6 +211,12 @@ def test_text_embeddings_inference(server, expected) -> None:
     )
     assert [row["text"] for row in raw] == [result.document for result in expected]
     assert rows(raw_scores=None, return_text=None, truncate=None) == plain
+    assert [rows(top_n=top_n) for top_n in (1, 0, None)] == [plain[:1], plain, plain]
+
+
+def test_texts_that_are_null_are_not_text_embeddings_inference(server, expected) -> None:
+    reply = ranked(server, "/rerank", texts=None)
+    assert [row["index"] for row in reply["results"]] == [result.index for result in expected]
 
 
 def test_models(server) -> None:
@@ -229,7 +238,8 @@ def test_documents_are_stored_ahead(server, default) -> None:
 def test_the_schema_names_both_kinds_of_requests(server) -> None:
     schema = server.client.get("/openapi.json").json()
     names = schema["components"]["schemas"]
-    assert {"RerankRequest", "TEIRequest", "RerankReply", "TEIResult", "ErrorReply"} <= set(names)
+    assert {"RerankRequest", "TEIRequest", "ErrorReply"} <= set(names)
+    assert {"RerankReply", "VoyageReply", "TEIResult"} <= set(names)
     assert set(schema["paths"]) == {*PATHS, "/v1/documents", "/v1/models", "/health", "/ready"}
 
 

@@ -75,12 +75,22 @@ def test_many_problems_are_not_all_shown(server) -> None:
     assert "and 97 more" in refused(response, 422)
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"query": None}, "query"), ({"texts": [1]}, "texts.0"), ({"query": ""}, "empty")],
+    [
+        ({"query": None}, "query"),
+        ({"texts": [1]}, "texts.0"),
+        ({"top_n": -1}, "top_n"),
+        ({"query": ""}, "empty"),
+    ],
 )
-def test_errors_for_clients_of_tei(server, fields: dict[str, Any], named: str) -> None:
-    assert named in refused_by_tei(server.client.post("/rerank", json=TEI | fields), 422)
+def test_errors_for_clients_of_tei(server, path: str, fields: dict[str, Any], named: str) -> None:
+    assert named in refused_by_tei(server.client.post(path, json=TEI | fields), 422)
+
+
+def test_errors_of_other_routes_are_not_for_clients_of_tei(server) -> None:
+    assert "documents" in refused(server.client.post("/v1/documents", json={"texts": ["a"]}), 422)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ from core_rerank_integrations import CoReReranker, InvalidInputError, RerankOpti
 from core_rerank_integrations._internal.cancellation import check_cancelled
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.scorer import AttentionScorer
+from core_rerank_integrations.serving.guard import HELD_BODIES
 from core_rerank_integrations.serving.metrics import Metrics
 from core_rerank_integrations.serving.queue import BATCH_DOCUMENTS, RequestQueue
 
@@ -233,6 +234,54 @@ def test_a_time_budget_includes_waiting(slow: Running, held: Held) -> None:
     assert read[0]
     assert not read[-1]
     assert read == sorted(read, reverse=True)
+
+
+def test_a_request_whose_time_ends_before_its_turn_is_answered(slow: Running, held: Held) -> None:
+    held.let.clear()
+    body = {"query": "q", "documents": ["a"]}
+    hurried = {"query": "Who?", "documents": ["b", "c"], "max_seconds": 0.2}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, f"{slow.url}/rerank", json=body, timeout=60)
+        try:
+            wait_for(lambda: held.batches == [[1]])
+            reply = httpx.post(f"{slow.url}/rerank", json=hurried, timeout=30).json()
+            assert figure(slow, "core_rerank_waiting_requests") == 1
+            assert not first.done()
+        finally:
+            held.let.set()
+        assert first.result().status_code == 200
+    assert [row["index"] for row in reply["results"]] == [0, 1]
+    assert not any(row["core_rerank"]["reranked"] for row in reply["results"])
+    assert reply["core_rerank"]["answerability"] is None
+    assert reply["core_rerank"]["answerable"] is None
+    assert slow.client.post("/rerank", json=body).status_code == 200
+    assert held.batches == [[1], [1]], "nothing of it was read"
+
+
+def test_small_requests_of_unknown_length_find_room(held: Held) -> None:
+    limits = {"max_waiting": HELD_BODIES + 1}
+    with (
+        running(lambda: CoReReranker.from_scorer(held), **limits) as server,
+        ThreadPoolExecutor(HELD_BODIES + 1) as pool,
+    ):
+        server.wait_until_ready()
+        held.let.clear()
+
+        def ask() -> int:
+            body = iter([b'{"query":"q",', b'"documents":["a"]}'])
+            headers = {"content-type": "application/json"}
+            url = f"{server.url}/rerank"
+            return httpx.post(url, content=body, headers=headers, timeout=120).status_code
+
+        waiting = "core_rerank_waiting_requests"
+        asked: list[Future[int]] = []
+        try:
+            for _ in range(HELD_BODIES + 1):
+                asked.append(pool.submit(ask))
+                wait_for(lambda: asked[-1].done() or figure(server, waiting) == len(asked))
+        finally:
+            held.let.set()
+        assert [future.result() for future in asked] == [200] * len(asked)
 
 
 def test_shutdown_answers_what_runs(held: Held) -> None:

@@ -174,6 +174,16 @@ def test_chains_of_heads_without_probabilities(
                 answer(reranker, score_threshold=0.5)
 
 
+def test_documents_are_cached_within_the_limits_of_a_server(
+    shared: Callable[[], CoReReranker],
+) -> None:
+    documents = [f"Ferry {number} leaves at noon." for number in range(5)]
+    with running(shared, max_documents=2) as server, RemoteReranker(server.url) as remote:
+        server.wait_until_ready()
+        assert remote.cache_documents(documents) > 0
+        assert remote.cache_documents(documents) == 0, "all are cached"
+
+
 def test_what_the_server_refuses(url: str) -> None:
     with RemoteReranker(url, KEY) as remote, RemoteReranker(url, "wrong") as wrong:
         with pytest.raises(InvalidInputError, match=r"answered 413: .*more than the 50"):

@@ -98,5 +98,16 @@ def test_the_cache_has_options_which_vllm_refuses(tmp_path: Path) -> None:
     assert "document_cache is not for 'vllm'" in failed("serve", "--backend", "vllm", *folder)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--api-key", "s3cret", "s3cret-2"), ("--api_key=s3cret",), ("--hf-tok", "s3cret")],
+    ids=" ".join,
+)
+def test_keys_and_tokens_for_vllm_are_not_shown(arguments: tuple[str, ...]) -> None:
+    message = failed("serve", "--", *arguments, "--enforce-eager", "x")
+    assert "... --enforce-eager x: arguments after --" in message.replace("=...", " ...")
+    assert "s3cret" not in message
+
+
 def test_limits_are_options() -> None:
     assert "max_documents" in failed("serve", "--max-documents", "0")

@@ -210,6 +210,28 @@ def test_what_cannot_be_served_is_refused_at_once(arguments: tuple[str, ...], me
     assert message in failed("serve", "--port", free_port(), *arguments)
 
 
+def test_keys_and_tokens_are_passed_on_and_not_shown(
+    smollm2: LocalModel,  # noqa: ARG001  Puts the model into the cache.
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run: list[list[str]] = []
+
+    def end(program: Path, command: list[str], variables: dict[str, str]) -> None:  # noqa: ARG001
+        run.append(command)
+        sys.exit(1)  # The program would be another one from here on.
+
+    monkeypatch.setattr(os, "execve", end)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    options = ("serve", "--backend", "vllm-shared", "--host", "0.0.0.0", "--port")
+    keys = ["--api-key", "s3cret-1", "s3cret-2"]
+    shown = failed(*options, free_port(), "--", *keys, "--hf_token=s3cret", "--enforce-eager")
+    assert shown.endswith("--api-key ... ... --hf_token=... --enforce-eager")
+    assert "s3cret" not in shown
+    assert "Everyone" not in shown
+    assert run[0][-5:] == [*keys, "--hf_token=s3cret", "--enforce-eager"]
+    assert "Everyone who can reach 0.0.0.0" in failed(*options, free_port())
+
+
 def attached(**given: Any) -> TestClient:
     """Return a client of an app to which the routes were added, before their engine is there."""
     app = FastAPI()
