@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core_rerank_integrations import DocumentCache, HeadSet, StorageError
-from core_rerank_integrations._internal.files import write_atomically
+from core_rerank_integrations._internal.files import sync, write_atomically
 from core_rerank_integrations.heads.shipped import named_head_set
 from core_rerank_integrations.models.local_model import cache_folder
 
@@ -64,6 +64,21 @@ def test_writers_with_the_same_ids_do_not_share_a_partial_file(
         with pytest.raises(StorageError):
             write_atomically(tmp_path / "file", "content")
     assert len(set(names)) == 2
+
+
+@posix
+def test_a_file_and_its_name_are_written_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: written.append(os.fstat(file).st_ino))
+    path = tmp_path / "file"
+    with pytest.raises(StorageError, match=f"cannot write {path}"):
+        sync(path)
+    path.write_text("content")
+    sync(path)
+    assert written == [path.stat().st_ino, tmp_path.stat().st_ino]
+    assert path.read_text() == "content"
 
 
 @posix

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from core_rerank_integrations.errors import StorageError
@@ -42,6 +44,28 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error}; free space or choose another folder"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file and its name are on disk, where a power failure does not lose them.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    try:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        # Neither Windows nor every network file system can do this with a folder.
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error}; free space or choose another folder"

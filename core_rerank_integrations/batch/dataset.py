@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from core_rerank_integrations.batch.lists import ListReranker, Row
 from core_rerank_integrations.batch.options import PoolOptions
 from core_rerank_integrations.errors import BackendError, InvalidInputError, requires_extra
+from core_rerank_integrations.method.prompt import encodable
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 with requires_extra("ray"):
@@ -49,7 +50,9 @@ class _TableReranker:
         self._rerank = ListReranker(settings, options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = self._rerank(table.to_pylist())
+        rows = table.to_pylist()
+        self._rerank.check(rows)
+        rows = self._rerank(rows)
         for name, kind in (("results", RESULTS), ("answerability", pa.float64())):
             table = table.append_column(name, pa.array([row[name] for row in rows], kind))
         return table
@@ -67,7 +70,7 @@ def rerank_dataset(
 
     Args:
         dataset: Rows with ``query``, ``documents`` (a list of texts) and, optionally,
-            ``first_stage_scores``. Other columns stay as they are.
+            ``first_stage_scores`` and ``id``, which errors name. Other columns stay as they are.
         settings: The model and its heads; ``None`` for the defaults.
         options: Options of each list; ``None`` for the defaults.
         pool: Number of models, their processors, and lists that are read together; ``None`` for
@@ -118,7 +121,7 @@ def rerank_batches(
         BackendError: The model cannot be loaded, or a list cannot be reranked.
     """
     with _cluster():
-        tables = [pa.Table.from_pylist(batch) for batch in batches]
+        tables = [pa.Table.from_pylist([_encodable(row) for row in batch]) for batch in batches]
         dataset = rerank_dataset(ray.data.from_arrow(tables), settings, options, pool)
         dataset.context.enable_progress_bars = False
         try:
@@ -126,6 +129,12 @@ def rerank_batches(
                 yield table.select(["key", "results", "answerability"]).to_pylist()
         except RayError as error:
             raise BackendError(_reason(error)) from error
+
+
+def _encodable(row: Row) -> Row:
+    """Return a row without surrogates, which Arrow cannot hold; prompts have none either."""
+    documents = [encodable(document) for document in row["documents"]]
+    return row | {"query": encodable(row["query"]), "documents": documents}
 
 
 def _reason(error: RayError) -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.ranking import check_candidates
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResult
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 Row = dict[str, Any]
-"""A list: ``query``, ``documents`` and, optionally, ``first_stage_scores``, among other columns."""
+"""A list: ``query``, ``documents`` and, optionally, ``first_stage_scores``, among other columns. An
+``id`` names it in errors."""
+
+MAX_NAME = 80
+"""Number of characters of a row's name in an error."""
 
 
 class ListReranker:
@@ -24,6 +30,23 @@ class ListReranker:
     def __init__(self, settings: RerankerSettings, options: RerankOptions) -> None:
         self._reranker = CoReReranker(**dict(settings))
         self._options = options.model_dump()
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Check the queries of rows, before any document is read.
+
+        Raises:
+            InvalidInputError: A query is empty or too long; the message names its row.
+        """
+        settings, scorer = self._reranker.settings, self._reranker.scorer
+        layout = self._reranker.heads.scoring.layout(
+            settings.max_document_tokens, settings.max_query_tokens
+        )
+        for row in rows:
+            try:
+                scorer.plan([check_candidates(row["query"], [""])], layout)
+            except InvalidInputError as error:
+                name = str(row.get("id", row["query"]))[:MAX_NAME]
+                raise InvalidInputError(f"query {name!r}: {error}") from error
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with ``results`` and ``answerability``.

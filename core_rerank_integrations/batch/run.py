@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from core_rerank_integrations import __version__
+from core_rerank_integrations._internal.files import sync
 from core_rerank_integrations._internal.progress import progress_bar
 from core_rerank_integrations.batch.journal import Journal, Ranking
 from core_rerank_integrations.batch.lists import ListReranker, Row
@@ -20,7 +21,7 @@ from core_rerank_integrations.settings import RerankerSettings, RerankOptions
 
 TAG = "core-rerank"
 """Name of the rankings in the run that is written."""
-IRRELEVANT_SETTINGS = {"document_cache", "local_files_only"}
+IRRELEVANT_SETTINGS = {"document_cache", "local_files_only", "max_query_tokens"}
 """Settings that change no score."""
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class _List(NamedTuple):
     Attributes:
         query: Id of the query.
         documents: Ids of the documents.
-        row: Their texts, the first stage's scores if they count, and a digest of all as the key.
+        row: Their texts, the first stage's scores if they count, the id of the query, and a digest
+            of all as the key.
     """
 
     query: str
@@ -66,8 +68,9 @@ def rerank_run(
         show_progress: Whether to show a progress bar on standard error.
 
     Raises:
-        InvalidInputError: A file cannot be read, a query or a document is missing, the output
-            exists, or the finished queries beside it were ranked with other settings.
+        InvalidInputError: A file cannot be read, a query or a document is missing, a query is too
+            long, the output exists, or the finished queries beside it were ranked with other
+            settings.
         BackendError: A process of Ray has failed, for example because a query is too long.
         StorageError: The output cannot be written.
     """
@@ -92,6 +95,7 @@ def rerank_run(
         ranked = _ranked(waiting, journal, run, settings, options)
         finished.update(progress(ranked, len(waiting)))
     save_run(run.output, {item.query: finished[item.key] for item in lists}, TAG)
+    sync(run.output)
     journal.delete()
 
 
@@ -123,7 +127,7 @@ def _lists(run: RunOptions, with_scores: bool) -> list[_List]:
         if with_scores:
             row["first_stage_scores"] = scores
         content = json.dumps([query, documents, row])
-        row["key"] = hashlib.sha256(content.encode()).hexdigest()
+        row |= {"id": query, "key": hashlib.sha256(content.encode()).hexdigest()}
         lists.append(_List(query, documents, row))
     return lists
 
@@ -160,10 +164,12 @@ def _ranked(
 
 
 def _in_this_process(
-    batches: Iterable[list[Row]], settings: RerankerSettings, options: RerankOptions
+    batches: Sequence[list[Row]], settings: RerankerSettings, options: RerankOptions
 ) -> Iterator[list[Row]]:
     reranker = ListReranker(settings, options)
     try:
+        for batch in batches:
+            reranker.check(batch)
         yield from map(reranker, batches)
     finally:
         reranker.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -34,6 +34,9 @@ with requires_extra("client"):
         wait_random_exponential,
     )
 
+Body = Callable[[], Mapping[str, Any]]
+"""Returns the body of an attempt, which may depend on the time."""
+
 MAX_CONNECTIONS = 32
 """Number of requests that run at once; more requests wait."""
 CONNECT_SECONDS = 5.0
@@ -45,6 +48,10 @@ _BUSY = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVIC
 _UNREACHED = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 _backoff = wait_random_exponential(multiplier=0.5, max=8)
 _log = logging.getLogger(__name__)
+
+
+class TooLargeError(InvalidInputError):
+    """The server refuses the size of a request."""
 
 
 class _BusyError(Exception):
@@ -76,18 +83,18 @@ class Connection:
         self._api_key = api_key
         self.slots = asyncio.Semaphore(MAX_CONNECTIONS)
 
-    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
+    async def post(self, url: str, body: Body) -> Any:
         """Return the JSON of a reply.
 
         Raises:
             InvalidInputError: The server refuses the key or the request.
+            TooLargeError: The server refuses the size of the request.
             BackendError: The server cannot be reached, fails, is busy, takes too long, or does not
                 answer with JSON.
         """
-        content = encodable(json.dumps(body, ensure_ascii=False)).encode()
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._answer(url, content)
+                response = await self._answer(url, body)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise BackendError(
                 f"{url} did not answer within {self._timeout:g} s: raise timeout, send fewer "
@@ -109,7 +116,7 @@ class Connection:
                 f"{url} did not answer with JSON, but with {response.text[:80]!r}: check base_url"
             ) from None
 
-    async def _answer(self, url: str, content: bytes) -> httpx.Response:
+    async def _answer(self, url: str, body: Body) -> httpx.Response:
         """Send a request until the server answers it, as long as there are retries and time."""
         attempts = AsyncRetrying(
             retry=retry_if_exception_type((_BusyError, *_UNREACHED)),
@@ -118,9 +125,10 @@ class Connection:
             before_sleep=_log_retry,
             reraise=True,
         )
-        return await attempts(self._send, url, content)
+        return await attempts(self._send, url, body)
 
-    async def _send(self, url: str, content: bytes) -> httpx.Response:
+    async def _send(self, url: str, body: Body) -> httpx.Response:
+        content = encodable(json.dumps(body(), ensure_ascii=False)).encode()
         response = await self._client.post(url, content=content)
         if response.status_code in _BUSY:
             raise _BusyError(response)
@@ -147,6 +155,8 @@ class Connection:
                 f"{message}; it is busy or starting: try again later, or raise max_retries and "
                 "timeout"
             )
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return TooLargeError(message)
         if response.is_client_error:
             return InvalidInputError(message)
         return BackendError(f"{message}; see the server's log")

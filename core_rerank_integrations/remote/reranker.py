@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 API_KEY_VARIABLE = "CORE_RERANK_API_KEY"
 CACHED_DOCUMENTS, CACHED_CHARACTERS = 32, 100_000
-"""Maximum size of a request that caches documents."""
+"""Maximum size of a request that caches documents; a server may allow less."""
 CLOSED = "this RemoteReranker is closed; make a new one"
 
 
@@ -181,7 +181,8 @@ class RemoteReranker(Closeable):
             Number of bytes that the server has written.
 
         Raises:
-            InvalidInputError: A document is not a string, or the server does not store documents.
+            InvalidInputError: A document is not a string, or too large for the server; or the
+                server does not store documents.
             BackendError: See `rerank`.
             ClosedError: See `rerank`.
         """
@@ -242,8 +243,9 @@ class RemoteReranker(Closeable):
 
         async def ranked(candidates: Candidates) -> RerankResults:
             async with connection.slots:
-                body = _body(candidates, options, time.monotonic() - begun)
-                reply = await connection.post(url, body)
+                reply = await connection.post(
+                    url, lambda: _body(candidates, options, time.monotonic() - begun)
+                )
             return results_of(reply, candidates.documents, url)
 
         tasks = [asyncio.create_task(ranked(candidates)) for candidates in lists]
@@ -254,12 +256,21 @@ class RemoteReranker(Closeable):
                 task.cancel()
 
     def _cached(self, documents: Sequence[str]) -> Iterator[int]:
-        """Yield the number of bytes written, for each document; those of a request at its first."""
+        """Yield the number of bytes written, for each document; those of a part at its first."""
+        from core_rerank_integrations.remote.connection import TooLargeError
+
         url = f"{self.base_url}/v1/documents"
 
         async def cached(part: Sequence[str], connection: Connection) -> int:
-            async with connection.slots:
-                return bytes_written(await connection.post(url, {"documents": part}), url)
+            try:
+                async with connection.slots:
+                    reply = await connection.post(url, lambda: {"documents": part})
+            except TooLargeError:
+                if len(part) == 1:
+                    raise
+                half = len(part) // 2
+                return await cached(part[:half], connection) + await cached(part[half:], connection)
+            return bytes_written(reply, url)
 
         for part in _parts(documents):
             yield self._thread().run(partial(cached, part))

@@ -125,9 +125,20 @@ def test_a_killed_worker_loses_and_repeats_nothing(
         assert dict(found[query]) == pytest.approx(expected, abs=1e-4)
 
 
+def test_half_a_character_is_read(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(r'{"_id": "d1", "text": "Bell \ud83d patented"}')
+    (tmp_path / "queries.jsonl").write_text(r'{"_id": "q1", "text": "who patented \ud83d"}')
+    (tmp_path / "in.trec").write_text("q1 Q0 d1 1 1.0 bm25\n")
+    one = RunOptions(run=tmp_path / "in.trec", corpus=tmp_path, output=tmp_path / "one.trec")
+    rerank_run(one, SETTINGS)
+    ray = one.model_copy(update={"output": tmp_path / "ray.trec", "replicas": 1})
+    rerank_run(ray, SETTINGS)
+    assert ray.output.read_text().split()[:4] == one.output.read_text().split()[:4]
+
+
 def test_the_reason_of_a_failure_is_named(run: RunOptions, tmp_path: Path) -> None:
     one = run.model_copy(update={"replicas": 1})
-    with pytest.raises(BackendError, match=r"^the query takes \d+ tokens.*max_query_tokens"):
+    with pytest.raises(BackendError, match=r"^query '\w+': the query takes .*max_query_tokens"):
         rerank_run(one, SETTINGS.model_copy(update={"max_query_tokens": 2}))
     one.output = tmp_path / "other.trec"
     with pytest.raises(BackendError, match=str(tmp_path)) as failed:

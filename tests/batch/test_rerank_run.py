@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from support.cli import failed, run
 from core_rerank_integrations import CoReReranker, RerankOptions
 from core_rerank_integrations.batch import RunOptions, rerank_run
 from core_rerank_integrations.batch.journal import Journal
-from core_rerank_integrations.batch.lists import ListReranker
+from core_rerank_integrations.batch.lists import ListReranker, Row
 from core_rerank_integrations.errors import InvalidInputError
 from core_rerank_integrations.settings import RerankerSettings
 
@@ -115,6 +117,58 @@ def test_an_interrupted_run_continues(folder: Path, monkeypatch: pytest.MonkeyPa
     assert not journal.exists()
     with pytest.raises(InvalidInputError, match=r"out\.trec exists"):
         rerank_run(interrupted, FLOAT32)
+
+
+@pytest.mark.model
+def test_a_long_query_is_named_and_a_higher_limit_continues(folder: Path) -> None:
+    queries = (folder / "queries.jsonl").read_text()
+    (folder / "queries.jsonl").write_text(queries.replace("Capital?", "Capital? " * 30))
+    limited = FLOAT32.model_copy(update={"max_query_tokens": 20})
+    with pytest.raises(InvalidInputError, match=r"^query 'q3': the query takes \d+ tokens"):
+        rerank_run(options(folder), limited)
+    finished = (folder / "out.trec.unfinished").read_text().splitlines()[1:]
+    assert not finished, "queries are checked before the first is ranked"
+    rerank_run(options(folder), FLOAT32)
+    assert list(rankings(folder / "out.trec")) == list(QUERIES)
+
+
+class Unread(ListReranker):
+    """Return documents as they come, without a model."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def check(self, rows: Sequence[Row]) -> None:
+        pass
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        return [
+            row | {"results": [{"index": n, "score": -n} for n in range(len(row["documents"]))]}
+            for row in rows
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_output_survives_a_power_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on disk before the journal is deleted."""
+    events: list[Any] = []
+    sync, delete = os.fsync, Journal.delete
+
+    def record(file: int) -> None:
+        events.append(os.fstat(file).st_ino)
+        sync(file)
+
+    def record_deletion(journal: Journal) -> None:
+        events.append("deleted")
+        delete(journal)
+
+    monkeypatch.setattr("core_rerank_integrations.batch.run.ListReranker", Unread)
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Journal, "delete", record_deletion)
+    rerank_run(options(folder), FLOAT32)
+    assert (folder / "out.trec").stat().st_ino in events[: events.index("deleted")]
 
 
 @pytest.mark.parametrize(

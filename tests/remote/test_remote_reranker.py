@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
@@ -433,6 +434,39 @@ def test_lists_of_a_batch_share_its_time(server: CannedServer, remote: RemoteRer
     server.answers = [(422, {}, "no")]
     with pytest.raises(InvalidInputError, match="answered 422: no"):
         remote.rerank_batch([requests[0]] * 3)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_attempt_has_the_time_that_is_left(server: CannedServer, remote: RemoteReranker) -> None:
+    def busy(*_: Any) -> Any:
+        time.sleep(0.2)
+        return BUSY
+
+    server.answers = [busy, busy]
+    remote.rerank(QUERY, DOCUMENTS, max_seconds=20)
+    first, second, third = (body["max_seconds"] for body in server.bodies)
+    assert first <= 20
+    assert second <= first - 0.2
+    assert third <= second - 0.2
+
+
+def test_parts_that_are_too_large_are_halved(server: CannedServer, remote: RemoteReranker) -> None:
+    accepted: list[str] = []
+
+    def limited(request: Received, handler: Handler) -> Any:
+        documents = request.body["documents"]
+        if len(documents) > 10 or "long" in documents:
+            return 413, {}, {"message": "too large"}
+        accepted.extend(documents)
+        return answered(request, handler)
+
+    server.answers = [limited] * 50
+    documents = [f"{number}" for number in range(41)]
+    assert remote.cache_documents(documents) == 410
+    assert accepted == documents
+    with pytest.raises(InvalidInputError, match="answered 413: too large"):
+        remote.cache_documents(["a", "long", "b"])
+    assert server.bodies[-1] == {"documents": ["long"]}
 
 
 def test_documents_are_cached_in_parts(server: CannedServer, remote: RemoteReranker) -> None:
