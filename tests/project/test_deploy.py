@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from core_rerank_integrations import __version__
+from core_rerank_integrations.serving.limits import Limits
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
@@ -67,6 +68,8 @@ def test_compose() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         if build := service.get("build"):
             assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
+    grace = services["reranker"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) > Limits().shutdown_seconds
 
 
 RENDER = """
@@ -130,6 +133,11 @@ def test_chart(values: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
+def test_the_page_pushes_the_image_that_the_chart_pulls() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert f"docker push registry.example.com/core-rerank:{__version__}\n" in page
+
+
 def test_the_chart_refuses_what_it_does_not_know() -> None:
     with pytest.raises(AssertionError, match="replica"):
         rendered(replica=2)
@@ -144,6 +152,9 @@ def test_rayservice(tmp_path: Path) -> None:
         for g in groups
     ]
     validated(pods, tmp_path)
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    # Kubernetes always pulls `:latest`, also where the nodes have it.
+    assert {container["imagePullPolicy"] for container in containers} == {"IfNotPresent"}
     (image,) = [
         argument for name, argument in instructions(DEPLOY / "Dockerfile.ray") if name == "FROM"
     ]
@@ -157,11 +168,9 @@ def test_rayservice(tmp_path: Path) -> None:
 
     module, name = application.import_path.split(":")
     assert getattr(import_module(module), name)(application.args)
+    assert application.args["disk_bytes"] <= 2 << 30, "documents are in the container's own layer"
     cpus = application.args["num_cpus"]
-    assert {
-        group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
-        for group in groups[1:]
-    } == {str(cpus)}
+    assert {container["resources"]["limits"]["cpu"] for container in containers[1:]} == {str(cpus)}
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
