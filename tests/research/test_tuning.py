@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny_models
 from support.cli import failed, run
 from transformers import AutoModel, LlamaConfig
@@ -28,7 +28,7 @@ from core_rerank_integrations.models.adapter import ADAPTER_FILES
 from core_rerank_integrations.models.local_model import LocalModel, model_shape
 from core_rerank_integrations.research.options import TuneOptions
 from core_rerank_integrations.research.sources import JudgedRun, WeightedRun, draw_samples
-from core_rerank_integrations.research.tuning import training
+from core_rerank_integrations.research.tuning import training, tune
 from core_rerank_integrations.research.tuning.lists import Mixture, TuningList, tuning_lists
 from core_rerank_integrations.research.tuning.low_rank import fuse_adapters
 from core_rerank_integrations.research.tuning.ranker import Ranker
@@ -420,17 +420,22 @@ def test_an_adapter_stays_until_its_successor_has_probabilities(
 
 
 def test_other_heads_or_dev_lists_are_another_training(small: LocalModel, tmp_path: Path) -> None:
-    tune_heads(options_for(small, tmp_path, steps=2)).head_set.save(start := tmp_path / "keys.json")
-    names = []
-    for seed, text in ((1, "Bread rises."), (2, "Bread rises."), (2, "Bread falls.")):
-        adapter = tmp_path / "adapter"
-        tune_heads(options_for(small, tmp_path, seed=seed, steps=2, adapter=adapter))
-        path = lists_file(tmp_path / "dev.jsonl", count=5)
-        path.write_text(path.read_text().replace("Bread rises.", text))
-        changes = {"start": start, "dev": [f"{path}:4"], "layers": None, "steps": 1}
-        tuned = tune_heads(options_for(small, tmp_path, adapter=tmp_path / "other", **changes))
-        names.append(tuned.checkpoint.name)
-    assert len(set(names)) == 3
+    tune_heads(options_for(small, tmp_path, steps=1)).head_set.save(start := tmp_path / "keys.json")
+    path = lists_file(tmp_path / "dev.jsonl", count=5)
+    options = options_for(small, tmp_path, start=start, dev=[str(path)], layers=None)
+
+    def name() -> str:
+        started = tune._to_start_from(start, small)
+        return tune._digest(small, options, started, [], draw_samples(options.dev))
+
+    first = name()
+    assert name() == first
+    path.write_text(path.read_text().replace("bars", "bolts"))
+    second = name()
+    assert second != first
+    weights = tmp_path / "adapter" / ADAPTER_FILES[1]
+    save_file({key: 2 * value for key, value in load_file(weights).items()}, weights)
+    assert name() != second
 
 
 def test_the_template_is_that_of_the_heads_to_start_from(small: LocalModel, tmp_path: Path) -> None:
@@ -462,12 +467,12 @@ def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_pa
         *("--template", "chatml", "--checkpoints", str(tmp_path / "ck"), "--output", str(output)),
     )
     assert "2 steps: loss" in printed
-    assert not list((tmp_path / "ck").iterdir())
+    assert not list(tmp_path.glob("ck/*"))
     message = failed(
         *("heads", "tune", "--model", str(small.path), "--train", str(lists), "--dev", str(lists)),
-        *("--output", str(tmp_path / "keys")),
+        *("--output", str(tmp_path / "new")),
     )
-    assert f"would both be {tmp_path / 'keys'}; name the file {tmp_path / 'keys.json'}" in message
+    assert f"would both be {tmp_path / 'new'}; name the file {tmp_path / 'new.json'}" in message
     heads = HeadSet.load(output)
     assert heads.name == "keys"
     assert heads.adapter is not None
