@@ -223,11 +223,15 @@ def test_wrong_dtype_and_missing_weights(tmp_path: Path) -> None:
         OpenVINOBackend(model, HEADS)
 
 
-def test_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_as_many_as_wanted_and_run_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pinned to the first cores, as OpenVINO would, processes with few threads share these."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     backend = OpenVINOBackend(tiny(tmp_path, "llama"), HEADS)
     compiled = backend._request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert not compiled.get_property("ENABLE_CPU_PINNING")
 
 
 def test_pytorch_is_not_needed(smollm2: LocalModel) -> None:
