@@ -39,7 +39,8 @@ def rank(
         calibrated = scoring.calibration.probabilities(scored.scores)
         probabilities = [float(calibrated[i]) if is_read[i] else None for i in range(count)]
     answerability = answerable = None
-    if scoring.abstention is not None:
+    # A list of which nothing was read says nothing; an empty list answers nothing.
+    if scoring.abstention is not None and (is_read.any() or not count):
         answerability = scoring.abstention.answerability(
             [probability for probability in probabilities if probability is not None]
         )

@@ -81,8 +81,9 @@ class RerankResults(Sequence[RerankResult]):
     Attributes:
         results: The results that are returned.
         answerability: Probability that the list holds a relevant document, from the
-            probabilities of all its documents, also of those that are not returned. ``None`` if
-            the head set has no model of it; see `Abstention`.
+            probabilities of all its documents that were read, also of those that are not
+            returned. ``None`` if none of them was read in time, or the head set has no model of
+            it; see `Abstention`.
         answerable: Whether the answerability reaches the threshold of the head set, which
             ``score_threshold="auto"`` stands for.
     """

@@ -142,3 +142,6 @@ def test_documents_that_were_not_read_come_last_whatever_the_threshold() -> None
     assert order(results) == "dac"
     assert [result.reranked for result in results] == [True, False, False]
     assert [result.probability for result in results[1:]] == [None, None]
+    unread = ranked([-np.inf, -np.inf], CALIBRATED, score_threshold="auto")
+    assert (order(unread), unread.answerability, unread.answerable) == ("ab", None, None)
+    assert ranked([], CALIBRATED).answerable is False, "an empty list answers nothing"

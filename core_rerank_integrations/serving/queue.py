@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,8 +163,7 @@ class RequestQueue:
     ) -> tuple[RerankResults, int]:
         """Rank a list; see `CoReReranker.rerank`. ``max_seconds`` includes the time of waiting.
 
-        A list that waits until its time is up is not read any further. If nothing of it was read,
-        its answerability is ``None``.
+        A list that waits until its time is up is not read any further.
 
         Args:
             candidates: The query and its documents.
@@ -190,8 +189,6 @@ class RequestQueue:
             )
             scored = _merged([answer.scored for answer in answers], len(candidates.documents))
             results = await run_in_thread(partial(rank, candidates, scored, scoring, options))
-            if candidates.documents and not np.isfinite(scored.scores).any():  # Nothing was read.
-                results = replace(results, answerability=None, answerable=None)
             finish([results])
         return results, sum(answer.tokens for answer in answers)
 
