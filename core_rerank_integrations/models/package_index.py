@@ -11,10 +11,12 @@ import ssl
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from email.message import Message
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.request import Request
 
 from core_rerank_integrations.errors import ModelError
 
@@ -89,19 +91,34 @@ def _open(url: str, index: str) -> Any:
     host = address.netloc.rpartition("@")[2]
     if address.scheme not in ("http", "https"):
         raise ValueError(f"{url} is not an HTTP address")
-    request = urllib.request.Request(  # noqa: S310  The scheme was checked.
+    request = Request(  # noqa: S310  The scheme was checked.
         address._replace(netloc=host).geturl(), headers={"Accept": "text/html, */*;q=0.1"}
     )
     if server.username and address.hostname == server.hostname:
         secret = f"{unquote(server.username)}:{unquote(server.password or '')}"
         basic = f"Basic {base64.b64encode(secret.encode()).decode()}"
-        # A redirect may lead to another server, and urllib repeats the other headers there.
+        # urllib repeats the other headers wherever a redirect leads.
         request.add_unredirected_header("Authorization", basic)
     context = ssl.create_default_context()
     with suppress(ImportError):  # Python on macOS may have no certificates of its own.
         import certifi
 
         context.load_verify_locations(certifi.where())
-    return urllib.request.urlopen(  # noqa: S310
-        request, timeout=TIMEOUT_SECONDS, context=context
-    )
+    https = urllib.request.HTTPSHandler(context=context)
+    opener = urllib.request.build_opener(https, _RedirectHandler)
+    return opener.open(request, timeout=TIMEOUT_SECONDS)
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Repeat the credentials only on the same server, never without TLS if they came with it."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> Request | None:
+        redirected = super().redirect_request(req, fp, code, msg, headers, newurl)
+        credentials = req.unredirected_hdrs.get("Authorization")
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        same_server = new.netloc == old.netloc and new.scheme in (old.scheme, "https")
+        if redirected is not None and credentials and same_server:
+            redirected.add_unredirected_header("Authorization", credentials)
+        return redirected

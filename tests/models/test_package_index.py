@@ -35,6 +35,11 @@ class Index:
     def file(self) -> Path:
         return self.folder / "files" / "tiny_model-1.0-py3-none-any.whl"
 
+    def move_files(self, server: str = "") -> None:
+        """Move the files, and redirect to where they are: to another server, or to this one."""
+        (self.folder / "files").rename(self.folder / "moved")
+        self.files_moved_to = server
+
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
@@ -57,9 +62,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
                 self.send_error(401)
                 return
             served.requested.append(self.path)
-            if served.files_moved_to and self.path.startswith("/files/"):
+            if served.files_moved_to is not None and self.path.startswith("/files/"):
                 self.send_response(302)
-                self.send_header("Location", served.files_moved_to + self.path)
+                moved = self.path.replace("/files/", "/moved/", 1)
+                self.send_header("Location", served.files_moved_to + moved)
                 self.end_headers()
                 return
             super().do_GET()
@@ -108,11 +114,17 @@ def test_a_redirect_to_another_server_takes_no_password_along(index: Index, cach
     handler = functools.partial(Other, directory=index.folder)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        index.files_moved_to = f"http://127.0.0.1:{server.server_address[1]}"
+        index.move_files(f"http://127.0.0.1:{server.server_address[1]}")
         assert resolve("tiny").path.parent == cache
         server.shutdown()
     assert passwords == [None]
     assert index.requested[-1] == f"/files/{index.file.name}"
+
+
+def test_a_redirect_within_the_server_keeps_the_password(index: Index, cache: Path) -> None:
+    index.move_files()
+    assert resolve("tiny").path.parent == cache
+    assert index.requested[-2:] == [f"/files/{index.file.name}", f"/moved/{index.file.name}"]
 
 
 def test_what_was_fetched_is_kept_until_the_conversion_succeeds(
