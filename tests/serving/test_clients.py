@@ -114,6 +114,21 @@ def test_langchain_reranker(server, expected: RerankResults) -> None:
     assert [document.page_content for document in kept] == [r.document for r in expected][:2]
 
 
+@pytest.mark.parametrize("top_k", [2, None])
+async def test_voyage(server, expected: RerankResults, top_k: int | None) -> None:
+    voyageai = pytest.importorskip("voyageai")
+    client = voyageai.Client("key", base_url=f"{server.url}/v1")
+    reply = client.rerank(QUERY, TEXTS, model="m", top_k=top_k)
+    check([(row.index, row.relevance_score) for row in reply.results], expected)
+    assert [row.document for row in reply.results] == [r.document for r in expected][:top_k]
+    assert reply.total_tokens > 0
+    client = voyageai.AsyncClient("key", base_url=f"{server.url}/v1")
+    reply = await client.rerank(QUERY, TEXTS, model="m", top_k=top_k)
+    check([(row.index, row.relevance_score) for row in reply.results], expected)
+    with pytest.raises(voyageai.error.VoyageError, match="the query is empty"):
+        await client.rerank(" ", TEXTS, model="m")
+
+
 LITELLM = """
 import json, sys
 import litellm
@@ -202,7 +217,7 @@ def test_the_body_of_ragflow(server, expected: RerankResults, fields: dict[str, 
 
 @pytest.mark.parametrize(("top_k", "count"), [(2, 2), (0, 3), (None, 3)])
 def test_the_body_of_voyage(server, expected: RerankResults, top_k: int | None, count: int) -> None:
-    """Its client always sends ``top_k``, and reads ``data``."""
+    """Its client sends ``top_k`` even if it is ``None``; other programs omit documents."""
     reply = posted(f"{server.url}/v1/rerank", "key", top_k=top_k, truncation=True)
     rows = reply["data"]
     assert len(rows) == count
