@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -124,11 +125,17 @@ def rerank_batches(
         tables = [pa.Table.from_pylist([_encodable(row) for row in batch]) for batch in batches]
         dataset = rerank_dataset(ray.data.from_arrow(tables), settings, options, pool)
         dataset.context.enable_progress_bars = False
+        failure = None
         try:
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield table.select(["key", "results", "answerability"]).to_pylist()
         except RayError as error:
-            raise BackendError(_reason(error)) from error
+            failure = _reason(error)
+        if failure is not None:
+            # Ray ends the processes of a failed dataset only when nothing refers to them. Its error
+            # does, in a cycle. Until then they keep their processors, and the next run waits.
+            gc.collect()
+            raise BackendError(failure)
 
 
 def _encodable(row: Row) -> Row:

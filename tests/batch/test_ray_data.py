@@ -136,10 +136,16 @@ def test_half_a_character_is_read(tmp_path: Path) -> None:
     assert ray.output.read_text().split()[:4] == one.output.read_text().split()[:4]
 
 
-def test_the_reason_of_a_failure_is_named(run: RunOptions, tmp_path: Path) -> None:
+def test_the_reason_of_a_failure_is_named_and_its_process_ends(
+    run: RunOptions, tmp_path: Path
+) -> None:
     one = run.model_copy(update={"replicas": 1})
     with pytest.raises(BackendError, match=r"^query '\w+': the query takes .*max_query_tokens"):
         rerank_run(one, SETTINGS.model_copy(update={"max_query_tokens": 2}))
+    end = time.monotonic() + 10
+    while processes("ray::MapWorker"):
+        assert time.monotonic() < end, "it keeps its processor"
+        time.sleep(0.1)
     one.output = tmp_path / "other.trec"
     with pytest.raises(BackendError, match=str(tmp_path)) as failed:
         rerank_run(one, RerankerSettings(model=tmp_path))
