@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -136,6 +137,15 @@ def test_half_a_character_is_read(tmp_path: Path) -> None:
     assert ray.output.read_text().split()[:4] == one.output.read_text().split()[:4]
 
 
+@pytest.fixture
+def no_logs() -> Iterator[None]:
+    """Log nothing: pytest would keep the logged error of Ray, and what it refers to."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("no_logs")
 def test_the_reason_of_a_failure_is_named_and_its_process_ends(
     run: RunOptions, tmp_path: Path
 ) -> None:
