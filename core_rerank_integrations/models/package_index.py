@@ -11,7 +11,6 @@ import ssl
 import urllib.error
 import urllib.request
 from contextlib import suppress
-from email.message import Message
 from html import unescape
 from pathlib import Path
 from typing import IO, Any
@@ -113,7 +112,13 @@ class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     """Repeat the credentials only on the same server, never without TLS if they came with it."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> Request | None:
         redirected = super().redirect_request(req, fp, code, msg, headers, newurl)
         credentials = req.unredirected_hdrs.get("Authorization")
