@@ -110,7 +110,7 @@ class OpenVINOBackend(LocalBackend):
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 and dtype != "float32" else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.dtype == "int8" else 0,
             "CPU_RUNTIME_CACHE_CAPACITY": MAX_PREPARED_SHAPES,
-            # OpenVINO would pin its threads to the first cores, and those of other processes too.
+            # OpenVINO would pin its threads to the first cores, to the same ones in every process.
             "ENABLE_CPU_PINNING": False,
         }
         threads = os.environ.get("OMP_NUM_THREADS", "")
