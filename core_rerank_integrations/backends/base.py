@@ -44,8 +44,8 @@ class BackendStats(NamedTuple):
         tokens_run: Number of prompt tokens the model has computed.
         prefixes_cached: Number of prefixes in memory.
         bytes_cached: Size of the cached prefixes in memory.
-        prefixes_asked: Number of prefixes that questions were asked about; 0 with vLLM, which
-            does not say which ones it knew.
+        prefixes_asked: Number of prefixes that questions were asked about, one for each question;
+            0 with vLLM, which does not say which ones it knew.
         prefixes_known: How many of these were cached.
     """
 

@@ -79,30 +79,30 @@ class LocalBackend(ABC):
         self, groups: Sequence[PromptGroup], weights: Mass | None = None
     ) -> list[GroupMass]:
         """See `AttentionBackend.attention_mass`."""
-        jobs = [
-            (index, part) for index, group in enumerate(groups) for part in _parts(group.questions)
-        ]
+        jobs = [(index, part) for index, group in enumerate(groups) for part in self._parts(group)]
         baselines: dict[int, Mass] = {}
-        questions: list[list[Mass]] = [[] for _ in groups]
+        own: list[list[Mass]] = [[] for _ in jobs]
         keep = self._cache.memory_bytes > 0
-        waiting = self._sorted([groups[index].prefix for index, _ in jobs])
+        parts = [part for _, part in jobs]
+        waiting = self._sorted([groups[index].prefix for index, _ in jobs], parts)
         loaded: dict[bytes, CachedPrefix] = {}
         while waiting:
             self._read_ahead(waiting, loaded)
             with self._lock:
-                batch = self._next_batch(waiting, [part for _, part in jobs], loaded)
-                self._asked += len(batch)
-                self._known += sum(run.cached is not None for _, run in batch)
+                batch = self._next_batch(waiting, parts, loaded)
+                self._asked += sum(len(parts[job]) for job, _ in batch)
+                self._known += sum(len(parts[job]) for job, run in batch if run.cached)
                 computed = self._run([run for _, run in batch], keep)
             for (job, run), masses in zip(batch, computed, strict=True):
                 stop = run.prefix.context_length + 1
-                baseline, *own = (
+                baseline, *own[job] = (
                     mass[:, :stop] if weights is None else weights @ mass[:, :stop]
                     for mass in masses
                 )
-                index = jobs[job][0]
-                baselines.setdefault(index, baseline)
-                questions[index] += own
+                baselines.setdefault(jobs[job][0], baseline)
+        questions: list[list[Mass]] = [[] for _ in groups]
+        for (index, _), masses in zip(jobs, own, strict=True):
+            questions[index] += masses
         return [GroupMass(baselines[index], masses) for index, masses in enumerate(questions)]
 
     def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
@@ -124,10 +124,11 @@ class LocalBackend(ABC):
         prefixes = list({prefix.key: prefix for prefix in prefixes}.values())
         written = dropped = 0
         prefixes = [prefix for prefix in prefixes if not self._cache.touch_file(prefix.key)]
-        waiting = self._sorted(prefixes)
+        questions: list[Sequence[TokenIds]] = [()] * len(prefixes)
+        waiting = self._sorted(prefixes, questions)
         while waiting:
             with self._lock:
-                batch = self._next_batch(waiting, [()] * len(prefixes), {})
+                batch = self._next_batch(waiting, questions, {})
                 self._run([run for _, run in batch], keep=True)
             for _, run in batch:
                 assert run.cached is not None
@@ -175,21 +176,56 @@ class LocalBackend(ABC):
     def _free(self) -> None:
         """Free the model."""
 
-    def _sorted(self, prefixes: Sequence[SharedPrefix]) -> list[tuple[int, SharedPrefix]]:
-        """Sort prefixes by whether they are cached, and by length.
+    def _parts(self, group: PromptGroup) -> Iterator[Sequence[TokenIds]]:
+        """Divide the questions of a prefix among passes.
 
-        The order of the documents in a call then changes neither the batches nor the rounding.
-        Cached prefixes come first, before new ones take their place in memory.
+        Yields:
+            Questions that run together; if there are none, an empty part.
         """
-        return sorted(
-            enumerate(prefixes),
-            key=lambda item: (item[1].key not in self._cache, len(item[1].ids), item[1].key),
-        )
+        questions = group.questions
+        # In a pass all rows are padded to the longest. A cached prefix costs little to repeat, so
+        # it runs with one question a row: rows with two would double all others.
+        is_cached = group.prefix.key in self._cache
+        start = tokens = 0
+        for index, question in enumerate(questions):
+            tokens += len(question)
+            if index > start and (is_cached or tokens > MAX_QUESTION_TOKENS):
+                yield questions[start:index]
+                start, tokens = index, len(question)
+        yield questions[start:]
+
+    def _sorted(
+        self, prefixes: Sequence[SharedPrefix], questions: Sequence[Sequence[TokenIds]]
+    ) -> list[tuple[int, SharedPrefix]]:
+        """Sort prefixes by whether they are cached, and by the number of tokens to run.
+
+        Rows of a pass then have about the same length. The order of the documents in a call changes
+        neither the batches nor the rounding. Cached prefixes come first, before new ones take their
+        place in memory.
+
+        Args:
+            prefixes: The prefixes.
+            questions: The questions of each.
+
+        Returns:
+            Index and prefix.
+        """
+
+        def order(item: tuple[int, SharedPrefix]) -> tuple[bool, int, int, bytes]:
+            index, prefix = item
+            is_new = prefix.key not in self._cache
+            length = len(prefix.ids)
+            tokens = sum(map(len, questions[index])) + is_new * length
+            return is_new, tokens, length, prefix.key
+
+        return sorted(enumerate(prefixes), key=order)
 
     def _read_ahead(
         self, waiting: list[tuple[int, SharedPrefix]], loaded: dict[bytes, CachedPrefix]
     ) -> None:
-        """Add to ``loaded`` what the next passes need from disk, while others use the model."""
+        """Keep in ``loaded`` what the next passes need from disk, while others use the model."""
+        for key in loaded.keys() - {prefix.key for _, prefix in waiting}:
+            del loaded[key]
         size = sum(cached.nbytes() for cached in loaded.values())
         for _, prefix in waiting:
             if size > MAX_LOADED_BYTES:
@@ -213,7 +249,7 @@ class LocalBackend(ABC):
         Args:
             waiting: Index and prefix, sorted; this removes what it takes.
             questions: The questions of each index.
-            loaded: Cached prefixes that were read ahead; this removes what it takes.
+            loaded: Cached prefixes that were read ahead.
 
         Raises:
             ClosedError: The backend was closed.
@@ -226,7 +262,7 @@ class LocalBackend(ABC):
         while waiting:
             index, prefix = waiting[0]
             cached = loaded.get(prefix.key) or self._cache.get(prefix.key)
-            if batch and cached is None and prefix.key == batch[-1][1].prefix.key:
+            if cached is None and any(prefix.key == run.prefix.key for _, run in batch):
                 break  # It is computed once; its other questions run in the next pass.
             run = PrefixRun(prefix, list(questions[index]), cached)
             if cached is None:
@@ -237,7 +273,6 @@ class LocalBackend(ABC):
                 break
             batch.append((index, run))
             waiting.pop(0)
-            loaded.pop(prefix.key, None)
         return batch
 
     def _run(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
@@ -261,18 +296,3 @@ class LocalBackend(ABC):
                 self._cache.put(run.prefix.key, run.cached)
             results.append([baseline, *masses])
         return results
-
-
-def _parts(questions: Sequence[TokenIds]) -> Iterator[Sequence[TokenIds]]:
-    """Divide the questions of a prefix among passes.
-
-    Yields:
-        Questions that run together; if there are none, an empty part.
-    """
-    start = tokens = 0
-    for index, question in enumerate(questions):
-        tokens += len(question)
-        if tokens > MAX_QUESTION_TOKENS and index > start:
-            yield questions[start:index]
-            start, tokens = index, len(question)
-    yield questions[start:]

@@ -236,6 +236,25 @@ def test_many_questions_are_divided_among_passes(
         assert_close(masses(backend, [PromptGroup(group.prefix, [question])])[1:], [mass])
 
 
+def test_rows_of_a_pass_are_alike(load: Load, tmp_path: Path) -> None:
+    """All are padded to the longest, so a document of two lists must not double the others."""
+    backend = load(tiny(tmp_path, "llama"))
+    once, twice = requests(6, 30), requests(6, 30, questions=2)
+    asked = [*once, *twice]
+    passes: list[set[int]] = []
+    forward = backend._forward
+
+    def recorded(runs: Sequence[PrefixRun], keep: bool) -> Any:
+        passes.append({run.tokens for run in runs})
+        return forward(runs, keep)
+
+    new = masses(backend, asked)
+    backend._forward = recorded
+    cached = masses(backend, asked)
+    assert max(map(len, passes)) == 1
+    assert_close(cached, new)
+
+
 def test_files_are_read_while_another_call_uses_the_model(load: Load, tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", "llama")
     cache = DocumentCache(folder=tmp_path / "documents")
