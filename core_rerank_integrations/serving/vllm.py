@@ -117,13 +117,11 @@ def vllm_command(
 
 def vllm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that `vllm_command` needs in an environment."""
+    from core_rerank_integrations.backends.vllm.caller.process import engine_variables
+
     named = environment.get("VLLM_PLUGINS")
     plugins = [*(named.split(",") if named else []), *PLUGINS]
-    return {
-        "VLLM_PLUGINS": ",".join(dict.fromkeys(plugins)),
-        # vLLM reports to a server otherwise.
-        "VLLM_NO_USAGE_STATS": environment.get("VLLM_NO_USAGE_STATS", "1"),
-    }
+    return engine_variables(environment) | {"VLLM_PLUGINS": ",".join(dict.fromkeys(plugins))}
 
 
 def _configured(args: Namespace) -> tuple[dict[str, Any], Limits]:

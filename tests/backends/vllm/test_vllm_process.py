@@ -102,6 +102,24 @@ def test_no_engine_outlives_its_program(
     assert not any(map(lives, engines))
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_an_engine_keeps_to_the_number_of_threads(tmp_path: Path, smollm2: LocalModel) -> None:
+    """By itself vLLM takes the same processors in every engine of a machine."""
+    path = script(tmp_path, smollm2, guarded=True, end="time.sleep(600)")
+    command, environment = [sys.executable, path], os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as program:
+        assert program.stdout is not None
+        try:
+            while not (line := program.stdout.readline()).startswith("best:"):
+                assert line, "the program has ended"
+            worker = max(descendants(program.pid))
+            variables = (Path("/proc") / str(worker) / "environ").read_text().split("\0")
+            assert "OMP_NUM_THREADS=1" in variables
+            assert not [name for name in variables if "AFFINITY" in name or "PROC_BIND" in name]
+        finally:
+            program.terminate()
+
+
 def test_a_main_module_that_is_not_imported_again_needs_no_guard(tmp_path: Path) -> None:
     """`python -m package`, whose `__main__` multiprocessing leaves alone."""
     call = "from core_rerank_integrations.backends.vllm.caller.process import check_main_guard\n"

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_stack
@@ -74,6 +74,17 @@ def is_guarded(path: Path, line: int) -> bool:
     )
 
 
+def engine_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that vLLM needs in an environment."""
+    # vLLM reports to a server otherwise.
+    variables = {"VLLM_NO_USAGE_STATS": environment.get("VLLM_NO_USAGE_STATS", "1")}
+    if "OMP_NUM_THREADS" in environment:
+        # On CPU, every engine would take the same processors, whatever this number is.
+        binding = "VLLM_CPU_OMP_THREADS_BIND"
+        variables[binding] = environment.get(binding, "nobind")
+    return variables
+
+
 @contextmanager
 def owned_engine() -> Iterator[None]:
     """Make an engine that starts in the block end with this program; see `end_with_owner`.
@@ -82,7 +93,7 @@ def owned_engine() -> Iterator[None]:
     """
     with _starting:
         os.environ[OWNER] = str(os.getpid())
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports to a server otherwise.
+        os.environ.update(engine_variables(os.environ))
         try:
             yield
         finally:
