@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import ALPHA, RANK, adapted, write_adapter
-from support.cli import run
 from support.head_sets import CALIBRATED
 from support.tiny_models import HEADS, assert_close, expected_masses, groups, masses, tiny
 from transformers import AutoModel, AutoModelForCausalLM
@@ -343,50 +342,6 @@ def test_an_engine_that_generates_keeps_its_weights(llama: LocalModel, tmp_path:
     model = LocalModel(llama.path, "HuggingFaceTB/SmolLM2-135M-Instruct")
     with pytest.raises(InvalidInputError, match=r"backend='vllm', .* \(shipped .*core-smollm2"):
         load_backend("vllm-shared", RerankerSettings(), model, heads)
-
-
-@pytest.mark.usefixtures("cache")
-def test_an_adapter_of_the_hub_is_fetched_once(
-    llama: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    folder = tmp_path / "snapshot"
-
-    def snapshot(hub_id: str, **options: Any) -> str:
-        asked.append((hub_id, options["revision"], options["token"], options["local_files_only"]))
-        assert options["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors"]
-        if not options["local_files_only"]:
-            write_adapter(folder, llama)
-        folder.mkdir(exist_ok=True)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    pinned = adapted(HEADS, Path("owner/name@v2"), llama, LAYERS)
-    with pytest.raises(
-        ModelError, match=r"owner/name .* no folder with an adapter: .*has no adapt"
-    ):
-        with_adapter(llama, pinned, local_files_only=True)
-    assert len(asked) == 1
-    with_adapter(llama, pinned, token="hf_secret")
-    expected = ("owner/name", "v2", "hf_secret")
-    assert asked[1:] == [(*expected, True), (*expected, False)]
-    with_adapter(llama, adapted(HEADS, Path("owner/name"), llama, LAYERS))
-    assert asked[3:] == [("owner/name", None, None, True)]
-
-
-def test_fetching_a_model_merges_the_adapter_of_its_default_heads(
-    llama: LocalModel, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_adapter(tmp_path / "adapter", llama)
-    heads = adapted(HEADS, tmp_path / "adapter", llama, LAYERS)
-    shipped = {"tuned": heads.model_copy(update={"model": "owner/model", "default": True})}
-    monkeypatch.setattr("core_rerank_integrations.heads.shipped.shipped_head_sets", lambda: shipped)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(llama.path))
-    assert run("models", "fetch", str(llama.path)).strip() == str(llama.path)
-    assert not cache.exists(), "a folder has no default heads"
-    assert run("models", "fetch", "owner/model").strip() == str(llama.path)
-    (merged,) = cache.glob("merged-*/config.json")
-    assert json.loads(merged.read_text())["num_hidden_layers"] == LAYERS
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limits")
