@@ -65,7 +65,10 @@ class Journal:
             raise InvalidInputError(
                 f"{self.path} is damaged: delete it to begin the run again"
             ) from error
-        if settings != self._settings:
+        if settings != self._settings and not rankings:
+            self.delete()
+            self._append(_Head(settings=self._settings))
+        elif settings != self._settings:
             raise InvalidInputError(
                 f"{self.path} holds queries that were finished with other settings: {settings}; "
                 "use them again, or delete the file to begin the run again"

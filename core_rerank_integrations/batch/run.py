@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from core_rerank_integrations import __version__
@@ -15,6 +16,7 @@ from core_rerank_integrations.batch.journal import Journal, Ranking
 from core_rerank_integrations.batch.lists import ListReranker, Row
 from core_rerank_integrations.batch.options import RunOptions
 from core_rerank_integrations.errors import InvalidInputError
+from core_rerank_integrations.models.local_model import LocalModel
 from core_rerank_integrations.ranking import check_candidates
 from core_rerank_integrations.research.collection import Collection, load_scored_run, save_run
 from core_rerank_integrations.settings import RerankerSettings, RerankOptions
@@ -103,6 +105,11 @@ def _described(settings: RerankerSettings, options: RerankOptions) -> str:
     """Return what scores depend on besides the candidates."""
     fields = settings.model_dump(mode="json", exclude_defaults=True, exclude=IRRELEVANT_SETTINGS)
     fields |= options.model_dump(mode="json", exclude_defaults=True)
+    heads, model = settings.heads, Path(settings.model)
+    if isinstance(heads, (str, Path)) and Path(heads).is_file():
+        fields["heads_file"] = hashlib.sha256(Path(heads).read_bytes()).hexdigest()
+    if model.is_dir():
+        fields["model_files"] = LocalModel(model, None).fingerprint()
     return json.dumps(fields | {"version": __version__})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.cli import failed, run
+from support.head_sets import HEADS
 
 from core_rerank_integrations import CoReReranker, RerankOptions
 from core_rerank_integrations.batch import RunOptions, rerank_run
@@ -198,6 +199,33 @@ def test_files_of_documents_need_queries_and_runs_hold_whole_rankings(folder: Pa
     output = ("--output", str(folder / "out.trec"))
     assert "give the file of queries" in failed("rerank-run", *alone, *output)
     assert "evidence and max_seconds" in failed("rerank-run", *alone, *output, "--evidence")
+
+
+def test_only_finished_queries_bind_a_run_to_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(path, "a typing error").read()
+    corrected = Journal(path, "right")
+    assert corrected.read() == {}
+    corrected.add({"query": [("document", 1.0)]})
+    assert Journal(path, "right").read() == {"query": [("document", 1.0)]}
+    with pytest.raises(InvalidInputError, match="finished with other settings: right"):
+        Journal(path, "a typing error").read()
+
+
+@pytest.mark.model
+def test_a_run_does_not_continue_with_heads_that_have_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = folder / "heads.json"
+    HEADS.save(heads)
+    settings = RerankerSettings(heads=heads, dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda _: None)  # As if the process died just before.
+        rerank_run(options(folder), settings)
+    options(folder).output.unlink()
+    HEADS.with_scoring(documents_per_prompt=10).save(heads)
+    with pytest.raises(InvalidInputError, match="other settings"):
+        rerank_run(options(folder), settings)
 
 
 def test_a_damaged_journal_is_an_error(tmp_path: Path) -> None:
