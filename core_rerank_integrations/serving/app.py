@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -18,7 +19,9 @@ from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations.errors import (
     ClosedError,
     CoReError,
+    DocumentTruncatedWarning,
     InvalidInputError,
+    LongDocumentWarning,
     requires_extra,
 )
 from core_rerank_integrations.ranking import check_candidates
@@ -67,6 +70,8 @@ RERANK = ("/rerank", "/v1/rerank", "/v2/rerank")
 OWN_OPTIONS = ("score_threshold", "min_score", "first_stage", "max_seconds", "evidence")
 SHOWN_PROBLEMS = 3
 """Maximum number of invalid fields that an error names."""
+DOCUMENTS = ("documents", "texts")
+"""Names of the list of documents in a request."""
 DIALECTS = (("rerank",), ("tei",))
 """Where pydantic says which of the two kinds of requests a body is."""
 ERRORS = (401, 408, 413, 415, 422, 424, 429, 500, 503, 504)
@@ -129,6 +134,9 @@ class Service:
 
     async def start(self) -> None:
         """Load the model and test it."""
+        # Clients do not see warnings, and Python keeps each text, with the numbers of a document.
+        for category in (DocumentTruncatedWarning, LongDocumentWarning):
+            warnings.simplefilter("ignore", category)
         begun = time.perf_counter()
         try:
             reranker = await run_in_thread(self._tested)
@@ -171,34 +179,50 @@ class Service:
                 _log.error("%s could not be loaded again: %s", reranker.model, error)
             loaded = time.monotonic()
 
-    async def stop(self) -> None:
-        """End waiting requests and free the model."""
-        self.is_closing = True
+    async def end_requests(self) -> None:
+        """End requests that wait or are being read; their clients may ask elsewhere."""
         if self._model is not None:
-            reranker, queue = self._model
-            await queue.close()
-            await reranker.aclose()
+            await self._model[1].close()
+
+    async def stop(self) -> None:
+        """End requests and free the model."""
+        self.is_closing = True
+        await self.end_requests()
+        if self._model is not None:
+            await self._model[0].aclose()
 
 
 class _Request(Request):
-    """A request whose JSON is checked as a whole: depth, numbers and Unicode."""
+    """A request whose JSON is checked as a whole: depth, numbers, Unicode and length of lists."""
+
+    limits: Limits
 
     async def json(self) -> Any:
+        # Of other errors than HTTP's, FastAPI makes one without a reason.
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            body = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            # Of other errors, FastAPI makes one without a reason.
             raise HTTPException(422, f"The body is not JSON: {error}") from error
+        # An object is made of each document, which takes far more memory than its text.
+        lists = [body.get(name) for name in DOCUMENTS] if isinstance(body, dict) else []
+        try:
+            self.limits.check_number(max(len(one) for one in [[], *lists] if isinstance(one, list)))
+        except RefusedError as error:
+            raise HTTPException(error.status, error.message) from error
+        return body
 
 
 class _Route(APIRoute):
     """A route whose errors are replies that clients can read, and never their texts in a log."""
+
+    limits: Limits
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
 
         async def handle_or_explain(request: Request) -> Response:
             request = _Request(request.scope, request.receive)
+            request.limits = self.limits
             try:
                 if request.method == "POST":
                     _check_type(request)
@@ -245,7 +269,7 @@ def create_app(
     app.state.service = service
     app.state.metrics = metrics
     routes: list[str] = []
-    for router in (rerank_router(service, limits), _server_router(service, metrics)):
+    for router in (rerank_router(service, limits), _server_router(service, limits, metrics)):
         app.include_router(router)
         # From FastAPI 0.137 on, the app does not list the routes of its routers.
         routes += [route.path for route in router.routes if isinstance(route, APIRoute)]
@@ -263,7 +287,7 @@ def rerank_router(service: Service, limits: Limits) -> APIRouter:
         service: The model.
         limits: The limits.
     """
-    router = APIRouter(route_class=_Route)
+    router = APIRouter(route_class=_route_class(limits))
 
     async def rerank(request: Request, body: AnyRequest) -> Response:
         reranker, queue = service.model
@@ -319,9 +343,14 @@ def rerank_router(service: Service, limits: Limits) -> APIRouter:
     return router
 
 
-def _server_router(service: Service, metrics: Metrics) -> APIRouter:
+def _route_class(limits: Limits) -> type[_Route]:
+    """Return the class of the routes of a server with these limits."""
+    return type("_Route", (_Route,), {"limits": limits})
+
+
+def _server_router(service: Service, limits: Limits, metrics: Metrics) -> APIRouter:
     """Return the other routes of a server of this package."""
-    router = APIRouter(route_class=_Route)
+    router = APIRouter(route_class=_route_class(limits))
 
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:

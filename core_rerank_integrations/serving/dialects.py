@@ -8,7 +8,7 @@ ignored. ``null`` means the default.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -23,6 +23,11 @@ from pydantic import (
 from core_rerank_integrations.heads.scoring_config import Count, Finite, Probability
 from core_rerank_integrations.method.evidence import Evidence
 from core_rerank_integrations.settings import RerankOptions
+
+T = TypeVar("T")
+
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which only the first wrong item is an error: a body may hold millions of them."""
 
 
 def without_nulls(fields: Any) -> Any:
@@ -71,7 +76,7 @@ class RerankRequest(RerankOptions):
     model_config = ConfigDict(extra="ignore")
 
     query: str
-    documents: list[str | Document]
+    documents: Items[str | Document]
     model: str | None = Field(default=None, description="Ignored: the server has one model.")
     top_n: TopN = Field(
         default=None, description="Maximum number of results; by default, and with 0, all."
@@ -89,7 +94,7 @@ class RerankRequest(RerankOptions):
         description="Longer documents are truncated to this number of tokens.",
     )
     relevant_spans: RelevantSpans | None = None
-    first_stage_scores: list[Finite] | None = Field(
+    first_stage_scores: Items[Finite] | None = Field(
         default=None, description="The first stage's score of each document."
     )
 
@@ -108,7 +113,7 @@ class TEIRequest(_Request):
     """A request of clients of Text Embeddings Inference."""
 
     query: str
-    texts: list[str]
+    texts: Items[str]
     top_n: TopN = Field(
         default=None,
         description="Maximum number of results, as in llama.cpp; by default, and with 0, all.",
@@ -142,7 +147,7 @@ AnyRequest = Annotated[
 class DocumentsRequest(_Request):
     """Documents to read before a question is asked."""
 
-    documents: list[str | Document]
+    documents: Items[str | Document]
 
 
 class Span(BaseModel):

@@ -108,7 +108,9 @@ class Guard:
             RefusedError: It is too large, or too many are in memory.
         """
         limit = self._limits.max_body_bytes
-        length = headers.get("content-length", str(limit))
+        # With both headers, the length does not count.
+        is_chunked = "transfer-encoding" in headers
+        length = str(limit) if is_chunked else headers.get("content-length", str(limit))
         if not length.isdecimal() or len(length) > 20 or int(length) > limit:
             raise self._too_large()
         if self._held + int(length) > HELD_BODIES * limit:

@@ -27,7 +27,8 @@ class Limits(CheckedModel):
         default=300.0, description="Maximum time of a request, with its waiting."
     )
     max_body_seconds: Positive = Field(
-        default=30.0, description="Maximum time for a client to send its request."
+        default=30.0,
+        description="Maximum time for a client to send its request, or to go on reading a reply.",
     )
     shutdown_seconds: Count = Field(
         default=30, description="Time for requests in progress when the server is stopped."
@@ -37,18 +38,26 @@ class Limits(CheckedModel):
         description="Whether clients may store documents ahead: POST /v1/documents.",
     )
 
+    def check_number(self, documents: int) -> None:
+        """Check the number of documents.
+
+        Raises:
+            RefusedError: There are too many.
+        """
+        if documents > self.max_documents:
+            raise RefusedError(
+                413,
+                f"{documents} documents are more than the {self.max_documents} that a request may "
+                "have: send them in several requests",
+            )
+
     def check(self, documents: Sequence[str], query: str = "") -> None:
         """Check the size of a list.
 
         Raises:
             RefusedError: There are too many documents or characters.
         """
-        if len(documents) > self.max_documents:
-            raise RefusedError(
-                413,
-                f"{len(documents)} documents are more than the {self.max_documents} that a request "
-                "may have: send them in several requests",
-            )
+        self.check_number(len(documents))
         characters = len(query) + sum(map(len, documents))
         if characters > self.max_characters:
             raise RefusedError(

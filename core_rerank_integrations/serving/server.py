@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ with requires_extra("server"):
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
-    import asyncio
     import socket
     from types import FrameType
 
@@ -21,44 +21,76 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS = 2048
 MAX_HEADER_BYTES = 1 << 16
+KEEP_ALIVE_SECONDS = 75
+"""Time that a connection stays open after a reply. Balancers keep theirs for up to a minute, and
+would send a request on one that is being closed."""
+REPLY_SECONDS = 5
+"""Time for replies to requests that were ended when the server is stopped."""
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed if its client keeps it busy and sends no request.
+    """A connection that is closed if its client neither sends a request nor reads a reply.
 
     uvicorn waits for the headers of a request, and for a client to read a reply, without limit. It
     limits only the time without a byte after a reply.
     """
 
     seconds: float
-    """Time from the connection, or from a reply, to the end of the next request's headers. If a
-    client is still reading the reply then, it has as long again, as often as it has gone on."""
+    """Time from the connection, or from the first byte of a request, to the end of its headers; and
+    for a client to read a reply. One that is still reading has as long again, as often as it has
+    gone on."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_for_request()
+        self._sending: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
+        self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer.cancel()
+        for timer in (self._sending, self._reading):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait_for_headers()
+        super().data_received(data)
 
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
-        if self.cycle is not before:
-            self._timer.cancel()
+        if self.cycle is not before and self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader()
 
     def on_response_complete(self) -> None:
-        self._wait_for_request()
+        self._wait_for_reader()
         super().on_response_complete()  # It may find that the next request is there.
+        has_part_of_next = bool(self.conn.trailing_data[0])
+        if self.cycle.response_complete and has_part_of_next:
+            self._wait_for_headers()
 
-    def _wait_for_request(self) -> None:
-        self._unread = self.transport.get_write_buffer_size()
-        self._timer = self.loop.call_later(self.seconds, self._end_wait)
+    def _wait_for_headers(self) -> None:
+        """Close the connection if no request has begun when the time is over."""
+        if self._sending is None:
+            self._sending = self.loop.call_later(self.seconds, self.transport.abort)
 
-    def _end_wait(self) -> None:
-        if 0 < self.transport.get_write_buffer_size() < self._unread:
-            self._wait_for_request()
+    def _wait_for_reader(self) -> None:
+        """Close the connection if the client has read nothing of a reply when the time is over."""
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        if unread := self.transport.get_write_buffer_size():
+            self._reading = self.loop.call_later(self.seconds, self._end_reading, unread)
+
+    def _end_reading(self, unread: int) -> None:
+        if self.transport.get_write_buffer_size() < unread:
+            self._wait_for_reader()
         else:
             self.transport.abort()
 
@@ -79,7 +111,8 @@ class RerankServer(uvicorn.Server):
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=limits.shutdown_seconds,
+            timeout_graceful_shutdown=limits.shutdown_seconds + REPLY_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -87,6 +120,7 @@ class RerankServer(uvicorn.Server):
         super().__init__(config)
         self._service = app.state.service
         self._service.on_failure = self.stop
+        self._shutdown_seconds = limits.shutdown_seconds
 
     def stop(self) -> None:
         """End soon. Requests on connections that stay open are refused from now on."""
@@ -97,6 +131,19 @@ class RerankServer(uvicorn.Server):
         """End at a signal of the system."""
         self._service.is_closing = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for requests in progress, and end those that take too long with a reply."""
+
+        async def end_requests() -> None:
+            await asyncio.sleep(self._shutdown_seconds)
+            await self._service.end_requests()
+
+        ending = asyncio.create_task(end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 def serve(app: FastAPI, listener: socket.socket, limits: Limits) -> None:

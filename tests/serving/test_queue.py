@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -293,7 +294,8 @@ def test_shutdown_answers_what_runs(held: Held) -> None:
         wait_for(lambda: figure(server, "core_rerank_waiting_requests") == 1)
         with httpx.Client(base_url=server.url) as kept:
             kept.get("/health")
-            server.server._service.is_closing = True  # As a signal does, before sockets close.
+            server.server.handle_exit(signal.SIGTERM, None)
+            server.server.should_exit = False  # Sockets stay open for what follows.
             refused = kept.post("/rerank", json=body)
             assert refused.status_code == 503
             assert "retry-after" in refused.headers
@@ -302,6 +304,22 @@ def test_shutdown_answers_what_runs(held: Held) -> None:
         time.sleep(0.3)
         held.let.set()
         assert asked.result().status_code == 200
+
+
+def test_shutdown_ends_what_takes_too_long(held: Held) -> None:
+    load = lambda: CoReReranker.from_scorer(held)  # noqa: E731
+    with running(load, shutdown_seconds=1) as server, ThreadPoolExecutor(1) as pool:
+        server.wait_until_ready()
+        held.let.clear()
+        body = {"query": "q", "documents": ["a"]}
+        asked = pool.submit(httpx.post, f"{server.url}/rerank", json=body, timeout=60)
+        wait_for(lambda: figure(server, "core_rerank_waiting_requests") == 1)
+        server.server.stop()
+        reply = asked.result()
+        held.let.set()
+        assert reply.status_code == 503
+        assert "stopped" in reply.json()["message"]
+        assert "retry-after" in reply.headers
 
 
 async def test_lists_of_heads_that_read_several_documents_per_prompt_are_not_divided(
