@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -82,8 +83,15 @@ def _become_vllm(
     vllm_args: list[str],
     console: Console,
 ) -> NoReturn:
-    """Print the command that starts ``vllm serve``, and run it in place of this program."""
+    """Print the command that starts ``vllm serve``, and run it in place of this program.
+
+    Raises:
+        InvalidInputError: There are two keys, or vLLM's program is not found.
+    """
     from core_rerank_integrations.serving.vllm import vllm_command, vllm_variables
+
+    if key is not None and _has_option(vllm_args, "--api-key"):
+        raise InvalidInputError("--api-key and --api-key-env are two keys: give one of them")
 
     with listen(host, [port]):
         pass  # vLLM says only after the model is loaded that the port is in use.
@@ -94,7 +102,10 @@ def _become_vllm(
         variables["VLLM_API_KEY"] = key
         shown.append("VLLM_API_KEY=...")
     console.print(f"Starting: {' '.join(shown)} {_shown(command)}")
-    program = Path(sys.executable).with_name(command[0])
+    folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = shutil.which(command[0], path=folders)
+    if program is None:
+        raise InvalidInputError("there is no program 'vllm' beside Python or in PATH: install vllm")
     os.execve(program, command, os.environ | variables)  # noqa: S606  No shell reads them.
 
 
@@ -122,9 +133,11 @@ def _with_engine_args(settings: RerankerSettings, vllm_args: list[str]) -> Reran
 
 def _has_vllm_key(vllm_args: Iterable[str]) -> bool:
     """Return whether ``vllm serve`` has a key of its own."""
-    return bool(os.environ.get("VLLM_API_KEY")) or any(
-        _is_option(argument, "--api-key") for argument in vllm_args
-    )
+    return bool(os.environ.get("VLLM_API_KEY")) or _has_option(vllm_args, "--api-key")
+
+
+def _has_option(arguments: Iterable[str], option: str) -> bool:
+    return any(_is_option(argument, option) for argument in arguments)
 
 
 def _shown(arguments: Iterable[str]) -> str:

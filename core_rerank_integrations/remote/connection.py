@@ -138,7 +138,7 @@ class Connection:
         """Return the error of a reply."""
         status = response.status_code
         message = f"{url} answered {status}: {self._without_key(_message(response))}"
-        if response.is_redirect:
+        if response.has_redirect_location:
             target = response.headers["location"].partition("?")[0]
             return BackendError(
                 f"{url} redirects to {target!r}, and redirects are not followed, so that the key "

@@ -98,6 +98,11 @@ def vllm_command(
     """
     from core_rerank_integrations.backends.vllm.caller.shared import serve_arguments
 
+    if any(argument.replace("_", "-").startswith("--additional-config") for argument in more):
+        raise InvalidInputError(
+            "--additional-config holds the settings of the reranker here, and vLLM takes only one: "
+            "leave it out"
+        )
     model, heads = checked_model(settings)
     check_adapter(settings.backend, model, heads)
     # The files are on this machine now, and need no token.

@@ -282,6 +282,12 @@ async def test_a_slow_server_is_given_up(server: CannedServer) -> None:
     go.set()
 
 
+def test_other_statuses_are_errors(server: CannedServer, remote: RemoteReranker) -> None:
+    server.answers = [(304, {}, "")]
+    with pytest.raises(BackendError, match="answered 304"):
+        remote.rerank(QUERY, DOCUMENTS)
+
+
 @pytest.mark.usefixtures("at_once")
 def test_the_key_is_seen_by_the_server_alone(
     server: CannedServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

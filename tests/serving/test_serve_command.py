@@ -98,6 +98,12 @@ def test_the_cache_has_options_which_vllm_refuses(tmp_path: Path) -> None:
     assert "document_cache is not for 'vllm'" in failed("serve", "--backend", "vllm", *folder)
 
 
+def test_arguments_of_vllm_that_would_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    command = ("serve", "--backend", "vllm-shared", "--api-key-env", "MY_KEY", "--")
+    assert "two keys" in failed(*command, "--api-key", "another")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--api-key", "s3cret", "s3cret-2"), ("--api_key=s3cret",), ("--hf-tok", "s3cret")],
