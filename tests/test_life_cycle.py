@@ -7,85 +7,17 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 
 import pytest
 from support.head_sets import CALIBRATED, HEADS
 
 from core_rerank_integrations import CoReReranker, DocumentCache
-from core_rerank_integrations.backends.base import AttentionBackend, GroupMass, PromptGroup
-from core_rerank_integrations.backends.vllm.caller.loop import EngineLoop
 from core_rerank_integrations.errors import ClosedError, InvalidInputError
-from core_rerank_integrations.method.prompt import SharedPrefix
-from core_rerank_integrations.method.scoring import Mass
-from core_rerank_integrations.models.encoder import load_encoder
 from core_rerank_integrations.models.local_model import LocalModel
-from core_rerank_integrations.scorer import AttentionScorer
 
 QUERY = "Who patented the telephone?"
 DOCUMENTS = ["Bread is baked from flour.", "Alexander Graham Bell patented the telephone in 1876."]
 NO_CACHE = DocumentCache(memory_bytes=0, disk_bytes=0)
-
-
-def owning(
-    smollm2: LocalModel, backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
-) -> CoReReranker:
-    """Return a reranker that closes this backend, on a model that is loaded already."""
-    scorer = AttentionScorer(load_encoder(smollm2, HEADS.template), backend)
-    monkeypatch.setattr("core_rerank_integrations.reranker.load_scorer", lambda *_: scorer)
-    return CoReReranker(smollm2.path, HEADS)
-
-
-class LoopBackend:
-    """A backend whose calls wait for an event loop, as those of vLLM's engine do."""
-
-    def __init__(self, backend: AttentionBackend, loop: asyncio.AbstractEventLoop) -> None:
-        self.max_context = backend.max_context
-        self.stats = backend.stats
-        self.loop = EngineLoop(loop, lambda: None)
-        self.begun = asyncio.Event()
-
-    def attention_mass(
-        self,
-        groups: Sequence[PromptGroup],  # noqa: ARG002
-        weights: Mass | None = None,  # noqa: ARG002
-    ) -> list[GroupMass]:
-        async def endless() -> list[GroupMass]:
-            self.begun.set()
-            await asyncio.sleep(3600)
-            return []
-
-        return self.loop.run(endless())
-
-    def cache_prefixes(self, prefixes: Sequence[SharedPrefix]) -> int:
-        raise NotImplementedError
-
-    def clear_cache(self) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self.loop.close()
-
-
-@pytest.mark.parametrize("how", ["close", "aclose", "async with"])
-async def test_closing_on_the_loop_of_the_engine_ends_its_calls(
-    how: str, smollm2: LocalModel, reranker: CoReReranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend = LoopBackend(reranker.scorer.backend, asyncio.get_running_loop())
-    closing = owning(smollm2, backend, monkeypatch)
-    calls = [asyncio.create_task(closing.arerank(QUERY, DOCUMENTS)) for _ in range(40)]
-    await backend.begun.wait()
-    if how == "close":
-        closing.close()
-    elif how == "aclose":
-        await closing.aclose()
-    else:
-        async with closing:
-            pass
-    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
-    assert {type(error) for error in errors} == {ClosedError}
-    with pytest.raises(ClosedError, match="make a new one"):
-        await closing.arerank(QUERY, DOCUMENTS)
 
 
 async def test_closing_ends_calls_that_wait_for_the_model(smollm2: LocalModel) -> None:

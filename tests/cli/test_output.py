@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-import warnings
+import time
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -15,13 +16,14 @@ from rich.text import Text
 from support.cli import failed, run
 from typer.testing import CliRunner
 
-from core_rerank_integrations import CoReReranker, cli
+from core_rerank_integrations import CoReReranker
 from core_rerank_integrations.cli import commands
 from core_rerank_integrations.cli.common import print_table
 
 rerank = import_module("core_rerank_integrations.cli.rerank")
 QUERY = ("rerank", "--query", "Who patented the telephone?", "--documents", "-")
 MARKUP = "[chat] [bold]x[/bold] [/x] :smile: https://example.org/[a]"
+CODE = "from core_rerank_integrations.cli import app; app()"
 LONG = f"{'Bell ' * 40}/a/path/[chat]/to/[/x]"
 
 
@@ -146,29 +148,6 @@ def test_a_query_is_checked_before_a_model_is_found() -> None:
         assert "the query is empty" in failed("rerank", *arguments, typed="a")
 
 
-def test_warnings_of_commands_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(commands, "app", lambda: warnings.warn("see [chat]", stacklevel=1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: print(warnings.formatwarning(message))
-        cli.app()
-    assert capsys.readouterr().out.strip() == "warning: see [chat]"
-
-
-def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(commands, "app", interrupted)
-    with pytest.raises(SystemExit) as error:
-        cli.app()
-    assert error.value.code == 130
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell and /dev/full")
 @pytest.mark.parametrize(
     ("redirected", "arguments", "exit_code", "message"),
@@ -186,18 +165,42 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) 
 def test_closed_and_full_streams(
     redirected: str, arguments: str, exit_code: int, message: str
 ) -> None:
-    code = "from core_rerank_integrations.cli import app; app()"
-    shell = f"exec '{sys.executable}' -c '{code}' {arguments} {redirected}"
+    shell = f"exec '{sys.executable}' -c '{CODE}' {arguments} {redirected}"
     result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True)
     assert result.returncode == exit_code
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == bool(message)
 
 
-def test_a_reader_that_leaves_ends_the_command_silently() -> None:
-    code = "from core_rerank_integrations.cli import app; app()"
+@pytest.mark.usefixtures("smollm2")
+def test_warnings_of_commands_are_one_line() -> None:
+    command = [sys.executable, "-c", CODE, *QUERY, "--max-document-tokens", "2"]
+    result = subprocess.run(command, input=b"Bread is baked.", capture_output=True, timeout=120)
+    assert result.returncode == 0
+    (warning,) = [line for line in result.stderr.splitlines() if b"was cut" in line]
+    assert warning.startswith(b"warning: document 0 was cut to 2 tokens")
+    assert b".py" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for a process")
+def test_an_interrupt_ends_without_a_traceback() -> None:
+    code = CODE.replace("; ", "; print(flush=True); ")
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", code, "heads", "list"],
+        [sys.executable, "-c", code, *QUERY], stdin=pipe, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(1)  # It now waits for documents, or still imports modules.
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_ends_the_command_silently() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, "heads", "list"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

@@ -14,6 +14,16 @@ class CountingExtension(CoReWorkerExtension):
         return len(self.core_rerank_steps.sums) + len(self.core_rerank_steps.results)
 
 
+class WithHalfTheScale(CoReWorkerExtension):
+    """A worker whose probes divide their logits by two."""
+
+    def core_rerank_install(self, heads: Any) -> str:
+        problem = super().core_rerank_install(heads)
+        for group in self.core_rerank_steps.probes._groups:
+            group._scale = group._scale / 2
+        return problem
+
+
 class BlindToSingleTokens(CoReWorkerExtension):
     """A worker whose probes do not see steps of one token, as in a captured graph."""
 

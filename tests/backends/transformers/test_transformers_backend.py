@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,8 @@ from support.tiny_models import (
 )
 
 from core_rerank_integrations import HeadSet
-from core_rerank_integrations.backends.transformers import checks
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import (
-    BackendError,
     InvalidInputError,
     ModelError,
     UnsupportedModelError,
@@ -63,16 +65,49 @@ def test_another_thread_that_loads_a_model_changes_nothing(tmp_path: Path) -> No
     assert_close(computed, expected_masses(model, groups()), 2e-6)
 
 
-def test_a_fork_cannot_use_the_threads_of_its_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny(tmp_path, "llama")
-    monkeypatch.setattr(checks, "PROCESS", os.getppid())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(BackendError, match=rf"forked from process {os.getppid()}.*'spawn'"):
-        reading(model)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    reading(model)
+FORK = """
+import os, pickle, sys
+from pathlib import Path
+import numpy as np
+import torch
+from core_rerank_integrations.backends.transformers.backend import TransformersBackend
+from core_rerank_integrations.errors import BackendError
+from core_rerank_integrations.models.local_model import LocalModel
+
+model = LocalModel(Path(sys.argv[1]), None)
+heads, groups = pickle.loads(sys.stdin.buffer.read())
+
+def masses():
+    backend = TransformersBackend(model, heads, dtype="float32")
+    return [mass for group in backend.attention_mass(groups) for mass in group.questions]
+
+torch.set_num_threads(2)
+expected = masses()
+child = os.fork()
+if child == 0:
+    try:
+        masses()
+    except BackendError as error:
+        print(error, flush=True)
+    torch.set_num_threads(1)
+    same = map(np.allclose, masses(), expected)
+    os._exit(0 if all(same) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_fork_cannot_use_the_threads_of_its_parent(tmp_path: Path) -> None:
+    """It would wait for them forever; with one thread it needs none."""
+    tiny(tmp_path, "llama")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, tmp_path],
+        input=pickle.dumps((HEADS, groups())),
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert re.search(r"forked from process \d+.*'spawn'.*set_num_threads", result.stdout.decode())
 
 
 def test_layers_above_the_highest_head_are_not_built(tmp_path: Path) -> None:

@@ -445,24 +445,3 @@ def test_a_prompt_split_over_steps_does_not_test_the_probes(smollm2: LocalModel)
                 "max_num_seqs": 4,
             },
         )
-
-
-def test_probes_that_disagree_with_the_engine_are_refused_at_start(
-    smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send = VLLMBackend.send
-
-    async def off_by_half(self: VLLMBackend, *arguments: Any, **options: Any) -> Any:
-        error, rows = await send(self, *arguments, **options)
-        assert error < 1e-3, "the error of the real probes"
-        return np.array([error + 0.5, rows])
-
-    monkeypatch.setattr(VLLMBackend, "send", off_by_half)
-    with pytest.raises(UnsupportedModelError, match=r"differs from its own by 0\.5"):
-        CoReReranker(
-            smollm2.path,
-            heads=HEADS,
-            backend="vllm",
-            dtype="float32",
-            engine_args={"enforce_eager": True, "max_model_len": 512},
-        )

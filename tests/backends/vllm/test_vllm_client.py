@@ -6,7 +6,6 @@ import asyncio
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,24 +73,6 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     return started
 
 
-def test_engines_that_start_at_once_start_one_after_the_other(engines: list[Engine]) -> None:
-    together = threading.Barrier(3)
-
-    def started() -> Client:
-        starting = Client(HEADS)
-        together.wait()
-        starting.start()
-        return starting
-
-    with ThreadPoolExecutor(3) as pool:
-        clients = [call.result(30) for call in [pool.submit(started) for _ in range(3)]]
-    assert len(engines) == 3
-    assert process.OWNER not in os.environ
-    for open_client in clients:
-        open_client.close()
-    assert not any(engine.is_running for engine in engines)
-
-
 def test_an_interrupted_start_leaves_no_engine(
     engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,29 +120,6 @@ async def test_a_cancelled_caller_leaves_the_preparation_to_the_others() -> None
     prepared.set()
     assert len(await asyncio.wait_for(second, 20)) == len(groups())
     assert first.cancelled()
-
-
-def test_a_prefix_and_its_questions_go_to_one_engine(
-    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[tuple[list[int], int]] = []
-
-    async def send(ids: list[int], options: RequestOptions, read_cache: bool, rank: int) -> Any:
-        sent.append((ids, rank))
-        return await Client.send(started, ids, options, read_cache, rank)
-
-    started = Client(HEADS, engines=4)
-    started.start()
-    monkeypatch.setattr(started, "send", send)
-    started.attention_mass(groups(), HEADS.weights[None])
-    started.close()
-    for prefix, questions in groups():
-        start = prefix.ids.tolist()
-        ranks = [rank for ids, rank in sent if ids[: len(start)] == start]
-        assert len(ranks) > len(questions)
-        assert len(set(ranks)) == 1
-    assert len({rank for _, rank in sent}) > 1
-    assert len(engines) == 1
 
 
 def test_attention_that_is_not_a_number_is_passed_on(

