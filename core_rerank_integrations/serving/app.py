@@ -206,7 +206,8 @@ class _Request(Request):
         # An object is made of each document, which takes far more memory than its text.
         lists = [body.get(name) for name in DOCUMENTS] if isinstance(body, dict) else []
         try:
-            self.limits.check_number(max(len(one) for one in [[], *lists] if isinstance(one, list)))
+            for documents in lists:
+                self.limits.check_number(len(documents) if isinstance(documents, list) else 0)
         except RefusedError as error:
             raise HTTPException(error.status, error.message) from error
         return body

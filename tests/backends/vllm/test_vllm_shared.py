@@ -49,6 +49,7 @@ async def own_engine(smollm2: LocalModel, **changes: Any) -> AsyncIterator[Async
         "dtype": "float32",
         "max_model_len": 1024,
         "block_size": 32,
+        "gpu_memory_utilization": 0.5,  # vLLM's default needs a machine without other programs.
         "worker_extension_cls": WORKER_EXTENSION,
         **changes,
     }
