@@ -450,7 +450,7 @@ def test_lists_of_the_repository_can_be_read_and_no_page_is_in_both_splits() -> 
     passages = {}
     for split in ("train", "dev"):
         files = sorted((Path(__file__).parents[2] / "judged_lists" / split).glob("*.jsonl"))
-        assert len(files) == 12
+        assert len(files) == 14
         collections = [JudgedRun.parse(str(path)).load()[0] for path in files]
         passages[split] = {
             passage.text for collection in collections for passage in collection.passages.values()
