@@ -110,6 +110,7 @@ def test_vllm_serve_answers_and_reranks(
         *("--model", smollm2.path, "--heads", heads, "--dtype", "float32", "--port", port),
         *("--api-key-env", "MY_KEY", "--max-documents", "5"),
         *("--", "--enforce-eager", "--max-model-len", "1024"),
+        *("--gpu-memory-utilization", "0.5"),  # vLLM's default needs a machine of its own.
     ]
     url = f"http://127.0.0.1:{port}"
     client = httpx.Client(base_url=url, headers={"authorization": "Bearer s3cret"}, timeout=120)
