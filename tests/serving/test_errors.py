@@ -13,10 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.datastructures import Headers
 from support.servers import running
 
 from core_rerank_integrations import BackendError, CoReReranker, ModelError
 from core_rerank_integrations.scorer import AttentionScorer
+from core_rerank_integrations.serving.guard import Guard
+from core_rerank_integrations.serving.limits import Limits
 
 KEY = "s3cret-key"
 SECRET = "Zanzibar's hidden sentence"
@@ -221,6 +225,12 @@ def test_slow_headers_are_not_waited_for(guarded, sent: bytes) -> None:
                 connection.sendall(b"a" if sent else b"")
         assert time.monotonic() < end
     assert guarded.client.get("/health").status_code == 200
+
+
+def test_the_length_of_a_body_in_chunks_is_not_believed() -> None:
+    guard = Guard(FastAPI(), Limits(max_body_bytes=1000), [], lambda: False)
+    both = Headers({"content-length": "0", "transfer-encoding": "chunked"})
+    assert guard._room_for(both) == 1000
 
 
 def large_request() -> bytes:

@@ -99,6 +99,12 @@ def test_an_engine_that_dies_is_restarted(smollm2: LocalModel, reranker: CoReRer
         )
 
 
+def test_a_configuration_that_would_replace_ours_is_refused() -> None:
+    command = ("serve", "--backend", "vllm-shared", "--")
+    assert "leave it out" in failed(*command, "--additional_config", "{}")
+    assert "leave it out" in failed(*command, "--additional-config.x=1")
+
+
 def test_vllm_serve_answers_and_reranks(
     smollm2: LocalModel, reranker: CoReReranker, tmp_path: Path
 ) -> None:

