@@ -15,9 +15,11 @@ class StderrHandler(logging.Handler):
     """Print records to standard error, unless the program has configured logging itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the message."""
+        """Print the message, above progress bars."""
         if not logging.getLogger().handlers:
-            print(self.format(record), file=sys.stderr, flush=True)
+            from tqdm.auto import tqdm
+
+            tqdm.write(self.format(record), sys.stderr)
 
 
 def log_to_stderr() -> None:

@@ -100,12 +100,6 @@ def tune(options: TuneOptions, output: OutputOption) -> None:
     adapter = _adapter_folder(options, output)
     options = options.model_copy(update={"name": options.name or output.stem, "adapter": adapter})
     tuned = research.tune_heads(options, show_progress=True)
-    for evaluation in tuned.evaluations:
-        by_source = ", ".join(f"{ndcg:.4f}" for ndcg in evaluation.ndcg)
-        print(
-            f"{evaluation.steps} steps: loss {evaluation.loss:.3f}, "
-            f"nDCG@10 on dev {evaluation.mean:.4f} ({by_source})"
-        )
     tuned.save(output)
     print(f"Wrote {output} and {adapter}")
 

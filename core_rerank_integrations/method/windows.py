@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -232,6 +232,15 @@ class WindowPlanner:
             pieces.append((index, span))
             lengths.append(len(offsets) - dropped)
         return pieces, lengths
+
+
+def truncated_documents(windows: Iterable[Window], documents: Sequence[str]) -> list[int]:
+    """Return the indices of the documents whose end is in no prompt of their list."""
+    stops = [0] * len(documents)
+    for window in windows:
+        for index, span in zip(window.indices, window.passages, strict=True):
+            stops[index] = max(stops[index], span.stop)
+    return [index for index, stop in enumerate(stops) if stop < len(documents[index])]
 
 
 def baseline_candidates(documents: Sequence[str]) -> Candidates:

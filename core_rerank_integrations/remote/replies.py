@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,17 +36,34 @@ class _ListDetails(BaseModel):
     answerable: bool | None
 
 
+class _Meta(BaseModel):
+    warnings: tuple[str, ...] = ()
+
+
 class _RerankReply(BaseModel):
     results: list[_Result]
     core_rerank: _ListDetails
+    meta: _Meta = _Meta()
 
 
 class _DocumentsReply(BaseModel):
     bytes_written: Index
 
 
-def results_of(reply: Any, documents: Sequence[str], url: str) -> RerankResults:
-    """Return the results of a list, as `CoReReranker.rerank` does.
+class Answer(NamedTuple):
+    """What a server says about a list.
+
+    Attributes:
+        results: Its results.
+        warnings: What the user should know about them.
+    """
+
+    results: RerankResults
+    warnings: tuple[str, ...]
+
+
+def answer_of(reply: Any, documents: Sequence[str], url: str) -> Answer:
+    """Return the results of a list, as `CoReReranker.rerank` does, and the server's warnings.
 
     Args:
         reply: The server's reply.
@@ -79,7 +96,8 @@ def results_of(reply: Any, documents: Sequence[str], url: str) -> RerankResults:
             )
         )
     own_list = checked.core_rerank
-    return RerankResults(tuple(results), own_list.answerability, own_list.answerable)
+    ranked = RerankResults(tuple(results), own_list.answerability, own_list.answerable)
+    return Answer(ranked, checked.meta.warnings)
 
 
 def bytes_written(reply: Any, url: str) -> int:

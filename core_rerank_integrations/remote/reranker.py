@@ -16,10 +16,15 @@ from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations._internal.closing import Closeable
 from core_rerank_integrations._internal.loop_thread import LoopThread
 from core_rerank_integrations._internal.progress import progress_bar
-from core_rerank_integrations.errors import ClosedError, InvalidInputError
+from core_rerank_integrations._internal.warnings import warn_caller
+from core_rerank_integrations.errors import (
+    ClosedError,
+    DocumentTruncatedWarning,
+    InvalidInputError,
+)
 from core_rerank_integrations.method.windows import Candidates
 from core_rerank_integrations.ranking import check_candidates, check_documents, check_requests
-from core_rerank_integrations.remote.replies import bytes_written, results_of
+from core_rerank_integrations.remote.replies import Answer, answer_of, bytes_written
 from core_rerank_integrations.results import RerankResults
 from core_rerank_integrations.settings import RerankKeywords, RerankOptions, ServerSettings
 from core_rerank_integrations.tracing import rerank_spans
@@ -42,7 +47,8 @@ class RemoteReranker(Closeable):
     connections.
 
     A request is repeated if the server is busy (status 429, 502 or 503) or cannot be reached, after
-    growing random times, and not before the time in the server's ``Retry-After``.
+    growing random times, and not before the time in the server's ``Retry-After``. A
+    `DocumentTruncatedWarning` names the documents that the server has truncated.
 
     Examples:
         >>> reranker = RemoteReranker("http://127.0.0.1:8080")
@@ -166,7 +172,7 @@ class RemoteReranker(Closeable):
         if thread is None:
             thread = await run_in_thread(self._thread)
         with rerank_spans(self.base_url, lists, checked.top_n) as finish:
-            results = await thread.arun(partial(self._ranked, lists, checked))
+            results = _warned(await thread.arun(partial(self._ranked, lists, checked)))
             finish(results)
         return results[0]
 
@@ -230,23 +236,23 @@ class RemoteReranker(Closeable):
     def _rank(self, lists: list[Candidates], options: RerankKeywords) -> list[RerankResults]:
         checked = RerankOptions.checked(**options)
         with rerank_spans(self.base_url, lists, checked.top_n) as finish:
-            results = self._thread().run(partial(self._ranked, lists, checked))
+            results = _warned(self._thread().run(partial(self._ranked, lists, checked)))
             finish(results)
         return results
 
     async def _ranked(
         self, lists: list[Candidates], options: RerankOptions, connection: Connection
-    ) -> list[RerankResults]:
+    ) -> list[Answer]:
         """Send a request for each list. The first error ends the others."""
         url = f"{self.base_url}/v1/rerank"
         begun = time.monotonic()
 
-        async def ranked(candidates: Candidates) -> RerankResults:
+        async def ranked(candidates: Candidates) -> Answer:
             async with connection.slots:
                 reply = await connection.post(
                     url, lambda: _body(candidates, options, time.monotonic() - begun)
                 )
-            return results_of(reply, candidates.documents, url)
+            return answer_of(reply, candidates.documents, url)
 
         tasks = [asyncio.create_task(ranked(candidates)) for candidates in lists]
         try:
@@ -275,6 +281,14 @@ class RemoteReranker(Closeable):
         for part in _parts(documents):
             yield self._thread().run(partial(cached, part))
             yield from [0] * (len(part) - 1)
+
+
+def _warned(answers: Sequence[Answer]) -> list[RerankResults]:
+    """Return the results. Issue the warnings, here in the thread of the caller."""
+    for answer in answers:
+        for text in answer.warnings:
+            warn_caller(text, DocumentTruncatedWarning)
+    return [answer.results for answer in answers]
 
 
 def _body(candidates: Candidates, options: RerankOptions, seconds: float) -> dict[str, Any]:

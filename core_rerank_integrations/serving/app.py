@@ -294,24 +294,24 @@ def rerank_router(service: Service, limits: Limits) -> APIRouter:
         reranker, queue = service.model
         if isinstance(body, TEIRequest):
             documents, options = body.texts, RerankOptions(top_n=body.top_n or None)
-            scores, truncated = None, None
+            scores, max_tokens = None, None
         else:
             documents = [text_of(document) for document in body.documents]
             own = {name: getattr(body, name) for name in OWN_OPTIONS}
             own["evidence"] = body.evidence or wants_spans(body)
             options = RerankOptions.checked(top_n=body.top_n or body.top_k or None, **own)
-            scores, truncated = body.first_stage_scores, body.max_tokens_per_doc
+            scores, max_tokens = body.first_stage_scores, body.max_tokens_per_doc
         limits.check(documents, body.query)
         candidates = check_candidates(body.query, documents, scores)
-        results, tokens = await _unless_hung_up(
-            request, queue.rank(candidates, options, truncated), limits.max_request_seconds
+        ranked = await _unless_hung_up(
+            request, queue.rank(candidates, options, max_tokens), limits.max_request_seconds
         )
         if isinstance(body, TEIRequest):
-            return tei_reply(body, results)
+            return tei_reply(body, ranked.results)
         if body.is_from_voyage:
-            return voyage_reply(body, results, tokens, reranker.model)
+            return voyage_reply(body, ranked.results, ranked.tokens, reranker.model)
         name = f"rerank-{uuid.uuid4().hex}"
-        return rerank_reply(name, body, results, tokens, reranker.model, reranker.heads)
+        return rerank_reply(name, body, ranked, reranker.model, reranker.heads)
 
     for path in RERANK:
         router.add_api_route(

@@ -22,7 +22,7 @@ import numpy as np
 from core_rerank_integrations._internal.cancellation import run_in_thread
 from core_rerank_integrations.errors import ClosedError
 from core_rerank_integrations.method.list_scores import ScoredList
-from core_rerank_integrations.method.windows import Candidates
+from core_rerank_integrations.method.windows import Candidates, truncated_documents
 from core_rerank_integrations.ranking import check_options, rank
 from core_rerank_integrations.reranker import CoReReranker
 from core_rerank_integrations.results import RerankResults
@@ -131,10 +131,31 @@ class _Part(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """The scores of a part, and the number of tokens of its prompts."""
+    """What was read of a part.
+
+    Attributes:
+        scored: The scores.
+        tokens: Number of tokens of the prompts.
+        truncated: Indices of the documents whose end was not read.
+    """
 
     scored: ScoredList
     tokens: int
+    truncated: list[int]
+
+
+class RankedList(NamedTuple):
+    """The results of a request.
+
+    Attributes:
+        results: The results.
+        tokens: Number of tokens of the prompts.
+        truncated: Indices of the documents whose end was not read.
+    """
+
+    results: RerankResults
+    tokens: int
+    truncated: list[int]
 
 
 class RequestQueue:
@@ -160,7 +181,7 @@ class RequestQueue:
 
     async def rank(
         self, candidates: Candidates, options: RerankOptions, max_document_tokens: int | None = None
-    ) -> tuple[RerankResults, int]:
+    ) -> RankedList:
         """Rank a list; see `CoReReranker.rerank`. ``max_seconds`` includes the time of waiting.
 
         A list that waits until its time is up is not read any further.
@@ -169,9 +190,6 @@ class RequestQueue:
             candidates: The query and its documents.
             options: Options of the call.
             max_document_tokens: Longer documents are truncated to this length.
-
-        Returns:
-            The results, and the number of tokens of the prompts.
 
         Raises:
             InvalidInputError: The heads do not support an option, or the query is too long.
@@ -190,7 +208,11 @@ class RequestQueue:
             scored = _merged([answer.scored for answer in answers], len(candidates.documents))
             results = await run_in_thread(partial(rank, candidates, scored, scoring, options))
             finish([results])
-        return results, sum(answer.tokens for answer in answers)
+        truncated, first = [], 0
+        for answer in answers:
+            truncated += [first + index for index in answer.truncated]
+            first += len(answer.scored.scores)
+        return RankedList(results, sum(answer.tokens for answer in answers), truncated)
 
     async def store(self, documents: tuple[str, ...]) -> int:
         """Read documents ahead; see `CoReReranker.cache_documents`.
@@ -353,17 +375,21 @@ class RequestQueue:
             job.reading.max_document_tokens, self._reranker.settings.max_query_tokens
         )
         lists = [Candidates(part.job.query, part.documents) for part in batch]
-        tokens = [
-            sum(len(window.prefix.ids) + len(window.question) for window in windows)
-            for windows in scorer.plan(lists, layout)
-        ]
+        plans = scorer.plan(lists, layout)
         remaining = None
         if job.deadline is not None:
             remaining = max(job.deadline - time.perf_counter(), 1e-9)
         scored = scorer.score(
             lists, heads, layout, max_seconds=remaining, evidence=job.reading.evidence
         )
-        return [_Answer(*answer) for answer in zip(scored, tokens, strict=True)]
+        return [
+            _Answer(
+                scores,
+                sum(len(window.prefix.ids) + len(window.question) for window in windows),
+                truncated_documents(windows, part.documents),
+            )
+            for scores, windows, part in zip(scored, plans, batch, strict=True)
+        ]
 
 
 def _fits(documents: Collection[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -29,6 +30,7 @@ from core_rerank_integrations.serving.dialects import (
     VoyageReply,
     VoyageResult,
 )
+from core_rerank_integrations.serving.queue import RankedList
 
 with requires_extra("server"):
     from starlette.responses import Response
@@ -78,8 +80,7 @@ def json_reply(
 def rerank_reply(
     name: str,
     request: RerankRequest,
-    results: RerankResults,
-    tokens: int,
+    ranked: RankedList,
     model: str,
     heads: HeadSet,
 ) -> Response:
@@ -88,19 +89,25 @@ def rerank_reply(
     Args:
         name: Name of the reply.
         request: The request.
-        results: Its results.
-        tokens: Number of tokens of its prompts.
+        ranked: Its results.
         model: Name of the model.
         heads: The heads it reads.
     """
+    results, tokens, truncated = ranked
     shown = _relevance_scores(results)
+    meta: dict[str, Any] = {"api_version": {"version": "2"}, "tokens": {"input_tokens": tokens}}
+    if truncated:
+        meta["warnings"] = [
+            f"documents {truncated} were truncated, and their ends were not ranked: split them, or "
+            "raise the limit (max_tokens_per_doc of the request, max_document_tokens of the server)"
+        ]
     return json_reply(
         RerankReply(
             id=name,
             model=model,
             object="list",
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
-            meta={"api_version": {"version": "2"}, "tokens": {"input_tokens": tokens}},
+            meta=meta,
             results=[
                 _result(result, score, request)
                 for result, score in zip(results, shown, strict=True)

@@ -318,7 +318,9 @@ def test_a_long_list_has_the_same_gradients_part_by_part(
 
 def test_the_same_seed_gives_the_same_heads(small: LocalModel, tmp_path: Path) -> None:
     first, second = (
-        tune_heads(options_for(small, tmp_path, adapter=tmp_path / name)).head_set
+        tune_heads(
+            options_for(small, tmp_path, adapter=tmp_path / name, checkpoints=tmp_path / name)
+        ).head_set
         for name in ("one", "two")
     )
     assert first.heads == second.heads
@@ -329,7 +331,7 @@ def test_the_same_seed_gives_the_same_heads(small: LocalModel, tmp_path: Path) -
 def test_an_interrupted_run_goes_on_where_it_was(
     small: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tune_heads(options_for(small, tmp_path)).head_set
+    whole = tune_heads(options_for(small, tmp_path, checkpoints=tmp_path / "whole")).head_set
     monkeypatch.setattr(training, "CHECKPOINT_STEPS", 2)
     options = options_for(small, tmp_path)
     step = training.Training._step
@@ -347,8 +349,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
             tune_heads(options)
         (checkpoint,) = (tmp_path / "checkpoints").iterdir()
         resumed = tune_heads(options).head_set
-    assert len(steps) == 5 + 2, "steps 5 and 6 are made again"
-    assert resumed.heads == whole.heads
+        assert len(steps) == 5 + 2, "steps 5 and 6 are made again"
+        fitted_anew = tune_heads(options).head_set
+        assert len(steps) == 5 + 2, "what ended after its training is not trained again"
+    assert resumed.heads == fitted_anew.heads == whole.heads
 
     checkpoint.write_bytes(b"damaged")
     with pytest.raises(StorageError, match="delete it and run again"):
@@ -458,15 +462,18 @@ def test_lists_of_the_repository_can_be_read_and_no_page_is_in_both_splits() -> 
     assert not passages["train"] & passages["dev"]
 
 
-def test_the_command_writes_a_head_set_and_its_adapter(small: LocalModel, tmp_path: Path) -> None:
+def test_the_command_writes_a_head_set_and_its_adapter(
+    small: LocalModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lists = lists_file(tmp_path / "lists.jsonl", count=12)
     output = tmp_path / "keys.json"
-    printed = run(
+    caplog.set_level("INFO")
+    run(
         *("heads", "tune", "--model", str(small.path), "--backend", "transformers"),
         *("--train", f"{lists}:8*2", "--dev", f"{lists}:4", "--steps", "2", "--rank", "2"),
         *("--template", "chatml", "--checkpoints", str(tmp_path / "ck"), "--output", str(output)),
     )
-    assert "2 steps: loss" in printed
+    assert "2 steps: loss" in caplog.text
     assert not list(tmp_path.glob("ck/*"))
     message = failed(
         *("heads", "tune", "--model", str(small.path), "--train", str(lists), "--dev", str(lists)),

@@ -113,9 +113,21 @@ def test_objects_are_given_back_with_all_fields(server, expected) -> None:
 def test_documents_are_cut(server, default, name: str) -> None:
     cut = CoReReranker.from_scorer(default.scorer, max_document_tokens=6)
     result = cut.rerank(QUERY, TEXTS)[0]
-    row = ranked(server, documents=TEXTS, **{name: 6})["results"][0]
+    reply = ranked(server, documents=[*TEXTS, "Rome."], **{name: 6})
+    row = reply["results"][0]
     assert row["index"] == result.index
     assert row["core_rerank"]["score"] == pytest.approx(result.score, **CLOSE)
+    (warning,) = reply["meta"]["warnings"]
+    assert "documents [0, 1, 2] were truncated" in warning
+    assert "warnings" not in ranked(server)["meta"]
+
+
+@pytest.mark.filterwarnings("ignore::core_rerank_integrations.DocumentTruncatedWarning")
+def test_truncated_documents_of_all_parts_are_named(server) -> None:
+    """A long list is read in parts."""
+    documents = ["Bread is baked from flour. " * 20, "Rome."] * 40
+    (warning,) = ranked(server, documents=documents, max_tokens_per_doc=20)["meta"]["warnings"]
+    assert f"documents {list(range(0, 80, 2))} were truncated" in warning
 
 
 def test_relevant_spans_are_code_points(server, expected) -> None:

@@ -329,10 +329,11 @@ async def test_lists_of_heads_that_read_several_documents_per_prompt_are_not_div
     listwise = CoReReranker.from_scorer(held, reranker.model, reranker.heads)
     queue = RequestQueue(listwise, Metrics(), 8)
     documents = tuple(f"Town {n} has a mayor." for n in range(BATCH_DOCUMENTS + 8))
-    results, tokens = await queue.rank(Candidates("Who?", documents), RerankOptions())
+    ranked = await queue.rank(Candidates("Who?", documents), RerankOptions())
     assert held.batches == [[len(documents)]]
-    assert [r.index for r in results] == [r.index for r in listwise.rerank("Who?", documents)]
-    assert tokens > 0
+    expected = [result.index for result in listwise.rerank("Who?", documents)]
+    assert [result.index for result in ranked.results] == expected
+    assert ranked.tokens > 0
     with pytest.raises(InvalidInputError, match="documents_per_prompt=1"):
         await queue.store(documents)
     with pytest.raises(InvalidInputError, match="not calibrated"):

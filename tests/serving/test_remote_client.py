@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from core_rerank_integrations import (
     CoReDocumentCompressor,
     CoReNodePostprocessor,
     CoReReranker,
+    DocumentTruncatedWarning,
     InvalidInputError,
     RemoteReranker,
     RerankResults,
@@ -55,6 +57,23 @@ def check_equal(remote: RerankResults, local: RerankResults) -> None:
             assert (part.start, part.stop, part.tokens) == (own.start, own.stop, own.tokens)
             assert part.score == pytest.approx(own.score, abs=1e-4)
             assert [word[:2] for word in part.words] == [word[:2] for word in own.words]
+
+
+async def call(remote: RemoteReranker, documents: list[str], awaits: bool) -> RerankResults:
+    return await remote.arerank(QUERY, documents) if awaits else remote.rerank(QUERY, documents)
+
+
+@pytest.mark.parametrize("awaits", [False, True])
+async def test_the_caller_is_warned_of_what_the_server_truncates(default, awaits: bool) -> None:
+    short = partial(CoReReranker.from_scorer, default.scorer, max_document_tokens=6)
+    documents = ["Bread.", *DOCUMENTS[1:]]
+    with running(short) as server:
+        server.wait_until_ready()
+        with RemoteReranker(server.url) as remote, pytest.warns(DocumentTruncatedWarning) as caught:
+            await call(remote, documents, awaits)
+    # The server, in this process, warns its own caller.
+    (warning,) = [item for item in caught if "documents [1, 2]" in str(item.message)]
+    assert warning.filename == __file__
 
 
 @pytest.mark.commands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from core_rerank_integrations.research.sources import Sample
 from core_rerank_integrations.research.tuning.lists import Mixture, TuningList
 from core_rerank_integrations.research.tuning.ranker import Ranker
 from core_rerank_integrations.research.weights import JudgedList, mean_ndcg
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_RATE = 0.002
 """Learning rate of the head weights, for masses of unit deviation."""
@@ -133,17 +136,16 @@ class Training:
         options, state = self._options, self._state
         if not self._restore():
             self._ranker.start(self._first_lists())
-        left = options.steps - state.steps
+        left = 0 if self._is_over() else options.steps - state.steps
         for _ in progress(range(left), left):
             self._step()
             state.steps += 1
-            is_last = state.steps == options.steps
-            if is_last or state.steps % options.evaluate_every == 0:
+            if state.steps == options.steps or state.steps % options.evaluate_every == 0:
                 self._evaluate()
-                if self._is_over():
-                    break
-            if state.steps % CHECKPOINT_STEPS == 0 and not is_last:
+            if state.steps % CHECKPOINT_STEPS == 0 or self._is_over():
                 self._save()
+            if self._is_over():
+                break
         self._ranker.restore(state.best)
         return state.evaluations
 
@@ -183,6 +185,13 @@ class Training:
         if not state.best or evaluation.mean > max(item.mean for item in state.evaluations):
             state.best = self._ranker.trained()
         state.evaluations.append(evaluation)
+        log.info(
+            "%d steps: loss %.3f, nDCG@10 on dev %.4f (%s)",
+            evaluation.steps,
+            evaluation.loss,
+            evaluation.mean,
+            ", ".join(f"{ndcg:.4f}" for ndcg in evaluation.ndcg),
+        )
 
     def _ndcg(self, sample: Sample) -> float:
         collection = sample.collection
@@ -197,8 +206,10 @@ class Training:
         return mean_ndcg(collection, scored)
 
     def _is_over(self) -> bool:
+        if self._state.steps == self._options.steps:
+            return True
         means = [evaluation.mean for evaluation in self._state.evaluations]
-        return len(means) - means.index(max(means)) > self._options.patience
+        return bool(means) and len(means) - means.index(max(means)) > self._options.patience
 
     def _save(self) -> None:
         state = self._state
