@@ -194,7 +194,7 @@ def test_an_interrupt_ends_without_a_traceback() -> None:
         time.sleep(1)  # It now waits for documents, or still imports modules.
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert b"Traceback" not in errors
 
 
