@@ -198,6 +198,27 @@ def test_an_interrupt_ends_without_a_traceback() -> None:
     assert b"Traceback" not in errors
 
 
+def test_an_interrupt_that_an_import_loses_ends_the_command() -> None:
+    """Pydantic, for one, wraps it in an error of its own."""
+    code = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "core_rerank_integrations.cli.commands":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, Finder())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code + CODE, "--version"], capture_output=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
 def test_a_reader_that_leaves_ends_the_command_silently() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", CODE, "heads", "list"],
