@@ -141,12 +141,14 @@ class TransformersBackend(LocalBackend):
         tokens = (np.arange(1, 44) * 7919) % self._model.config.vocab_size
         questions = [tokens[24:36], tokens[36:]]
         prefix = SharedPrefix(tokens[:24], 5, (), (), questions[0])
-        (computed,) = self._forward([PrefixRun(prefix, questions)], keep=False)
-        tolerance = 5e-2 if self._rounds_states else 1e-3
+        # Rounding of states is not the model's, and may move much attention of random tokens.
+        (computed,) = self._forward([PrefixRun(prefix, questions)], keep=False, rounds=False)
+        tolerance = 3e-4 if self.dtype == torch.float32 else 5e-2
         for question, mass in zip(questions, computed, strict=True):
             rows = prefix.instruction_length + len(question)
             expected = self._eager_mass(np.concatenate((prefix.ids, question)), rows)
-            difference = float(np.abs(mass - expected).max())
+            # Of a head: in lower precision, single tokens may differ by more.
+            difference = float(np.sqrt(((mass - expected) ** 2).mean(axis=1)).max())
             if not difference <= tolerance:
                 raise UnsupportedModelError(
                     f"{model.path}: attention read from {type(self._model).__name__} differs from "
@@ -180,8 +182,11 @@ class TransformersBackend(LocalBackend):
     def _fits(self, runs: Sequence[PrefixRun]) -> bool:
         return self._can_cache and sum(run.tokens for run in runs) <= self._max_batch_tokens
 
-    def _forward(self, runs: Sequence[PrefixRun], keep: bool) -> list[list[Mass]]:
-        sequence = PackedSequence(runs, self._heads, keep, self._rounds_states, self.device)
+    def _forward(
+        self, runs: Sequence[PrefixRun], keep: bool, rounds: bool | None = None
+    ) -> list[list[Mass]]:
+        rounds = self._rounds_states if rounds is None else rounds
+        sequence = PackedSequence(runs, self._heads, keep, rounds, self.device)
         with torch.inference_mode():
             try:
                 self._model(

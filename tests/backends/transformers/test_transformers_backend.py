@@ -28,7 +28,7 @@ from support.tiny_models import (
     tiny,
 )
 
-from core_rerank_integrations import HeadSet
+from core_rerank_integrations import CoReReranker, HeadSet
 from core_rerank_integrations.backends.transformers.backend import TransformersBackend
 from core_rerank_integrations.errors import (
     InvalidInputError,
@@ -181,6 +181,13 @@ def test_what_cannot_be_read_is_refused_by_name(
     model = saved(tmp_path, getattr(transformers, name)(**{**TINY, **changes}))
     with pytest.raises(UnsupportedModelError, match=message):
         reading(model)
+
+
+@pytest.mark.model
+def test_the_default_passes_the_comparison_in_bfloat16() -> None:
+    with CoReReranker(backend="transformers", dtype="bfloat16") as reranker:
+        results = reranker.rerank("Who patented the telephone?", ["Soup is hot.", "Bell did."])
+    assert results[0].index == 1
 
 
 def test_attention_of_another_kind_is_found_out(
